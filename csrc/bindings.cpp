@@ -1,0 +1,91 @@
+// The Python module fastllm.kernels._C: `cpu` and `cuda`, with functions of the same names and arguments.
+// Tensors come as addresses, sizes and strides (kernels/native.py); the last two arguments of a launch are
+// the device's index and the stream, which the CPU ignores.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "rms_norm.h"
+#ifndef FASTLLM_NO_CPU
+#include "cpu/kernels.h"
+#endif
+#ifdef FASTLLM_CUDA
+#include "cuda/rms_norm.h"
+#endif
+
+namespace py = pybind11;
+using namespace fastllm;
+
+namespace {
+
+using RowsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+template <typename T = void>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Rows rows_of(const RowsTuple& t) { return {pointer(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)}; }
+
+RmsNormForward rms_norm_forward_arguments(const RowsTuple& x, const RowsTuple& residual, uintptr_t weight, uintptr_t y,
+                                          uintptr_t h, uintptr_t rstd, int64_t rows, int64_t cols, float eps,
+                                          float weight_offset, int dtype, int weight_dtype) {
+  return {rows_of(x),   rows_of(residual), pointer(weight), pointer(y),    pointer(h),         pointer<float>(rstd), rows,
+          cols,         eps,               weight_offset,   DType(dtype), DType(weight_dtype)};
+}
+
+RmsNormBackward rms_norm_backward_arguments(const RowsTuple& dy, const RowsTuple& x, const RowsTuple& dh,
+                                            uintptr_t weight, uintptr_t rstd, uintptr_t dx, uintptr_t dweight,
+                                            uintptr_t workspace, int64_t partials, int64_t rows, int64_t cols,
+                                            float weight_offset, int dtype, int weight_dtype) {
+  return {rows_of(dy),      rows_of(x),   rows_of(dh),
+          pointer(weight),  pointer<float>(rstd), pointer(dx),
+          pointer(dweight), pointer<float>(workspace), partials,
+          rows,             cols,         weight_offset,
+          DType(dtype),     DType(weight_dtype)};
+}
+
+// A module function (Args..., device, stream): packs Args with `pack`, releases the GIL, and launches.
+template <typename Packed, typename... Args, typename Launch>
+void def_launch(py::module_& m, const char* name, Packed (*pack)(Args...), Launch launch) {
+  m.def(name, [pack, launch](Args... args, int device, uintptr_t stream) {
+    const Packed packed = pack(args...);
+    py::gil_scoped_release released;
+    launch(packed, device, stream);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
+  m.doc() = "Native kernels of fastllm: C++ for CPUs, CUDA C++ for NVIDIA GPUs.";
+
+#ifndef FASTLLM_NO_CPU
+  auto on_cpu = m.def_submodule("cpu", "C++ kernels for CPUs.");
+  on_cpu.def("instruction_sets", &cpu::instruction_sets, "Those that this processor runs, the best last.");
+  on_cpu.def("instruction_set", &cpu::instruction_set, "The one in use.");
+  on_cpu.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
+  on_cpu.def("rms_norm_partials", [](int64_t rows, int64_t, int, int) { return cpu::rms_norm_partials(rows); });
+  def_launch(on_cpu, "rms_norm_forward", rms_norm_forward_arguments,
+             [](const RmsNormForward& a, int, uintptr_t) { cpu::kernels().rms_norm_forward(a); });
+  def_launch(on_cpu, "rms_norm_backward", rms_norm_backward_arguments,
+             [](const RmsNormBackward& a, int, uintptr_t) { cpu::kernels().rms_norm_backward(a); });
+#endif
+
+#ifdef FASTLLM_CUDA
+  auto on_cuda = m.def_submodule("cuda", "CUDA C++ kernels for NVIDIA GPUs.");
+  on_cuda.attr("archs") = FASTLLM_CUDA_ARCHS;
+  on_cuda.def("rms_norm_partials", [](int64_t rows, int64_t cols, int dtype, int device) {
+    return cuda::rms_norm_partials(rows, cols, DType(dtype), device);
+  });
+  def_launch(on_cuda, "rms_norm_forward", rms_norm_forward_arguments,
+             [](const RmsNormForward& a, int device, uintptr_t stream) {
+               cuda::rms_norm_forward(a, device, pointer<CUstream_st>(stream));
+             });
+  def_launch(on_cuda, "rms_norm_backward", rms_norm_backward_arguments,
+             [](const RmsNormBackward& a, int device, uintptr_t stream) {
+               cuda::rms_norm_backward(a, device, pointer<CUstream_st>(stream));
+             });
+#endif
+}

@@ -1,0 +1,183 @@
+// RMSNorm on CPUs. Memory-bound: forward moves one read and one write of the tensor, backward two reads
+// and one write. A row is read twice, the second time from the cache.
+#include "../rms_norm.h"
+
+#include <cmath>
+#include <cstdlib>
+
+#include "kernels.h"
+#include "memory.h"
+#include "simd.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+namespace {
+
+constexpr int64_t kParallelElements = 1 << 15;  // below this a second thread costs more than it brings
+
+// weight + offset in float32, expanded once per call so that the row loops know no weight dtype.
+class Scale {
+ public:
+  Scale(const void* weight, DType dtype, float offset, int64_t cols) {
+    if (weight && dtype == DType::float32 && offset == 0.f) {
+      data_ = static_cast<const float*>(weight);
+      return;
+    }
+    owned_ = static_cast<float*>(std::malloc(cols * sizeof(float)));
+    data_ = owned_;
+    if (!weight) {
+      for (int64_t j = 0; j < cols; ++j) owned_[j] = 1.f;
+      return;
+    }
+    with_type(dtype, [&](auto tag) {
+      using W = decltype(tag);
+      const W* w = static_cast<const W*>(weight);
+      int64_t j = 0;
+      for (; j + kLanes <= cols; j += kLanes) store(owned_ + j, load(w + j) + broadcast(offset));
+      if (j < cols) store_partial(owned_ + j, load_partial(w + j, cols - j) + broadcast(offset), cols - j);
+    });
+  }
+  ~Scale() { std::free(owned_); }
+  Scale(const Scale&) = delete;
+  Scale& operator=(const Scale&) = delete;
+  const float* data() const { return data_; }
+
+ private:
+  const float* data_ = nullptr;
+  float* owned_ = nullptr;
+};
+
+// Calls body(at, put) for each vector of a row: whole ones first, then the rest of it, if any. `at(p)` reads
+// the vector at its place in the row p, `put(p, v)` writes it.
+template <typename Body>
+inline __attribute__((always_inline)) void for_each_vector(int64_t cols, Body&& body) {
+  int64_t j = 0;
+  for (; j + kLanes <= cols; j += kLanes) {
+    body([j](auto* p) { return load(p + j); }, [j](auto* p, vfloat v) { store(p + j, v); });
+  }
+  if (const int64_t rest = cols - j) {
+    body([j, rest](auto* p) { return load_partial(p + j, rest); },
+         [j, rest](auto* p, vfloat v) { store_partial(p + j, v, rest); });
+  }
+}
+
+// The sum of term(at, put) over a row, in four accumulators: one would wait for each addition.
+template <typename Term>
+inline __attribute__((always_inline)) float sum_over(int64_t cols, Term&& term) {
+  constexpr int kChains = 4;
+  vfloat chains[kChains] = {};
+  const int64_t whole = cols - cols % (kChains * kLanes);
+  for (int64_t i = 0; i < whole; i += kChains * kLanes) {
+#pragma GCC unroll 4
+    for (int c = 0; c < kChains; ++c) {
+      const int64_t j = i + c * kLanes;
+      chains[c] += term([j](auto* p) { return load(p + j); }, [j](auto* p, vfloat v) { store(p + j, v); });
+    }
+  }
+  for_each_vector(cols - whole, [&](auto at, auto put) {
+    chains[0] += term([&](auto* p) { return at(p + whole); }, [&](auto* p, vfloat v) { put(p + whole, v); });
+  });
+  return sum((chains[0] + chains[1]) + (chains[2] + chains[3]));
+}
+
+template <typename T>
+float forward_row(const T* x, const T* residual, const float* scale, T* y, T* h, int64_t cols, float eps) {
+  float squares;
+  if (residual) {
+    squares = sum_over(cols, [&](auto at, auto put) {
+      const vfloat v = rounded<T>(at(x) + at(residual));
+      put(h, v);
+      return v * v;
+    });
+    x = h;
+  } else {
+    squares = sum_over(cols, [&](auto at, auto) { return at(x) * at(x); });
+  }
+  const float rstd = 1.f / std::sqrt(squares / static_cast<float>(cols) + eps);
+  for_each_vector(cols, [&](auto at, auto put) { put(y, at(x) * rstd * at(scale)); });
+  return rstd;
+}
+
+template <typename T, bool kWeightGrad>
+void backward_row(const T* dy, const T* x, const T* dh, const float* scale, float rstd, T* dx, float* dweight,
+                  int64_t cols) {
+  const float dot = sum_over(cols, [&](auto at, auto) { return at(dy) * at(scale) * at(x); });
+  const float pull = dot * rstd * rstd * rstd / static_cast<float>(cols);
+  for_each_vector(cols, [&](auto at, auto put) {
+    const vfloat v = at(x), g = at(dy) * rstd;
+    vfloat out = g * at(scale) - v * pull;
+    if (dh) out += at(dh);
+    put(dx, out);
+    if constexpr (kWeightGrad) put(dweight, at(dweight) + g * v);
+  });
+}
+
+template <typename T>
+void forward(const RmsNormForward& a) {
+  const Scale scale(a.weight, a.weight_dtype, a.weight_offset, a.cols);
+  T* y = static_cast<T*>(a.y);
+  T* h = static_cast<T*>(a.h);
+  const int64_t bytes = a.rows * a.cols * static_cast<int64_t>(sizeof(T));
+  expect_large_write(y, bytes);
+  if (a.residual) expect_large_write(h, bytes);
+#pragma omp parallel for schedule(static) if (a.rows * a.cols > kParallelElements)
+  for (int64_t r = 0; r < a.rows; ++r) {
+    const T* residual = a.residual ? row<T>(a.residual, r) : nullptr;
+    a.rstd[r] = forward_row(row<T>(a.x, r), residual, scale.data(), y + r * a.cols, a.residual ? h + r * a.cols : nullptr,
+                            a.cols, a.eps);
+  }
+}
+
+template <typename T, bool kWeightGrad>
+void backward(const RmsNormBackward& a) {
+  const Scale scale(a.weight, a.weight_dtype, a.weight_offset, a.cols);
+  T* dx = static_cast<T*>(a.dx);
+  expect_large_write(dx, a.rows * a.cols * static_cast<int64_t>(sizeof(T)));
+  const int64_t parts = kWeightGrad ? a.partials : rms_norm_partials(a.rows);
+#pragma omp parallel for schedule(static) if (a.rows * a.cols > kParallelElements)
+  for (int64_t part = 0; part < parts; ++part) {
+    float* dweight = nullptr;
+    if constexpr (kWeightGrad) {
+      dweight = a.workspace + part * a.cols;
+      std::memset(dweight, 0, a.cols * sizeof(float));
+    }
+    for (int64_t r = a.rows * part / parts; r < a.rows * (part + 1) / parts; ++r) {
+      const T* dh = a.dh ? row<T>(a.dh, r) : nullptr;
+      backward_row<T, kWeightGrad>(row<T>(a.dy, r), row<T>(a.x, r), dh, scale.data(), a.rstd[r], dx + r * a.cols,
+                                   dweight, a.cols);
+    }
+  }
+}
+
+// dweight = the sum of the workspace's rows, first to last.
+template <typename W>
+void sum_partials(const RmsNormBackward& a) {
+  constexpr int64_t kStrip = 16 * kLanes;
+#pragma omp parallel for schedule(static) if (a.partials * a.cols > kParallelElements)
+  for (int64_t first = 0; first < a.cols; first += kStrip) {
+    const int64_t count = a.cols - first < kStrip ? a.cols - first : kStrip;
+    float total[kStrip] = {};
+    for (int64_t p = 0; p < a.partials; ++p) {
+      const float* partial = a.workspace + p * a.cols + first;
+      for_each_vector(count, [&](auto at, auto put) { put(total, at(total) + at(partial)); });
+    }
+    W* out = static_cast<W*>(a.dweight) + first;
+    for_each_vector(count, [&](auto at, auto put) { put(out, at(total)); });
+  }
+}
+
+}  // namespace
+
+void rms_norm_forward(const RmsNormForward& a) {
+  with_type(a.dtype, [&](auto tag) { forward<decltype(tag)>(a); });
+}
+
+void rms_norm_backward(const RmsNormBackward& a) {
+  if (!a.dweight) {
+    with_type(a.dtype, [&](auto tag) { backward<decltype(tag), false>(a); });
+    return;
+  }
+  with_type(a.dtype, [&](auto tag) { backward<decltype(tag), true>(a); });
+  with_type(a.weight_dtype, [&](auto tag) { sum_partials<decltype(tag)>(a); });
+}
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

@@ -1,0 +1,166 @@
+// Vectors of float32, and float16 and bfloat16 loaded into and stored from them.
+//
+// Each source in this folder is compiled once per instruction set (FASTLLM_ISA, set by setup.py) and
+// everything here lives in that set's namespace, so that no function compiled for a newer processor is
+// ever linked into code that runs on an older one. For the same reason these sources instantiate nothing
+// of the standard library.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "../tensor.h"
+
+#ifndef FASTLLM_ISA
+#define FASTLLM_ISA base
+#endif
+
+namespace fastllm::cpu::FASTLLM_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t vuint32 __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t vuint16 __attribute__((vector_size(2 * kLanes)));
+
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// Aliasing-safe unaligned access; compiles to one move.
+template <typename V>
+inline V load_bits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename V>
+inline void store_bits(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline vfloat broadcast(float x) { return x - vfloat{}; }
+
+inline vfloat load(const float* p) { return load_bits<vfloat>(p); }
+inline void store(float* p, vfloat v) { store_bits(p, v); }
+
+// __builtin_convertvector would do, but GCC 12 takes it apart into halves.
+#if defined(__AVX512F__)
+inline vuint32 widen(vuint16 v) { return (vuint32)_mm512_cvtepu16_epi32((__m256i)v); }
+inline vuint16 narrow(vuint32 v) { return (vuint16)_mm512_cvtepi32_epi16((__m512i)v); }
+#elif defined(__AVX2__)
+inline vuint32 widen(vuint16 v) { return (vuint32)_mm256_cvtepu16_epi32((__m128i)v); }
+inline vuint16 narrow(vuint32 v) {
+  const __m256i pairs = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // within each half
+  return (vuint16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(pairs, 0x08));
+}
+#else
+inline vuint32 widen(vuint16 v) { return __builtin_convertvector(v, vuint32); }
+inline vuint16 narrow(vuint32 v) { return __builtin_convertvector(v, vuint16); }
+#endif
+
+inline vfloat load(const bfloat16* p) { return (vfloat)(widen(load_bits<vuint16>(p)) << 16); }
+
+#if defined(__AVX512BF16__)
+inline void store(bfloat16* p, vfloat v) { store_bits(p, _mm512_cvtneps_pbh((__m512)v)); }
+#else
+inline void store(bfloat16* p, vfloat v) {
+  const vuint32 u = (vuint32)v;
+  const vuint32 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  const vuint32 quiet = (u >> 16) | 0x40u;                          // a NaN must not round to infinity
+  store_bits(p, narrow(v == v ? rounded : quiet));
+}
+#endif
+
+#if defined(__AVX512F__)
+inline vfloat load(const float16* p) { return (vfloat)_mm512_cvtph_ps(load_bits<__m256i>(p)); }
+inline void store(float16* p, vfloat v) {
+  store_bits(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+inline vfloat load(const float16* p) { return (vfloat)_mm256_cvtph_ps(load_bits<__m128i>(p)); }
+inline void store(float16* p, vfloat v) { store_bits(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+// Branch-free integer forms, after the binary16 layout: 1 sign, 5 exponent (bias 15), 10 fraction bits.
+inline vfloat load(const float16* p) {
+  const vuint32 h = widen(load_bits<vuint16>(p));
+  const vuint32 sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
+  // Multiplying by 2^112 moves the exponent to float32's bias and normalises subnormals on the way.
+  const vfloat scaled = (vfloat)magnitude * broadcast(0x1p112f);
+  const vuint32 none{}, infinite = none + 0x7f800000u;
+  const vuint32 special = magnitude >= 0x0f800000u ? infinite : none;  // infinity and NaN
+  return (vfloat)((vuint32)scaled | special | sign);
+}
+inline void store(float16* p, vfloat v) {
+  const vuint32 u = (vuint32)v, sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  const vuint32 normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Adding 1/2 leaves a subnormal's bits, rounded to nearest even, at the bottom of the fraction.
+  const vuint32 subnormal = (vuint32)((vfloat)magnitude + broadcast(0.5f)) - 0x3f000000u;
+  const vuint32 none{}, infinite = none + 0x7c00u, nan = none + 0x7e00u;
+  vuint32 out = magnitude < 0x38800000u ? subnormal : normal;
+  out = magnitude >= 0x477ff000u ? infinite : out;
+  out = magnitude > 0x7f800000u ? nan : out;
+  store_bits(p, narrow(out | sign));
+}
+#endif
+
+// The first `count` (< kLanes) elements of a row's end; the lanes after them hold 0.
+template <typename T>
+inline vfloat load_partial(const T* p, int64_t count) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, count * sizeof(T));
+  return load(buffer);
+}
+template <typename T>
+inline void store_partial(T* p, vfloat v, int64_t count) {
+  T buffer[kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, count * sizeof(T));
+}
+
+template <typename T>
+inline vfloat rounded(vfloat v) {
+  T buffer[kLanes];
+  store(buffer, v);
+  return load(buffer);
+}
+template <>
+inline vfloat rounded<float>(vfloat v) {
+  return v;
+}
+
+inline float sum(vfloat v) {
+  float total = 0.f;
+  for (int i = 0; i < kLanes; ++i) total += v[i];
+  return total;
+}
+
+// Calls f(T{}) with the element type that `dtype` stands for.
+template <typename F>
+inline void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(float{});
+    case DType::float16: return f(float16{});
+    case DType::bfloat16: return f(bfloat16{});
+  }
+}
+
+template <typename T>
+inline const T* row(const Rows& rows, int64_t r) {
+  return static_cast<const T*>(rows.data) + (r / rows.inner) * rows.outer_stride + (r % rows.inner) * rows.inner_stride;
+}
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

@@ -1,0 +1,63 @@
+// Chooses among the instruction sets that the CPU kernels were compiled for.
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fastllm::cpu {
+namespace {
+
+struct Set {
+  const char* name;
+  const Kernels* kernels;
+};
+
+std::vector<Set> runnable() {
+  std::vector<Set> sets{{"base", &base::kernels}};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    sets.push_back({"avx2", &avx2::kernels});
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      sets.push_back({"avx512", &avx512::kernels});
+      if (__builtin_cpu_supports("avx512bf16")) sets.push_back({"avx512_bf16", &avx512_bf16::kernels});
+    }
+  }
+#endif
+  return sets;
+}
+
+const std::vector<Set>& sets() {
+  static const std::vector<Set> found = runnable();
+  return found;
+}
+
+const Set*& current() {
+  static const Set* set = &sets().back();
+  return set;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return *current()->kernels; }
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const Set& set : sets()) names.emplace_back(set.name);
+  return names;
+}
+
+std::string instruction_set() { return current()->name; }
+
+void use_instruction_set(const std::string& name) {
+  for (const Set& set : sets()) {
+    if (name == set.name) {
+      current() = &set;
+      return;
+    }
+  }
+  throw std::invalid_argument("this processor does not run the instruction set '" + name + "'");
+}
+
+}  // namespace fastllm::cpu

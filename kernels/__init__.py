@@ -1,0 +1,37 @@
+"""Fused kernels for language models: one function per op, the same call on every backend.
+
+>>> from fastllm.kernels import rms_norm
+>>> y = rms_norm(x, weight)
+
+Ops: flash_attention, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob, rope,
+swiglu. ``explain(op, ...)`` tells which backend a call runs on and why; ``use_backend`` and the
+environment variable FASTLLM_BACKEND prefer one.
+"""
+
+from .activation import swiglu
+from .attention import flash_attention
+from .backends import BACKENDS, Explanation, explain, use_backend
+from .loss import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
+from .modules import CausalSelfAttention, CrossEntropyLoss, LinearCrossEntropyLoss, RMSNorm, SwiGLU
+from .norm import rms_norm
+from .rotary import rope
+
+__all__ = [
+    "BACKENDS",
+    "CausalSelfAttention",
+    "CrossEntropyLoss",
+    "Explanation",
+    "LinearCrossEntropyLoss",
+    "RMSNorm",
+    "SwiGLU",
+    "cross_entropy",
+    "explain",
+    "flash_attention",
+    "linear_cross_entropy",
+    "linear_log_prob",
+    "rms_norm",
+    "rope",
+    "softmax",
+    "swiglu",
+    "use_backend",
+]

@@ -1,0 +1,68 @@
+"""Attention in plain PyTorch: the specification of ``flash_attention``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``: out like q, lse ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``) in float32 or wider."""
+    if cu_seqlens_q is not None:
+        seen = _visible_packed(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window)
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    else:
+        seen = _visible(q.shape[1], k.shape[1], causal, window, q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[2] // k.shape[2]
+    kw, vw = (t.to(wide).repeat_interleave(groups, dim=2) for t in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(wide), kw) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    logits = scores
+    if sinks is not None:  # one more logit per head: it takes its share of the sum and has no value
+        logits = torch.cat([scores, sinks.to(wide).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    lse = torch.logsumexp(logits, dim=-1)
+    # A row that sees nothing has lse = -inf: give it 0, and no NaN in its gradient.
+    probs = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
+    out = torch.einsum("bhqk,bkhd->bqhd", probs, vw).to(q.dtype)
+    return (out, lse) if cu_seqlens_q is None else (out.squeeze(0), lse.squeeze(0))
+
+
+def _band(behind: Tensor, causal: bool, window: int | None) -> Tensor:
+    """What a query sees, by how far the key lies behind it (negative: ahead)."""
+    seen = torch.ones_like(behind, dtype=torch.bool)
+    if causal:
+        seen &= behind >= 0
+    if window is not None:
+        seen &= behind < window
+    return seen
+
+
+def _visible(seq_q: int, seq_k: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+    """``[seq_q, seq_k]``; the last query stands at the last key (bottom-right aligned)."""
+    at_q = torch.arange(seq_k - seq_q, seq_k, device=device)
+    return _band(at_q.unsqueeze(1) - torch.arange(seq_k, device=device), causal, window)
+
+
+def _visible_packed(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, window: int | None) -> Tensor:
+    """``[total_q, total_k]``: each document sees itself alone, bottom-right aligned."""
+    token_q, token_k = (torch.arange(n, device=cu_q.device) for n in (total_q, total_k))
+    doc_q, doc_k = (torch.searchsorted(cu, t, right=True) - 1 for cu, t in ((cu_q, token_q), (cu_k, token_k)))
+    # Positions counted back from the end of the document make the two ends meet.
+    from_end_q, from_end_k = cu_q[doc_q + 1] - token_q, cu_k[doc_k + 1] - token_k
+    seen = _band(from_end_k - from_end_q.unsqueeze(1), causal, window)
+    return seen & (doc_q.unsqueeze(1) == doc_k)

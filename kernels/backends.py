@@ -1,0 +1,227 @@
+"""Which implementation of an op runs: what exists here, the choice, and the reasons for it.
+
+Four backends. ``cuda``: CUDA C++ kernels in the native module. ``triton``: Triton kernels. ``cpu``: C++
+kernels in the native module. ``torch``: plain PyTorch, the specification of each op, always available.
+
+One rule chooses, in :func:`select`:
+
+1. the call's ``backend=`` argument: that backend, or an error that says why it can't run;
+2. else :func:`use_backend` or the environment variable ``FASTLLM_BACKEND``: that backend for the ops and
+   tensors that it can serve, the automatic choice for the others;
+3. else automatically: the native kernels on a CPU; on a GPU Triton, or CUDA C++ where a measurement on
+   that kind of GPU says so (:data:`MEASURED_FASTER`); PyTorch where no kernel can serve.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import native
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+
+# (op, kind of GPU) -> the backend that a result in benchmarks/results/ shows to be the fastest there.
+MEASURED_FASTER: dict[tuple[str, str], str] = {}
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+WhyNot = Callable[[str], "str | None"]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op of this library: its public function and the backends that have a kernel for it."""
+
+    name: str
+    kernels: tuple[str, ...]
+    function: Callable[..., Any] = field(repr=False)
+
+
+OPS: dict[str, Op] = {}
+
+
+def op(*kernels: str) -> Callable[[Callable], Callable]:
+    """Enter a public function in :data:`OPS`, with the backends (beside ``torch``) that it has kernels for."""
+
+    def enter(function: Callable) -> Callable:
+        OPS[function.__name__] = Op(function.__name__, kernels, function)
+        return function
+
+    return enter
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+    return name
+
+
+_preferred: str | None = None
+if os.environ.get("FASTLLM_BACKEND"):
+    _preferred = _checked(os.environ["FASTLLM_BACKEND"], "environment variable FASTLLM_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Prefer backend ``name`` inside the block (``None``: the automatic choice).
+
+    Ops and tensors that it can't serve take the automatic choice; :func:`explain` tells which and why.
+    The preference belongs to the process, not to a thread.
+    """
+    global _preferred
+    before = _preferred
+    _preferred = None if name is None else _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _preferred = before
+
+
+def _triton_missing() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+TRITON_MISSING = _triton_missing()
+# Triton's interpreter runs kernels on CPU tensors. Triton reads the variable once, at import.
+TRITON_INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def device_limit(backend: str, device: torch.device) -> str | None:
+    """Why ``backend`` can't run on tensors of ``device``, or None."""
+    if backend == "cpu":
+        if device.type != "cpu":
+            return f"serves CPU tensors, these are on {device}"
+        return native.cpu_missing()
+    if backend == "cuda":
+        return native.cuda_missing(device)
+    if backend == "triton":
+        if TRITON_MISSING:
+            return TRITON_MISSING
+        if device.type == "cpu" and not TRITON_INTERPRET:
+            return "serves GPU tensors, these are on the CPU (TRITON_INTERPRET=1 runs its interpreter)"
+        if device.type not in ("cpu", "cuda", "xpu"):
+            return f"does not serve {device.type} tensors"
+    return None
+
+
+def _limit(op: Op, backend: str, x: torch.Tensor, why_not: WhyNot | None) -> str | None:
+    if backend == "torch":
+        return None
+    if backend not in op.kernels:
+        return f"{op.name} has no {backend} kernel yet"
+    if x.dtype not in KERNEL_DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
+    return device_limit(backend, x.device) or (why_not(backend) if why_not else None)
+
+
+def _automatic(op: Op, device: torch.device) -> tuple[str, ...]:
+    """The backends to try, best first."""
+    if device.type == "cpu":
+        return ("cpu", "torch")  # Triton's interpreter is a debugger: on request only
+    if (op.name, _gpu_kind(device)) in MEASURED_FASTER:
+        best = MEASURED_FASTER[op.name, _gpu_kind(device)]
+        return (best, *(b for b in ("triton", "cuda", "torch") if b != best))
+    return ("triton", "cuda", "torch")
+
+
+@torch.compiler.assume_constant_result
+def _gpu_kind(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def select(name: str, x: torch.Tensor, backend: str | None, why_not: WhyNot | None = None) -> str:
+    """The backend that runs op ``name`` on ``x`` (see the module's docstring for the rule).
+
+    ``why_not(backend)`` gives the op's own reason, beyond device and dtype, why this call is beyond a
+    backend's kernel. Raises ValueError where ``backend`` was asked for and can't run.
+    """
+    op = OPS[name]
+    if _explaining is not None:
+        raise _Explained(_explain(op, x, backend, why_not))
+    if backend is not None:
+        reason = _limit(op, _checked(backend, f"{name}: backend"), x, why_not)
+        if reason:
+            raise ValueError(f"{name}: backend {backend!r} can't run this call: {reason}")
+        return backend
+    if _preferred is not None and not _limit(op, _preferred, x, why_not):
+        return _preferred
+    for candidate in _automatic(op, x.device):
+        if not _limit(op, candidate, x, why_not):
+            return candidate
+    raise AssertionError("the torch backend serves every call")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found: the backend chosen, and for each backend what speaks for or against it."""
+
+    op: str
+    chosen: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.chosen}"]
+        lines += [f"  {'*' if b == self.chosen else ' '} {b:<7} {r}" for b, r in self.reasons.items()]
+        return "\n".join(lines)
+
+
+class _Explained(Exception):
+    def __init__(self, explanation: Explanation):
+        self.explanation = explanation
+
+
+_explaining: bool | None = None
+
+
+def _explain(op: Op, x: torch.Tensor, backend: str | None, why_not: WhyNot | None) -> Explanation:
+    limits = {b: _limit(op, b, x, why_not) for b in BACKENDS}
+    order = _automatic(op, x.device)
+    automatic = next(b for b in order if not limits[b])
+    if backend is not None:
+        chosen, why = _checked(backend, f"{op.name}: backend"), "chosen: asked for in the call"
+    elif _preferred is not None and not limits[_preferred]:
+        chosen, why = _preferred, "chosen: preferred by use_backend or FASTLLM_BACKEND"
+    else:
+        measured = (op.name, _gpu_kind(x.device)) in MEASURED_FASTER
+        chosen, why = automatic, "chosen: measured to be the fastest here" if measured else "chosen automatically"
+    reasons = {}
+    for b in BACKENDS:
+        if b == chosen:
+            reasons[b] = f"asked for, but would raise: {limits[b]}" if limits[b] else why
+        elif limits[b]:
+            reasons[b] = f"no: {limits[b]}"
+        elif b not in order:
+            reasons[b] = "could run; on request only"
+        else:
+            reasons[b] = f"could run; {chosen} comes first"
+    return Explanation(op.name, chosen, reasons)
+
+
+def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:
+    """Tell, for this call on this machine, which backend would run and why not the others.
+
+    ``op`` is a public function or its name; the arguments are those of the call, which is checked like
+    the call itself but not run. Print the result, or read ``.chosen`` and ``.reasons``.
+    """
+    global _explaining
+    name = op if isinstance(op, str) else op.__name__
+    if name not in OPS:
+        raise ValueError(f"explain: unknown op {name!r}; choose one of {', '.join(sorted(OPS))}")
+    _explaining = True
+    try:
+        OPS[name].function(*args, **kwargs)
+    except _Explained as found:
+        return found.explanation
+    finally:
+        _explaining = None
+    raise AssertionError(f"{name} chose no backend")

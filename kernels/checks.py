@@ -1,0 +1,65 @@
+"""Checks of arguments that the ops share: each names the argument, what came, and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def floating(op: str, name: str, x: Any, *, min_dim: int = 1) -> None:
+    """``x`` is a tensor of a floating-point dtype with at least ``min_dim`` dimensions."""
+    tensor(op, name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, not {short(x.dtype)}")
+    if x.dim() < min_dim:
+        raise ValueError(f"{op}: {name} must have at least {min_dim} dimension(s), it has {x.dim()}")
+
+
+def tensor(op: str, name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(x).__name__}")
+    if x.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, its layout is {x.layout}; call .to_dense() first")
+
+
+def like(op: str, name: str, x: Any, other_name: str, other: Tensor, *, shape: tuple[int, ...] | None = None) -> None:
+    """``x`` has the device and dtype of ``other``, and ``shape`` (default: that of ``other``)."""
+    on(op, name, x, other_name, other)
+    if x.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} is {short(x.dtype)} but {other_name} is {short(other.dtype)}; they must agree")
+    sized(op, name, x, tuple(other.shape) if shape is None else shape)
+
+
+def on(op: str, name: str, x: Any, other_name: str, other: Tensor) -> None:
+    tensor(op, name, x)
+    if x.device != other.device:
+        raise ValueError(f"{op}: {name} is on {x.device} but {other_name} is on {other.device}; move one of them")
+
+
+def sized(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}, it has {list(x.shape)}")
+
+
+def parameter(op: str, name: str, x: Any, other_name: str, other: Tensor, shape: tuple[int, ...]) -> None:
+    """A learnt tensor: on the device of ``other``, of its dtype or float32."""
+    on(op, name, x, other_name, other)
+    if x.dtype not in (other.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: {name} must be {short(other.dtype)} like {other_name}, or float32, not {short(x.dtype)}"
+        )
+    sized(op, name, x, shape)
+
+
+def indices(op: str, name: str, x: Any, other_name: str, other: Tensor) -> None:
+    on(op, name, x, other_name, other)
+    if x.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be int64 or int32, not {short(x.dtype)}")

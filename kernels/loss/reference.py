@@ -1,0 +1,63 @@
+"""Softmax and the losses on it, in plain PyTorch: the specifications."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    scores = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if causal:
+        rows, cols = x.shape[-2:]
+        future = torch.ones(rows, cols, dtype=torch.bool, device=x.device).triu(cols - rows + 1)
+        scores = scores.masked_fill(future, float("-inf"))
+    empty = (scores == float("-inf")).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(empty, 0.0), -1).masked_fill(empty, 0.0).to(x.dtype)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """``(loss, lse)``: the loss reduced as asked, and the log-sum-exp of each row."""
+    scores = _capped(logits, softcap)
+    lse = torch.logsumexp(scores, -1)
+    valid = target != ignore_index
+    index = target.masked_fill(~valid, 0).long()
+    share = torch.ones_like(lse) if weight is None else weight.to(lse.dtype)[index]
+    loss = (lse - scores.gather(-1, index.unsqueeze(-1)).squeeze(-1)) * share
+    if label_smoothing:
+        nll = lse.unsqueeze(-1) - scores
+        smooth = nll.mean(-1) if weight is None else (nll * weight.to(lse.dtype)).sum(-1) / nll.shape[-1]
+        loss = (1 - label_smoothing) * loss + label_smoothing * smooth
+    if z_loss:
+        loss = loss + z_loss * lse.square()
+    # where, not a product: an ignored row may hold inf or NaN
+    loss = torch.where(valid, loss, 0.0)
+    if reduction == "none":
+        return loss, lse
+    total = loss.sum()
+    if reduction == "mean":
+        norm = torch.where(valid, share, 0.0).sum()
+        total = total / torch.where(norm == 0, 1.0, norm)  # no valid target: 0, with zero gradients
+    return total, lse
+
+
+def log_prob(logits: Tensor, target: Tensor, *, softcap: float = 0.0) -> Tensor:
+    scores = _capped(logits, softcap)
+    return scores.gather(-1, target.long().unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scores, -1)
+
+
+def _capped(logits: Tensor, softcap: float) -> Tensor:
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return softcap * torch.tanh(scores / softcap) if softcap else scores

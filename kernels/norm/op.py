@@ -1,0 +1,155 @@
+"""``rms_norm``: the public function, its autograd Function and its operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..library import differentiable_once, register
+from . import native, reference
+
+
+@backends.op("cuda", "triton", "cpu")
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Root-mean-square normalisation over the last dimension, with the residual addition before it fused in.
+
+    ``y = h / sqrt(mean(h²) + eps) · (weight + weight_offset)`` with ``h = x``, or ``h = x + residual``
+    rounded to the dtype of ``x`` (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    Args:
+        x: ``[..., n]``, float32, float16 or bfloat16 (float64 on the torch backend), any strides; n ≥ 1.
+        weight: ``[n]``, of the dtype of ``x`` or float32; None multiplies by 1.
+        eps: added to the mean of squares.
+        residual: like ``x``; added to it first.
+        weight_offset: added to the weight: 1.0 for Gemma's weights, which are stored less 1.
+        backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
+
+    Returns:
+        ``y``, in the shape and dtype of ``x``; with a residual ``(y, x + residual)``.
+
+    All arithmetic is float32. The gradient of the weight is summed in a fixed order, without atomics.
+    The kernels differentiate once; the torch backend any number of times.
+
+    Raises:
+        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, or a
+            ``backend`` that can't run this call.
+    """
+    checks.floating("rms_norm", "x", x)
+    if x.shape[-1] == 0:
+        raise ValueError("rms_norm: the last dimension of x is empty; it needs at least one column")
+    if weight is not None:
+        checks.parameter("rms_norm", "weight", weight, "x", x, (x.shape[-1],))
+    if residual is not None:
+        checks.like("rms_norm", "residual", residual, "x", x)
+    chosen = backends.select("rms_norm", x, backend)
+    if chosen == "torch":
+        return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
+    return _RMSNorm.apply(x, weight, residual, float(eps), float(weight_offset), chosen)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        weight_offset: float,
+        backend: str,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        y, h, rstd = torch.ops.fastllm.rms_norm_forward(x, weight, residual, eps, weight_offset, backend)
+        ctx.save_for_backward(x if residual is None else h, weight, rstd)
+        ctx.weight_offset, ctx.backend, ctx.has_residual = weight_offset, backend, residual is not None
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        dx, dweight = dh, None
+        if dy is not None:
+            wanted = ctx.needs_input_grad[1]
+            dx, dweight = torch.ops.fastllm.rms_norm_backward(
+                dy, x, weight, rstd, dh, ctx.weight_offset, wanted, ctx.backend
+            )
+            dx = differentiable_once("rms_norm", x, dx)
+            dweight = differentiable_once("rms_norm", x, dweight) if wanted else None
+        return dx, dweight, dx if ctx.has_residual else None, None, None, None
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    h = x.new_empty((0,) if residual is None else x.shape)
+    return y, h, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dh: Tensor | None,
+    weight_offset: float,
+    need_dweight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0) if weight is None or not need_dweight else weight.new_empty(
+        weight.shape
+    )
+
+
+@register(
+    "rms_norm_forward(Tensor x, Tensor? weight, Tensor? residual, float eps, float weight_offset, str backend)"
+    " -> (Tensor y, Tensor h, Tensor rstd)",
+    fake=_fake_forward,
+)
+def _forward(
+    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``h`` is empty without a residual; ``rstd`` is float32, one per row."""
+    y, h, rstd = _fake_forward(x, weight, residual, eps, weight_offset, backend)
+    _kernels(backend).rms_norm_forward(x, weight, residual, y, h, rstd, eps, weight_offset, backend)
+    return y, h, rstd
+
+
+@register(
+    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor? dh, float weight_offset,"
+    " bool need_dweight, str backend) -> (Tensor dx, Tensor dweight)",
+    fake=_fake_backward,
+)
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dh: Tensor | None,
+    weight_offset: float,
+    need_dweight: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``x`` is what was normalised; ``dweight`` is empty where it is not needed."""
+    dx, dweight = _fake_backward(dy, x, weight, rstd, dh, weight_offset, need_dweight, backend)
+    _kernels(backend).rms_norm_backward(dy, x, weight, rstd, dh, dx, dweight, weight_offset, backend)
+    return dx, dweight
+
+
+def _kernels(backend: str) -> Any:
+    if backend == "triton":
+        from . import triton_kernels  # needs triton, which the other backends do without
+
+        return triton_kernels
+    return native

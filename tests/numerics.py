@@ -1,0 +1,43 @@
+"""The rule for numerics (one for all ops): an error against float64 is measured by PyTorch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, what: str = "result") -> None:
+    """The error of ``actual`` is at most twice that of ``eager``, plus one rounding step of the dtype.
+
+    ``exact`` is the same computation in float64. Errors are compared by their maximum over the tensor, so
+    that an element on which eager happens to be right is not held against a kernel.
+    """
+    assert actual.dtype == eager.dtype, f"{what}: dtype {actual.dtype}, expected {eager.dtype}"
+    assert actual.shape == exact.shape, f"{what}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    if actual.numel() == 0:
+        return
+    error, allowed = (actual.double() - exact).abs(), (eager.double() - exact).abs().max()
+    bound = 2 * allowed + torch.finfo(actual.dtype).eps * exact.abs()
+    worst = (error - bound).argmax()
+    assert bool((error <= bound).all()), (
+        f"{what}: error {error.flatten()[worst]:.3e} where {exact.flatten()[worst]:.3e} was expected; "
+        f"PyTorch's own largest error is {allowed:.3e}"
+    )
+
+
+def with_gradients(
+    call: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor],
+    cast: Callable[[Tensor], Tensor] = lambda t: t,
+) -> list[Tensor]:
+    """``call(*inputs)`` on fresh leaves, differentiated with ``grads``: outputs, then the gradients of inputs."""
+    leaves = [None if t is None else cast(t.detach()).requires_grad_() for t in inputs]
+    out = call(*leaves)
+    out = out if isinstance(out, tuple) else (out,)
+    torch.autograd.backward(out, [cast(g) for g in grads[: len(out)]])
+    return [o.detach() for o in out] + [t.grad for t in leaves if t is not None]
