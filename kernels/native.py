@@ -15,12 +15,15 @@ except ImportError as error:
         "reinstall fastllm where a C++ compiler is found (pip install -v -e . shows the build)"
     )
 
+# backend -> its functions; both have the same names and arguments
+KERNELS: dict[str, ModuleType] = {b: getattr(_C, b) for b in ("cpu", "cuda") if hasattr(_C, b)}
+
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def cpu_missing() -> str | None:
     """Why the CPU kernels can't be called, or None."""
-    return None if _C is not None else _MISSING
+    return None if "cpu" in KERNELS else _MISSING
 
 
 def cuda_missing(device: torch.device) -> str | None:
@@ -29,18 +32,13 @@ def cuda_missing(device: torch.device) -> str | None:
         return f"serves CUDA tensors, these are on {device}"
     if _C is None:
         return _MISSING
-    if not hasattr(_C, "cuda"):
+    if "cuda" not in KERNELS:
         return "fastllm was installed without nvcc, so it holds no CUDA C++ kernels"
     if torch.version.hip:
         return "serves NVIDIA GPUs only"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "needs a GPU of compute capability 8.0 or newer"
     return None
-
-
-def kernels(backend: str) -> ModuleType:
-    """The functions of one native backend, ``"cpu"`` or ``"cuda"``; both have the same names and arguments."""
-    return _C.cpu if backend == "cpu" else _C.cuda
 
 
 def place(x: torch.Tensor) -> tuple[int, int]:

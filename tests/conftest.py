@@ -50,8 +50,7 @@ def simt(simt_module, monkeypatch: pytest.MonkeyPatch):
     from fastllm.kernels import native
 
     monkeypatch.setattr(native, "cuda_missing", lambda device: None if device.type == "cpu" else "emulated")
-    real = native.kernels
-    monkeypatch.setattr(native, "kernels", lambda backend: simt_module.cuda if backend == "cuda" else real(backend))
+    monkeypatch.setitem(native.KERNELS, "cuda", simt_module.cuda)
     return simt_module
 
 

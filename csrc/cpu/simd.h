@@ -74,7 +74,7 @@ inline vuint16 narrow(vuint32 v) { return __builtin_convertvector(v, vuint16); }
 
 inline vfloat load(const bfloat16* p) { return (vfloat)(widen(load_bits<vuint16>(p)) << 16); }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)  // one instruction instead of eight; what is below 1.2e-38 becomes 0
 inline void store(bfloat16* p, vfloat v) { store_bits(p, _mm512_cvtneps_pbh((__m512)v)); }
 #else
 inline void store(bfloat16* p, vfloat v) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import DTYPE_CODES, as_rows, kernels, place, pointer
+from ..native import DTYPE_CODES, KERNELS, as_rows, place, pointer
 
 
 def _code(weight: Tensor | None) -> int:
@@ -26,7 +26,7 @@ def rms_norm_forward(
     x, x_rows = as_rows(x)
     residual, residual_rows = as_rows(residual)
     weight = None if weight is None else weight.contiguous()
-    kernels(backend).rms_norm_forward(
+    KERNELS[backend].rms_norm_forward(
         x_rows, residual_rows, pointer(weight), y.data_ptr(), h.data_ptr(), rstd.data_ptr(),
         rstd.numel(), x.shape[-1], eps, weight_offset, DTYPE_CODES[x.dtype], _code(weight), *place(x),
     )  # fmt: skip
@@ -47,7 +47,7 @@ def rms_norm_backward(
     x, x_rows = as_rows(x)
     dh, dh_rows = as_rows(dh)
     weight = None if weight is None else weight.contiguous()
-    module, cols = kernels(backend), x.shape[-1]
+    module, cols = KERNELS[backend], x.shape[-1]
     device, stream = place(x)
     partials = 0
     workspace = None

@@ -1,0 +1,1 @@
+"""Benchmarks of fastllm's kernels, and the tables they leave behind."""

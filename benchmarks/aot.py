@@ -1,0 +1,258 @@
+"""Compile every GPU kernel ahead of time and tabulate what the compilers made of it. Needs no GPU.
+
+    python -m benchmarks.aot            compare with the committed table (benchmarks/aot.json)
+    python -m benchmarks.aot --write    write that table
+
+Triton kernels are compiled for each target as their own launchers launch them (:func:`launches` lists the
+calls); CUDA C++ kernels are read out of the installed native module. Per kernel and target: registers,
+bytes of local memory (where spills go), shared memory, and tensor-core instructions in the machine code.
+
+A kernel that spills, or that has lost its tensor-core instructions, fails. Registers and shared memory are
+held against the table only where the compiler is the very one that the table was made with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+TABLE = Path(__file__).with_name("aot.json")
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90a": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf(?:ma|mac)_\w+)\b")
+COLUMNS = ("registers", "local", "shared", "tensor_core")
+
+Row = dict[str, int]
+Table = dict[str, dict[str, Row]]  # kernel -> target -> row
+
+
+def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, call) of each launch to compile: sizes that reach every branch of the launchers."""
+    import torch
+
+    def rms_norm(cols: int, dtype: torch.dtype) -> Callable[[], Any]:
+        def call() -> None:
+            x, w, rstd = torch.empty(16, cols, dtype=dtype), torch.empty(cols, dtype=dtype), torch.empty(16)
+            torch.ops.fastllm.rms_norm_forward(x, w, x, 1e-6, 0.0, "triton")
+            torch.ops.fastllm.rms_norm_backward(x, x, w, rstd, x, 0.0, True, "triton")
+
+        return call
+
+    for cols in (128, 4096, 8192, 16384, 65536):
+        yield f"rms_norm bfloat16 {cols}", rms_norm(cols, torch.bfloat16)
+    for cols in (8192, 16384):
+        yield f"rms_norm float32 {cols}", rms_norm(cols, torch.float32)
+
+
+@functools.cache
+def triton_sources() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Name -> (kernel, arguments): what the launchers launch, recorded instead of launched."""
+    from triton.runtime.jit import JITFunction
+
+    import fastllm.kernels  # noqa: F401 (registers the operators)
+
+    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        found[f"{name} {kernel.fn.__name__.removesuffix('_kernel')}"] = (kernel, given)
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        for name, call in launches():
+            call()
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def _compile_triton(name: str, target: str) -> Row:
+    """Compile one recorded launch for one target (in a worker process: Triton's compilers hold the GIL)."""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+    kernel, given = triton_sources()[name]
+    signature, constants, attributes = {}, {}, {}
+    for i, (argument, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
+        value = given[argument]
+        aligned = False
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[argument], constants[argument] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[argument], aligned = "*" + types[value.dtype], True
+        elif isinstance(value, int):
+            signature[argument], aligned = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
+        else:
+            signature[argument] = "fp32"
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    options = {k: v for k, v in given.items() if k in ("num_warps", "num_stages", "maxnreg")}
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    if target.startswith("gfx"):
+        return _read_amd(compiled.asm["amdgcn"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        ((_, row),) = _read_cubin(Path(cubin.name)).items()
+    return row | {"shared": compiled.metadata.shared}
+
+
+def _read_amd(assembly: str) -> Row:
+    def number(field: str) -> int:
+        return sum(int(n) for n in re.findall(rf"\.{field}:\s+(\d+)", assembly))
+
+    return {
+        "registers": number("vgpr_count"),
+        "local": number("private_segment_fixed_size"),
+        "shared": number("group_segment_fixed_size"),
+        "tensor_core": len(TENSOR_CORE.findall(assembly)),
+    }
+
+
+def _cuobjdump() -> str:
+    """The one that Triton's wheel carries."""
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _read_cubin(path: Path, arch: str | None = None) -> dict[str, Row]:
+    """Kernel -> row, for the machine code in a cubin, or for one architecture in a shared library."""
+    choice = ["-arch", arch] if arch else []
+    usage = subprocess.run([_cuobjdump(), "-res-usage", *choice, path], capture_output=True, text=True, check=True)
+    rows: dict[str, Row] = {}
+    for function, fields in re.findall(r"Function (\S+):\n\s*(.*)", usage.stdout):
+        value = dict(re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", fields))
+        rows[function] = {
+            "registers": int(value["REG"]),
+            "local": int(value["STACK"]) + int(value["LOCAL"]),
+            "shared": int(value["SHARED"]),
+            "tensor_core": 0,
+        }
+    sass = subprocess.run([_cuobjdump(), "-sass", *choice, path], capture_output=True, text=True, check=True)
+    for part in re.split(r"Function : ", sass.stdout)[1:]:
+        rows[part.split(None, 1)[0]]["tensor_core"] = len(TENSOR_CORE.findall(part))
+    return rows
+
+
+def triton_table() -> Table:
+    jobs = [(name, target) for name in triton_sources() for target in TARGETS]
+    # Spawned, not forked: a fork of a process with OpenMP threads hangs.
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        rows = list(pool.map(_compile_triton, *zip(*jobs, strict=True)))
+    table: Table = defaultdict(dict)
+    for (name, target), row in zip(jobs, rows, strict=True):
+        table[name][target] = row
+    return dict(table)
+
+
+def cuda_table() -> Table | str:
+    """The table of the installed module's CUDA kernels, or the reason why there is none."""
+    from fastllm.kernels import native
+
+    if native._C is None or not hasattr(native._C, "cuda"):
+        return "the installed module has no CUDA C++ (install with nvcc on the PATH)"
+    if shutil.which("c++filt") is None:
+        return "c++filt is not installed"
+    table: Table = defaultdict(dict)
+    for arch in native._C.cuda.archs.split():
+        rows = _read_cubin(Path(native._C.__file__), f"sm_{arch}")
+        plain = subprocess.run(["c++filt", "-p", *rows], capture_output=True, text=True, check=True).stdout.splitlines()
+        for name, row in zip(plain, rows.values(), strict=True):
+            table[re.sub(r"\(anonymous namespace\)::|fastllm::|cuda::|__nv_", "", name)][f"sm_{arch}"] = row
+    return dict(sorted(table.items()))
+
+
+def compilers() -> dict[str, str]:
+    import triton
+
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    try:
+        text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+        found = re.search(r"release [\d.]+, V([\d.]+)", text)
+    except (OSError, subprocess.CalledProcessError):
+        found = None
+    return {"triton": triton.__version__, "cuda": found.group(1) if found else "none"}
+
+
+def problems(kind: str, new: Table, old: Table, same_compiler: bool) -> list[str]:
+    """What is wrong with ``new``, on its own and against the committed table ``old``."""
+    found = []
+    for kernel, targets in new.items():
+        for target, row in targets.items():
+            place = f"{kind}: {kernel} on {target}"
+            if row["local"]:
+                found.append(f"{place}: {row['local']} bytes of local memory (it spills)")
+            before = old.get(kernel, {}).get(target)
+            if before is None:
+                found.append(f"{place}: not in the table (python -m benchmarks.aot --write)")
+            elif before["tensor_core"] and not row["tensor_core"]:
+                found.append(f"{place}: lost its {before['tensor_core']} tensor-core instructions")
+            elif same_compiler and row != before:
+                found.append(f"{place}: {row}, the table has {before} (python -m benchmarks.aot --write)")
+    found += [f"{kind}: {kernel}: in the table, but not compiled" for kernel in old if kernel not in new]
+    return found
+
+
+def report(table: Table) -> str:
+    """Markdown: per kernel, registers on each target (and shared memory, tensor-core instructions, spills)."""
+    targets = [t for t in TARGETS if any(t in row for row in table.values())]
+    lines = ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
+    for kernel, rows in table.items():
+        cells = []
+        for target in targets:
+            row = rows.get(target)
+            extra = [f"{row['shared']} B shared" if row["shared"] else "", f"{row['tensor_core']} mma" if row["tensor_core"] else "",
+                     f"**{row['local']} B spilled**" if row["local"] else ""] if row else []  # fmt: skip
+            cells.append(", ".join([str(row["registers"]), *filter(None, extra)]) if row else "–")
+        lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET"):
+        parser.error("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
+    new = {"compilers": compilers(), "triton": triton_table(), "cuda": cuda_table()}
+    if isinstance(new["cuda"], str):
+        print(f"CUDA C++: left out: {new['cuda']}")
+        if arguments.write:
+            return 1
+    if arguments.write:
+        TABLE.write_text(json.dumps(new, indent=1) + "\n")
+    old = json.loads(TABLE.read_text())
+    found = []
+    for kind in ("triton", "cuda"):
+        if not isinstance(new[kind], str):
+            print(f"\n{kind} {new['compilers'][kind]}: registers per thread\n\n{report(new[kind])}")
+            found += problems(kind, new[kind], old[kind], new["compilers"][kind] == old["compilers"][kind])
+    print("\n" + ("\n".join(found) if found else "no spills, nothing lost against the table"))
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

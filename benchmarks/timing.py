@@ -1,0 +1,90 @@
+"""How a call is timed, and what machine it ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Clock:
+    """A timer for pytest-benchmark that advances only while a call wrapped by :meth:`timed` runs.
+
+    On a CPU by the wall clock. On a GPU by CUDA events, after the L2 cache has been overwritten, so that a
+    call finds its inputs in memory as it would in a model.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._flush = torch.empty(0)
+
+    def __call__(self) -> float:
+        return self.now
+
+    def timed(self, call: Callable[[], Any]) -> Callable[[], None]:
+        return lambda: self._gpu(call) if DEVICE.type == "cuda" else self._cpu(call)
+
+    def _cpu(self, call: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        call()
+        self.now += time.perf_counter() - start
+
+    def _gpu(self, call: Callable[[], Any]) -> None:
+        if not self._flush.numel():
+            cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size
+            self._flush = torch.empty(4 * cache, dtype=torch.int8, device=DEVICE)
+        self._flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        self.now += start.elapsed_time(end) / 1e3
+
+
+CLOCK = Clock()
+
+
+def device_name() -> str:
+    """The GPU's or the processor's name as a folder of benchmarks/results/ can bear it."""
+    if DEVICE.type == "cuda":
+        name = torch.cuda.get_device_name(DEVICE)
+    else:
+        info = Path("/proc/cpuinfo")
+        models = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []  # fmt: skip
+        name = f"{models[0] if models else platform.processor() or platform.machine()} {os.cpu_count()} cores"
+    return "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
+
+
+def stamp() -> dict[str, str]:
+    """What a result must say of where it comes from."""
+    import triton
+
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    found = {
+        "device": device_name(),
+        "commit": commit,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+    if DEVICE.type == "cuda":
+        found |= {"cuda": str(torch.version.cuda), "sms": str(torch.cuda.get_device_properties(DEVICE).multi_processor_count)}
+    else:
+        from fastllm.kernels import native
+
+        found["cpu kernels"] = native.KERNELS["cpu"].instruction_set() if "cpu" in native.KERNELS else "none"
+    return found

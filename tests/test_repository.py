@@ -1,0 +1,93 @@
+"""The repository itself: lint, format, what is installed, and what the compilers make of the kernels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_lint(command):
+    found = run(sys.executable, "-m", "ruff", *command, ".")
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+def test_every_package_is_installed():
+    """A new folder of kernels must be named in pyproject.toml, or an installed fastllm lacks it."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {"fastllm", "fastllm.kernels"}
+    found |= {f"fastllm.kernels.{p.parent.name}" for p in (ROOT / "kernels").glob("*/__init__.py")}
+    found |= {f"fastllm.{p.parent.name}" for p in (ROOT / "fastllm").glob("*/__init__.py")}
+    assert set(listed) == found
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+def test_the_native_module_was_built():
+    from fastllm.kernels import native
+
+    assert native.cpu_missing() is None
+    if shutil.which("nvcc") and os.environ.get("FASTLLM_CUDA_ARCHS") != "none":
+        assert "cuda" in native.KERNELS
+
+
+def test_sources_include_no_torch_header():
+    """One module serves every torch because it knows none."""
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert "torch/" not in path.read_text(), path
+        assert "ATen" not in path.read_text(), path
+
+
+def test_kernels_do_not_import_the_rest():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        text = path.read_text()
+        assert "import fastllm" not in text.replace(">>> from fastllm.kernels import", ""), path
+        assert "from fastllm" not in text.replace(">>> from fastllm.kernels import", ""), path
+
+
+def test_installs_without_a_compiler(tmp_path):
+    """The wheel builds, holds every module, and says what is missing."""
+    wheel = run(
+        sys.executable, "-m", "pip", "wheel", ".", "--no-build-isolation", "--no-deps", "-v", "-w", str(tmp_path),
+        PATH=str(Path(sys.executable).parent), CXX=str(tmp_path / "no-such-compiler"), FASTLLM_CUDA_ARCHS="none",
+    )  # fmt: skip
+    assert wheel.returncode == 0, wheel.stdout + wheel.stderr
+    assert "the native module was NOT built" in wheel.stdout + wheel.stderr
+    target = tmp_path / "installed"
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), *map(str, tmp_path.glob("*.whl")))
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, fastllm.kernels as k
+assert k.__file__.startswith(sys.argv[1]), k.__file__
+print(k.explain("rms_norm", torch.ones(2, 4)))
+print(k.rms_norm(torch.ones(2, 4)).shape)
+"""
+    used = subprocess.run([sys.executable, "-c", code, str(target)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert used.returncode == 0, used.stderr
+    assert "rms_norm: torch" in used.stdout
+    assert "can't be loaded" in used.stdout
+
+
+def test_compiled_kernels_match_the_table():
+    """Every GPU kernel compiles for every target; nothing spills or loses its tensor-core instructions."""
+    found = run(sys.executable, "-m", "benchmarks.aot")
+    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
+
+
+def test_the_gpu_command_says_that_there_is_no_gpu(tmp_path):
+    found = run(sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out"), CUDA_VISIBLE_DEVICES="")
+    assert found.returncode == 2
+    assert "there is no GPU here" in found.stderr
+    assert not (tmp_path / "out").exists()
