@@ -66,7 +66,9 @@ class BuildNative(build_ext):
         try:
             self._build(target)
         except Exception as error:
-            target.unlink(missing_ok=True)  # a stale module is worse than none
+            stale = [target, *(ROOT / "kernels").glob("_C.*.so")] if self.inplace or self.editable_mode else [target]
+            for module in stale:  # worse than none
+                module.unlink(missing_ok=True)
             print(
                 f"\nfastllm: the native module was NOT built: {error}\n"
                 "fastllm: the Triton and PyTorch backends work without it; the CPU and CUDA C++ kernels don't.\n",
@@ -161,4 +163,4 @@ class BuildNative(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)], check=True)
 
 
-setup(ext_modules=[Extension("fastllm.kernels._C", sources=[])], cmdclass={"build_ext": BuildNative})
+setup(ext_modules=[Extension("fastllm.kernels._C", sources=[], optional=True)], cmdclass={"build_ext": BuildNative})

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -68,13 +69,15 @@ def test_installs_without_a_compiler(tmp_path):
     target = tmp_path / "installed"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(target), *map(str, tmp_path.glob("*.whl")))
     code = """
-import sys; sys.path.insert(0, sys.argv[1])
+import sys; sys.path[:0] = sys.argv[1:]
 import torch, fastllm.kernels as k
 assert k.__file__.startswith(sys.argv[1]), k.__file__
 print(k.explain("rms_norm", torch.ones(2, 4)))
 print(k.rms_norm(torch.ones(2, 4)).shape)
 """
-    used = subprocess.run([sys.executable, "-c", code, str(target)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    # -S: without the path hooks of an editable install, which would find the module after all
+    command = [sys.executable, "-S", "-c", code, str(target), sysconfig.get_path("purelib")]
+    used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert used.returncode == 0, used.stderr
     assert "rms_norm: torch" in used.stdout
     assert "can't be loaded" in used.stdout

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastllm import config as configs
+from fastllm.config import PRESETS, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from fastllm.errors import UserError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_toml_round_trip(name, tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(configs.dump(PRESETS[name]))
+    assert configs.load(path) == PRESETS[name]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
+def test_toml_strings_round_trip(tmp_path_factory, paths):
+    config = replace(Config(), data=DataConfig(paths=tuple(paths)))
+    path = tmp_path_factory.mktemp("toml") / "config.toml"
+    path.write_text(configs.dump(config), encoding="utf-8", newline="")
+    assert configs.load(path) == config
+
+
+def test_toml_is_laid_over_the_base(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("[model]\ndim = 96\n\n[optim]\nlr = 1\n")
+    config = configs.load(path, PRESETS["124m"])
+    assert config.model == replace(PRESETS["124m"].model, dim=96)
+    assert config.optim.lr == 1.0
+    assert config.train == PRESETS["124m"].train
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ("[modle]\ndim = 4", ["modle", "'model'"]),
+        ("[train]\nstep = 4", ["'step'", "'steps'", "[train]"]),
+        ("[train]\nsteps = 4.5", ["train.steps", "whole number", "4.5"]),
+        ("[train]\nsteps = true", ["train.steps", "whole number"]),
+        ('[data]\npaths = "a.txt"', ["data.paths", "list of strings"]),
+        ("[train]\nsteps = 0", ["train.steps", "greater than 0"]),
+        ("[model]\nkv_heads = 3", ["model.heads", "model.kv_heads", "multiple"]),
+        ("train = 3", ["[train]"]),
+        ("[model", ["not valid TOML"]),
+    ],
+)
+def test_a_wrong_file_is_named_with_what_is_wrong(toml, words, tmp_path):
+    path = tmp_path / "wrong.toml"
+    path.write_text(toml)
+    with pytest.raises(UserError) as error:
+        configs.load(path)
+    for word in ["wrong.toml", *words]:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_or_binary_file(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        configs.load(tmp_path / "none.toml")
+    (tmp_path / "binary.toml").write_bytes(b"a = \xff")
+    with pytest.raises(UserError, match="not UTF-8"):
+        configs.load(tmp_path / "binary.toml")
+
+
+def test_unknown_preset_names_the_near_ones():
+    with pytest.raises(UserError, match=r"unknown preset '125m'; did you mean '124m'"):
+        configs.preset("125m")
+    with pytest.raises(UserError, match="choose from 124m, 1b"):
+        configs.preset("zzz")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelConfig(heads=4, kv_heads=3), "model.heads .* multiple of model.kv_heads"),
+        (lambda: ModelConfig(dim=100, heads=3, kv_heads=3), "model.dim"),
+        (lambda: ModelConfig(dim=1024, heads=2), "at most 256"),
+        (lambda: ModelConfig(vocab_size=100), "at least 257"),
+        (lambda: ModelConfig(layers=0), "model.layers must be greater than 0"),
+        (lambda: TrainConfig(steps=-1), "train.steps"),
+        (lambda: TrainConfig(precision="float8"), "auto, float32, bfloat16"),
+        (lambda: OptimConfig(warmup=0.7, decay=0.7), "optim.warmup"),
+        (lambda: OptimConfig(beta2=1.0), "optim.beta2"),
+        (lambda: DataConfig(validation=0.0), "data.validation"),
+        (lambda: Config(train=TrainConfig(batch_tokens=1000)), "multiple of model.context"),
+    ],
+)
+def test_values_are_checked(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

@@ -1,0 +1,82 @@
+"""Compiles CUDA sources with g++ and the emulator's headers into a library that runs them on the CPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SIMT = Path(__file__).resolve().parent
+REPOSITORY = SIMT.parent.parent
+CACHE = REPOSITORY / "build" / "simt"
+
+# Kernels view their registers as other types; NaN and infinity must behave as they do on the GPU, and
+# products are not fused into sums unless the source says so.
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
+         "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE"]  # fmt: skip
+
+
+def build(
+    sources: Sequence[Path],
+    name: str,
+    *,
+    flags: Sequence[str] = (),
+    include: Sequence[Path] = (),
+    python_module: bool = False,
+) -> Path:
+    """Compile ``sources`` (.cpp, .cu) and the emulator into a shared library and return its path.
+
+    A library that was built before from the same text is taken from the cache. With ``python_module`` it
+    is an extension module called ``name``, compiled with the headers of Python and pybind11.
+    """
+    include = [SIMT, *include]
+    suffix = ".so"
+    if python_module:
+        import pybind11
+
+        include += [Path(sysconfig.get_path("include")), Path(pybind11.get_include())]
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    command = [*compiler, *FLAGS, *flags, *(f"-I{path}" for path in include)]
+    sources = [*map(Path, sources), SIMT / "simt.cpp"]
+
+    target = CACHE / f"{name}-{_key(command, sources, include)}" / f"{name}{suffix}"
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        objects = [Path(folder, f"{number}.o") for number in range(len(sources))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # the largest first: the time is that of the last to end
+            jobs = sorted(zip(sources, objects, strict=True), key=lambda job: -job[0].stat().st_size)
+            list(pool.map(lambda job: _run([*command, "-x", "c++", "-c", job[0], "-o", job[1]]), jobs))
+        library = Path(folder, target.name)
+        _run([*compiler, *flags, "-shared", *objects, "-ldl", "-o", library])
+        os.replace(library, target)  # whole or not at all, whoever else builds it now
+    return target
+
+
+def _key(command: Sequence[str], sources: Sequence[Path], include: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
+    folders = {REPOSITORY / "csrc", *(path for path in include if path.is_relative_to(REPOSITORY))}
+    headers = {path.resolve() for folder in folders for path in folder.rglob("*.h")}
+    for part in (version, "\0".join(command).encode(), *map(_content, sources), *map(_content, sorted(headers))):
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:16]
+
+
+def _content(path: Path) -> bytes:
+    return bytes(path) + b"\0" + path.read_bytes()
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stderr}")

@@ -1,0 +1,290 @@
+#include "simt.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <numeric>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace simt {
+namespace {
+
+constexpr size_t kStack = 256 << 10;  // address space; only pages that are touched take memory
+constexpr size_t kPage = 4096;
+constexpr size_t kMaxShared = 227 << 10;
+
+enum class State { ready, at_barrier, at_collective, ended };
+
+// A fiber serves a thread of one block after the other. makecontext starts it; from then on it is
+// switched by _setjmp and _longjmp, which, unlike swapcontext, make no system call.
+struct Fiber {
+  Fiber();
+  ~Fiber() { munmap(stack, kStack); }
+
+  char* stack;
+  ucontext_t start;
+  jmp_buf here;
+  bool started = false;
+
+  State state = State::ready;
+  uint3 thread{};
+  Site site{};
+  unsigned mask = 0;
+  void* argument = nullptr;
+};
+
+struct Scheduler {
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  int threads = 0;  // of the block; fibers beyond wait for a larger block
+  std::deque<int> ready;
+  int current = -1;
+  int at_barrier = 0;
+  jmp_buf home;
+
+  const void* kernel = nullptr;
+  const std::function<void()>* body = nullptr;
+  std::exception_ptr error;
+
+  uint64_t seed = 0;
+  std::mt19937_64 random;
+  bool newest_first = false;  // one warp runs far ahead of the others
+
+  void run_block(size_t shared_bytes);
+  int next();
+  void resume(Fiber& fiber);
+  void yield();
+  void release(int thread);
+  std::string where() const;
+  std::string deadlock() const;
+};
+
+Scheduler scheduler;
+std::mutex one_grid_at_a_time;
+alignas(1024) unsigned char shared_bytes_of_block[kMaxShared];
+
+void fiber_main() {
+  for (;;) {
+    try {
+      (*scheduler.body)();
+    } catch (...) {
+      scheduler.error = std::current_exception();
+    }
+    scheduler.fibers[scheduler.current]->state = State::ended;
+    scheduler.yield();
+  }
+}
+
+Fiber::Fiber() {
+  void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  stack = static_cast<char*>(memory);
+  mprotect(stack, kPage, PROT_NONE);  // an overflow faults rather than overwrites the next stack
+}
+
+void Scheduler::resume(Fiber& fiber) {
+  threadIdx = fiber.thread;
+  if (_setjmp(home) != 0) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack;
+  fiber.start.uc_stack.ss_size = kStack;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, fiber_main, 0);
+  setcontext(&fiber.start);
+}
+
+void Scheduler::yield() {
+  if (_setjmp(fibers[current]->here) == 0) _longjmp(home, 1);
+}
+
+void Scheduler::release(int thread) {
+  fibers[thread]->state = State::ready;
+  ready.push_back(thread);
+}
+
+int Scheduler::next() {
+  if (seed != 0 && !newest_first) std::swap(ready.front(), ready[random() % ready.size()]);
+  const int thread = seed != 0 && newest_first ? ready.back() : ready.front();
+  if (seed != 0 && newest_first)
+    ready.pop_back();
+  else
+    ready.pop_front();
+  return thread;
+}
+
+void Scheduler::run_block(size_t shared_bytes) {
+  std::memset(shared_bytes_of_block, 0xff, shared_bytes);  // NaN in every floating-point type
+  at_barrier = 0;
+  error = nullptr;
+  ready.resize(threads);
+  std::iota(ready.begin(), ready.end(), 0);
+  for (int t = 0; t < threads; ++t) fibers[t]->state = State::ready;
+  if (seed != 0) {
+    newest_first = random() % 2;
+    std::shuffle(ready.begin(), ready.end(), random);
+  }
+  while (!ready.empty() && !error) {
+    current = next();
+    resume(*fibers[current]);
+  }
+  const bool stuck = !error && std::any_of(fibers.begin(), fibers.begin() + threads,
+                                           [](const auto& fiber) { return fiber->state != State::ended; });
+  if (stuck) error = std::make_exception_ptr(std::runtime_error(deadlock()));
+  current = -1;
+  if (error) {
+    for (auto& fiber : fibers)  // what stands on their stacks is given up
+      if (fiber->state != State::ended) fiber->started = false;
+    std::rethrow_exception(error);
+  }
+}
+
+std::string text(const uint3& index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+}
+
+std::string text(const Site& site) {
+  return std::string(site.operation) + " in " + site.function + " (" + site.file + ":" + std::to_string(site.line) + ")";
+}
+
+std::string Scheduler::where() const {
+  Dl_info info;
+  std::string name = "a kernel";
+  if (dladdr(kernel, &info) && info.dli_saddr == kernel) {
+    char* plain = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
+    name = plain ? plain : info.dli_sname;
+    std::free(plain);
+  }
+  return name + ", block " + text(blockIdx);
+}
+
+std::string Scheduler::deadlock() const {
+  std::map<std::string, std::pair<int, uint3>> groups;  // what threads do: how many, the first of them
+  for (int t = 0; t < threads; ++t) {
+    const Fiber& fiber = *fibers[t];
+    std::ostringstream what;
+    if (fiber.state == State::ended)
+      what << "ended";
+    else
+      what << "at " << text(fiber.site);
+    if (fiber.state == State::at_collective) what << " with mask 0x" << std::hex << fiber.mask;
+    auto [group, created] = groups.try_emplace(what.str(), 0, fiber.thread);
+    ++group->second.first;
+  }
+  std::ostringstream message;
+  message << where() << ": threads wait for others that never come:";
+  for (const auto& [what, group] : groups)
+    message << "\n  " << group.first << " of " << threads << " threads " << what << ", first " << text(group.second);
+  return message.str();
+}
+
+}  // namespace
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, const std::function<void()>& thread) {
+  std::lock_guard<std::mutex> lock(one_grid_at_a_time);
+  Scheduler& s = scheduler;
+  gridDim = grid;
+  blockDim = block;
+  s.kernel = kernel;
+  s.body = &thread;
+  s.threads = int(block.x * block.y * block.z);
+  while (int(s.fibers.size()) < s.threads) s.fibers.push_back(std::make_unique<Fiber>());
+  int t = 0;
+  for (unsigned z = 0; z < block.z; ++z)
+    for (unsigned y = 0; y < block.y; ++y)
+      for (unsigned x = 0; x < block.x; ++x) s.fibers[t++]->thread = {x, y, z};
+
+  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  s.random.seed(s.seed);
+  if (s.seed != 0) std::shuffle(order.begin(), order.end(), s.random);
+  for (const uint64_t index : order) {
+    blockIdx = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
+    s.run_block(shared_bytes);
+  }
+}
+
+void set_seed(uint64_t seed) { scheduler.seed = seed; }
+
+void barrier(const Site& site) {
+  Scheduler& s = scheduler;
+  Fiber& me = *s.fibers[s.current];
+  me.state = State::at_barrier;
+  me.site = site;
+  if (++s.at_barrier == s.threads) {
+    s.at_barrier = 0;
+    for (int t = 0; t < s.threads; ++t) {
+      const Site& other = s.fibers[t]->site;
+      if (other.line != site.line || std::strcmp(other.file, site.file) != 0)
+        fail(site, ("met by threads at another barrier, " + text(other)).c_str());
+    }
+    for (int t = 0; t < s.threads; ++t) s.release(t);
+  }
+  s.yield();
+}
+
+int lane() { return scheduler.current % warpSize; }
+
+void collective(unsigned mask, const Site& site, void* argument, void (*resolve)(const Lanes&)) {
+  Scheduler& s = scheduler;
+  Fiber& me = *s.fibers[s.current];
+  me.state = State::at_collective;
+  me.site = site;
+  me.mask = mask;
+  me.argument = argument;
+  if ((mask >> lane() & 1) == 0) fail(site, "the mask does not name the calling lane");
+
+  const int first = s.current - lane();
+  Lanes lanes;
+  lanes.mask = mask;
+  bool complete = true;
+  for (int l = 0; l < warpSize && complete; ++l) {
+    if (!lanes.has(l)) continue;
+    complete = first + l < s.threads;
+    if (!complete) break;
+    const Fiber& other = *s.fibers[first + l];
+    complete = other.state == State::at_collective && other.mask == mask &&
+               std::strcmp(other.site.operation, site.operation) == 0;
+    lanes.arguments[l] = other.argument;
+  }
+  if (complete) {
+    resolve(lanes);
+    for (int l = 0; l < warpSize; ++l)
+      if (lanes.has(l)) s.release(first + l);
+  }
+  s.yield();
+}
+
+void fail(const Site& site, const char* message) {
+  throw std::runtime_error(scheduler.where() + ", thread " + text(threadIdx) + ": " + text(site) + ": " + message);
+}
+
+unsigned char* dynamic_shared() { return shared_bytes_of_block; }
+
+size_t& shared_limit(const void* kernel) {
+  static std::map<const void*, size_t> limits;
+  return limits.try_emplace(kernel, 48 << 10).first->second;
+}
+
+}  // namespace simt
+
+extern "C" __attribute__((visibility("default"))) void simt_set_seed(uint64_t seed) { simt::set_seed(seed); }

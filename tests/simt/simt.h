@@ -1,0 +1,67 @@
+// The emulator's core: a grid of blocks whose threads run as fibers of one OS thread. cuda_runtime.h
+// puts CUDA's names on top; simt_ptx.h adds instructions by `collective`.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Of the thread that runs now.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace simt {
+
+// Where a thread waits. Functions that wait take the caller's place as a default argument.
+struct Site {
+  const char* operation;
+  const char* function;
+  const char* file;
+  int line;
+};
+
+// Runs `thread` once for every thread of the grid, a block at a time. Throws std::runtime_error when
+// threads wait for others that never come, and whatever `thread` throws.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, const std::function<void()>& thread);
+
+// 0: threads and blocks run in order. Otherwise in an order drawn from the seed, block by block anew.
+void set_seed(uint64_t seed);
+
+// Every thread of the block waits here for all the others.
+void barrier(const Site& site);
+
+// The arguments of a warp's lanes, which wait together.
+class Lanes {
+ public:
+  unsigned mask = 0;
+  void* arguments[warpSize] = {};
+
+  bool has(int lane) const { return mask >> lane & 1; }
+  template <typename Argument>
+  Argument& at(int lane) const {
+    return *static_cast<Argument*>(arguments[lane]);
+  }
+};
+
+int lane();
+
+// The lanes in `mask` wait for each other; the last one to come calls `resolve`, which reads and writes
+// the arguments of all of them; then all go on.
+void collective(unsigned mask, const Site& site, void* argument, void (*resolve)(const Lanes&));
+
+[[noreturn]] void fail(const Site& site, const char* message);
+
+unsigned char* dynamic_shared();
+size_t& shared_limit(const void* kernel);  // set by cudaFuncSetAttribute
+
+}  // namespace simt

@@ -1,0 +1,162 @@
+"""The emulator itself: it runs right kernels rightly and finds what is wrong with the wrong ones."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+def _builder():
+    spec = importlib.util.spec_from_file_location("simt_build", HERE / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def library() -> ctypes.CDLL:
+    built = _builder().build([HERE / "selftest.cu"], "selftest", include=[HERE.parents[1] / "csrc"])
+    library = ctypes.CDLL(str(built))
+    library.simt_set_seed.argtypes = [ctypes.c_uint64]
+    return library
+
+
+@pytest.fixture(autouse=True)
+def in_order(library: ctypes.CDLL) -> Iterator[None]:
+    library.simt_set_seed(0)
+    yield
+    library.simt_set_seed(0)
+
+
+def call(library: ctypes.CDLL, name: str, *arguments: torch.Tensor | int) -> str | None:
+    """The message of the error that the kernel ended with, or None."""
+    function = getattr(library, name)
+    function.restype = ctypes.c_char_p
+    message = function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments))
+    return message.decode() if message is not None else None
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("threads", [32, 96, 1024])
+def test_block_reduction(library: ctypes.CDLL, threads: int, seed: int) -> None:
+    library.simt_set_seed(seed)
+    values = torch.randint(-100, 100, (20, 3000)).float()  # whole numbers: any order gives the same sum
+    out = torch.empty(20)
+    assert call(library, "run_block_sum", values, out, 20, threads, 3000) is None
+    assert torch.equal(out, values.sum(1))
+
+
+def shifted(library: ctypes.CDLL, seed: int, with_barrier: bool) -> bool:
+    library.simt_set_seed(seed)
+    values, out = torch.randn(256), torch.empty(256)
+    assert call(library, "run_shift", values, out, 256, with_barrier) is None
+    return torch.equal(out[1:], values[:-1])
+
+
+def test_a_missing_barrier_shows_when_threads_are_shuffled(library: ctypes.CDLL) -> None:
+    assert shifted(library, 0, with_barrier=False)  # in order nobody would notice
+    assert not any(shifted(library, seed, with_barrier=False) for seed in range(1, 9))
+    assert all(shifted(library, seed, with_barrier=True) for seed in range(9))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_barrier_that_not_all_threads_reach(library: ctypes.CDLL, seed: int) -> None:
+    library.simt_set_seed(seed)
+    message = call(library, "run_half_leaves")
+    assert "half_leaves" in message and "block (" in message
+    assert "32 of 64 threads at __syncthreads" in message and "32 of 64 threads ended" in message
+    assert "another barrier" in call(library, "run_two_barriers")
+    assert shifted(library, seed, with_barrier=True)  # the next grid runs as if nothing had been
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_shuffle_whose_lanes_do_not_all_come(library: ctypes.CDLL, seed: int) -> None:
+    library.simt_set_seed(seed)
+    message = call(library, "run_wrong_shuffle", 0)
+    assert "31 of 32 threads at __shfl_sync" in message and "mask 0xffffffff" in message
+    assert "1 of 32 threads at __syncthreads" in message and "first (5, 0, 0)" in message
+    assert "1 of 32 threads ended" in call(library, "run_wrong_shuffle", 1)
+    assert "reads a lane that the mask does not name" in call(library, "run_wrong_shuffle", 2)
+    assert "does not name the calling lane" in call(library, "run_outside_mask")
+
+
+@pytest.mark.parametrize("width", [1, 2, 8, 32])
+@pytest.mark.parametrize("argument", [0, 1, 3, 16, 31])
+def test_shuffles_and_votes(library: ctypes.CDLL, argument: int, width: int) -> None:
+    """Against the tables of PTX's shfl.sync: out of the segment, a lane reads itself."""
+    library.simt_set_seed(argument + width)
+    out = torch.empty(6, 64, dtype=torch.int32)
+    assert call(library, "run_shuffles", out, argument, width) is None
+    for thread in range(64):
+        warp, lane = thread // 32 * 32, thread % 32
+        first = lane // width * width
+        inside = {
+            0: first + argument % width,
+            1: lane ^ argument if lane ^ argument < first + width else lane,
+            2: lane - argument if lane - argument >= first else lane,
+            3: lane + argument if lane + argument < first + width else lane,
+        }
+        assert {kind: out[kind, thread].item() - warp for kind in inside} == inside
+        votes = [other for other in range(lane % 2, 32, 2) if other < argument]
+        assert out[4, thread].item() & 0xFFFFFFFF == sum(1 << vote for vote in votes)
+        assert out[5, thread].item() == (len(votes) > 0) + 2 * (len(votes) == 16)
+
+
+def test_dynamic_shared_memory_is_poisoned_before_every_block(library: ctypes.CDLL) -> None:
+    out = torch.zeros(128)
+    assert call(library, "run_dynamic_memory", out, 3, 128, ctypes.c_size_t(512)) is None
+    assert out.isnan().all()
+
+
+def test_launch_limits(library: ctypes.CDLL) -> None:
+    out = torch.zeros(1024)
+    assert call(library, "run_dynamic_memory", out, 1, 1, ctypes.c_size_t(227 << 10)) is None
+    assert "invalid argument" in call(library, "run_dynamic_memory", out, 1, 1, ctypes.c_size_t((227 << 10) + 1))
+    for blocks, threads in [(0, 32), (1, 0), (1, 1025)]:
+        message = call(library, "run_dynamic_memory", out, blocks, threads, ctypes.c_size_t(0))
+        assert "invalid configuration argument" in message
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_block_runs_once(library: ctypes.CDLL, seed: int) -> None:
+    library.simt_set_seed(seed)
+    out = torch.empty(2 * 3 * 5, dtype=torch.int32)
+    assert call(library, "run_order", out, 2, 3, 5, 64) is None
+    assert out.sort().values.tolist() == list(range(30))
+    assert (out.tolist() == list(range(30))) == (seed == 0)
+
+
+def test_16_bit_types_to_float32(library: ctypes.CDLL) -> None:
+    bits = torch.arange(65536).to(torch.uint16)
+    bf16, half = torch.empty(65536), torch.empty(65536)
+    library.to_float32(*(ctypes.c_void_p(t.data_ptr()) for t in (bits, bf16, half)), ctypes.c_int64(65536))
+    for ours, dtype in ((bf16, torch.bfloat16), (half, torch.float16)):
+        theirs = bits.view(dtype).float()
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        real = ~theirs.isnan()
+        assert torch.equal(ours[real].view(torch.int32), theirs[real].view(torch.int32))
+
+
+def test_float32_to_16_bit_types(library: ctypes.CDLL) -> None:
+    random = torch.randint(-(2**31), 2**31, (1 << 20,)).to(torch.int32).view(torch.float32)
+    around = torch.arange(65536).to(torch.uint16)
+    exact = torch.cat([around.view(torch.float16).float(), around.view(torch.bfloat16).float()])
+    between = (exact[1:] + exact[:-1]) / 2  # ties
+    values = torch.cat([random, torch.randn(1 << 18), exact, between])
+    for direction in (torch.inf, -torch.inf):
+        values = torch.cat([values, torch.nextafter(between, torch.tensor(direction))])
+    bf16, half = (torch.empty(len(values), dtype=torch.uint16) for _ in range(2))
+    pointers = (ctypes.c_void_p(t.data_ptr()) for t in (values, bf16, half))
+    library.from_float32(*pointers, ctypes.c_int64(len(values)))
+    for ours, dtype in ((bf16, torch.bfloat16), (half, torch.float16)):
+        theirs = values.to(dtype)
+        real = ~values.isnan()
+        assert torch.equal(ours[real].view(torch.int16), theirs[real].view(torch.int16))
+        assert (ours[~real].to(torch.int32) == 0x7FFF).all()
