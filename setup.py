@@ -113,7 +113,7 @@ class BuildNative(build_ext):
         lines = [
             f"cxx = {ninja_escape(cxx)}",
             "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $cxx $in $flags -o $out",
+            f"rule link\n  command = {ninja_escape(nvcc if archs else cxx)} $in $flags -o $out",
         ]
         objects: list[Path] = []
 
@@ -131,7 +131,6 @@ class BuildNative(build_ext):
             for isa, options in isas.items():
                 compile_to(f"cpu_{source.stem}_{isa}", "cxx", source, [*flags, *options, f"-DFASTLLM_ISA={isa}"])
         if archs:
-            home = nvcc.parent.parent
             lines += [
                 f"nvcc = {ninja_escape(nvcc)}",
                 "rule nvcc\n  command = $nvcc $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
@@ -150,8 +149,8 @@ class BuildNative(build_ext):
             ]
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 compile_to(f"cuda_{source.stem}", "nvcc", source, [*options, *gencode])
-            library = next((d for d in (home / "lib64", home / "lib") if (d / "libcudart_static.a").exists()), home)
-            link += [f"-L{library}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            # nvcc links: it knows where its static CUDA runtime is, which needs no driver to load.
+            link = ["-shared", f"-ccbin={cxx}", "-Xcompiler=-fopenmp", "-Xlinker=--gc-sections"]
 
         lines.append(
             f"build {ninja_escape(target)}: link {' '.join(map(ninja_escape, objects))}\n  flags = {ninja_flags(link)}"

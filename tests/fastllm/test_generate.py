@@ -24,7 +24,7 @@ def model(tokenizer) -> GPT:
         vocab_size=tokenizer.vocab_size, context=32, dim=64, layers=2, heads=2, kv_heads=1, hidden_dim=96
     )
     model, ids = GPT(config), torch.tensor([tokenizer.encode(TEXT)])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for start in [*range(40)] * 3:
         optimizer.zero_grad()
         model(ids[:, start : start + 32], ids[:, start + 1 : start + 33]).backward()
