@@ -38,7 +38,6 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf(?:ma|mac)_\w+)\b")
-COLUMNS = ("registers", "local", "shared", "tensor_core")
 
 Row = dict[str, int]
 Table = dict[str, dict[str, Row]]  # kernel -> target -> row
@@ -65,9 +64,8 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 @functools.cache
 def triton_sources() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> (kernel, arguments): what the launchers launch, recorded instead of launched."""
-    from triton.runtime.jit import JITFunction
-
     import fastllm.kernels  # noqa: F401 (registers the operators)
+    from triton.runtime.jit import JITFunction
 
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
 
@@ -77,7 +75,7 @@ def triton_sources() -> dict[str, tuple[Any, dict[str, Any]]]:
 
     run, JITFunction.run = JITFunction.run, record
     try:
-        for name, call in launches():
+        for name, call in launches():  # noqa: B007 (record reads the name)
             call()
     finally:
         JITFunction.run = run
@@ -91,7 +89,13 @@ def _compile_triton(name: str, target: str) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    types = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+    types = {
+        torch.float32: "fp32",
+        torch.float16: "fp16",
+        torch.bfloat16: "bf16",
+        torch.int32: "i32",
+        torch.int64: "i64",
+    }
     kernel, given = triton_sources()[name]
     signature, constants, attributes = {}, {}, {}
     for i, (argument, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
@@ -181,7 +185,9 @@ def cuda_table() -> Table | str:
         rows = _read_cubin(Path(native._C.__file__), f"sm_{arch}")
         plain = subprocess.run(["c++filt", "-p", *rows], capture_output=True, text=True, check=True).stdout.splitlines()
         for name, row in zip(plain, rows.values(), strict=True):
-            table[re.sub(r"\(anonymous namespace\)::|fastllm::|cuda::|__nv_", "", name)][f"sm_{arch}"] = row
+            table[re.sub(r"\(anonymous namespace\)::|fastllm::|cuda::|__nv_|rms_norm::(?=rms_norm_)", "", name)][
+                f"sm_{arch}"
+            ] = row
     return dict(sorted(table.items()))
 
 
@@ -224,11 +230,14 @@ def report(table: Table) -> str:
         cells = []
         for target in targets:
             row = rows.get(target)
-            extra = [f"{row['shared']} B shared" if row["shared"] else "", f"{row['tensor_core']} mma" if row["tensor_core"] else "",
-                     f"**{row['local']} B spilled**" if row["local"] else ""] if row else []  # fmt: skip
-            cells.append(", ".join([str(row["registers"]), *filter(None, extra)]) if row else "–")
+            cells.append(_cell(row) if row else "–")
         lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    notes = {"shared": "{} B shared", "tensor_core": "{} mma", "local": "**{} B spilled**"}
+    return ", ".join([str(row["registers"]), *(text.format(row[k]) for k, text in notes.items() if row[k])])
 
 
 def main() -> int:

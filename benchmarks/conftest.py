@@ -21,7 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def measure(benchmark: Any) -> Callable[..., None]:
     """``measure(call, case=..., implementation=..., bytes=...)``: time a call and note what it is."""
 
-    def run(call: Callable[[], Any], *, case: str, implementation: str, rounds: int | None = None, **facts: Any) -> None:
+    def run(
+        call: Callable[[], Any], *, case: str, implementation: str, rounds: int | None = None, **facts: Any
+    ) -> None:
         benchmark.group = case
         benchmark.extra_info.update(case=case, implementation=implementation, **facts)
         benchmark.pedantic(CLOCK.timed(call), warmup_rounds=5, rounds=rounds or (50 if DEVICE.type == "cuda" else 15))

@@ -38,18 +38,17 @@ class Outcome:
 def steps(out: Path) -> list[Step]:
     python = sys.executable
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    sanitized = [python, "-m", "benchmarks.small_shapes"]
+    sanitize = ["--error-exitcode=9", python, "-m", "benchmarks.small_shapes"]
+    install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e", str(ROOT)]
+    pytest = [python, "-m", "pytest", "-q"]
+    times = ["--benchmark-only", f"--benchmark-json={out / 'benchmarks.json'}"]
     return [
-        Step("build", [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e", str(ROOT)], 120),
-        Step("tests", [python, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=20", str(ROOT / "tests")], 120),
-        Step("memcheck", [sanitizer, "--tool=memcheck", "--error-exitcode=9", *sanitized], 40),
-        Step("racecheck", [sanitizer, "--tool=racecheck", "--error-exitcode=9", *sanitized], 40),
-        Step(
-            "benchmarks",
-            [python, "-m", "pytest", "-q", str(ROOT / "benchmarks"), "--benchmark-only", f"--benchmark-json={out / 'benchmarks.json'}"],
-            150,
-        ),
-    ]  # fmt: skip
+        Step("build", install, 120),
+        Step("tests", [*pytest, "-m", "gpu", "--maxfail=20", str(ROOT / "tests")], 120),
+        Step("memcheck", [sanitizer, "--tool=memcheck", *sanitize], 40),
+        Step("racecheck", [sanitizer, "--tool=racecheck", *sanitize], 40),
+        Step("benchmarks", [*pytest, str(ROOT / "benchmarks"), *times], 150),
+    ]
 
 
 def run(step: Step, out: Path) -> Outcome:
@@ -57,7 +56,9 @@ def run(step: Step, out: Path) -> Outcome:
     log = out / f"{step.name}.log"
     with log.open("wb") as file:
         try:
-            code = subprocess.run(step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=step.seconds).returncode
+            code = subprocess.run(
+                step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=step.seconds
+            ).returncode
             verdict = "passed" if code == 0 else f"FAILED (exit {code})"
         except subprocess.TimeoutExpired:
             verdict = f"FAILED (not done in {step.seconds} s)"
@@ -98,7 +99,9 @@ def main() -> int:
     for step in steps(out):
         print(f"{step.name} ...", flush=True)
         outcomes.append(run(step, out))
-        print(f"{step.name}: {outcomes[-1].verdict} in {outcomes[-1].seconds:.0f} s: {outcomes[-1].last_line}", flush=True)
+        print(
+            f"{step.name}: {outcomes[-1].verdict} in {outcomes[-1].seconds:.0f} s: {outcomes[-1].last_line}", flush=True
+        )
         (out / "README.md").write_text(summary(outcomes, out))  # after each step: an end midway loses nothing
     print((out / "README.md").read_text())
     return 0 if all(o.verdict == "passed" for o in outcomes) else 1

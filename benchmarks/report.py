@@ -1,6 +1,6 @@
 """From pytest-benchmark's JSON to a Markdown table: implementations side by side.
 
-    python -m benchmarks.report RESULT.json
+python -m benchmarks.report RESULT.json
 """
 
 from __future__ import annotations

@@ -12,14 +12,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fastllm.kernels import backends, rms_norm
 from torch import Tensor
 
 from benchmarks.timing import DEVICE
-from fastllm.kernels import backends, rms_norm
 
-SHAPES = [(32768, 4096), (32768, 8192), (8192, 16384), (4096, 65536)] if DEVICE.type == "cuda" else [(4096, 2048), (4096, 4096)]
+SHAPES = (
+    [(32768, 4096), (32768, 8192), (8192, 16384), (4096, 65536)]
+    if DEVICE.type == "cuda"
+    else [(4096, 2048), (4096, 4096)]
+)
 DTYPES = [torch.bfloat16, torch.float32]
-KERNELS = [b for b in ("triton", "cuda", "cpu") if not backends.device_limit(b, DEVICE) and not backends.TRITON_INTERPRET]
+KERNELS = [
+    b for b in ("triton", "cuda", "cpu") if not backends.device_limit(b, DEVICE) and not backends.TRITON_INTERPRET
+]
 
 
 def eager(x: Tensor, w: Tensor) -> Tensor:

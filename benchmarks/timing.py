@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -59,8 +60,9 @@ def device_name() -> str:
         name = torch.cuda.get_device_name(DEVICE)
     else:
         info = Path("/proc/cpuinfo")
-        models = [line.split(":", 1)[1] for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []  # fmt: skip
-        name = f"{models[0] if models else platform.processor() or platform.machine()} {os.cpu_count()} cores"
+        text = info.read_text() if info.exists() else ""
+        model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
+        name = f"{model.group(1) if model else platform.machine()} {os.cpu_count()} cores"
     return "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
 
 
@@ -82,7 +84,10 @@ def stamp() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
     }
     if DEVICE.type == "cuda":
-        found |= {"cuda": str(torch.version.cuda), "sms": str(torch.cuda.get_device_properties(DEVICE).multi_processor_count)}
+        found |= {
+            "cuda": str(torch.version.cuda),
+            "sms": str(torch.cuda.get_device_properties(DEVICE).multi_processor_count),
+        }
     else:
         from fastllm.kernels import native
 

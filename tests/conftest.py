@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, at import
 
-import pytest
-
-from tests import interpreter
+from tests import interpreter  # noqa: E402
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from ..triton_launch import on_device, processors
 # The longest row that a program holds: forward one value a column, backward four (dy, x, weight, sum).
 LONGEST_FORWARD, LONGEST_BACKWARD = 16384, 8192
 LOOP_COLS = 4096
-TILE = 4096  # elements of a tile of short rows
+TILE = 1024  # elements of a tile of short rows
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def tile(cols: int, longest: int) -> dict[str, int]:
     block = triton.next_power_of_2(cols)
     if block > longest:
         return {"ROWS": 1, "COLS": LOOP_COLS, "num_warps": 8}
-    rows = max(1, min(16, TILE // 2 // block))
+    rows = max(1, min(16, TILE // block))
     most = 16 if torch.version.hip is None else 8
     return {"ROWS": rows, "COLS": block, "num_warps": min(most, max(4, rows * block // 512))}
 

@@ -7,8 +7,6 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.autograd import gradcheck
-
 from fastllm.kernels import (
     CausalSelfAttention,
     CrossEntropyLoss,
@@ -22,6 +20,7 @@ from fastllm.kernels import (
     softmax,
     swiglu,
 )
+from torch.autograd import gradcheck
 
 
 def double(*shape: int) -> torch.Tensor:
@@ -102,7 +101,9 @@ def test_softmax():
     x = double(2, 3, 4, 6)
     torch.testing.assert_close(softmax(x), x.softmax(-1))
     future = torch.ones(4, 6, dtype=torch.bool).triu(3)
-    torch.testing.assert_close(softmax(x, scale=0.5, causal=True), (x * 0.5).masked_fill(future, float("-inf")).softmax(-1))
+    torch.testing.assert_close(
+        softmax(x, scale=0.5, causal=True), (x * 0.5).masked_fill(future, float("-inf")).softmax(-1)
+    )
     mask = torch.rand(3, 1, 6) > 0.4
     mask[..., 0] = True
     torch.testing.assert_close(softmax(x, mask=mask), x.masked_fill(~mask, float("-inf")).softmax(-1))
@@ -125,9 +126,7 @@ def test_cross_entropy_is_torchs(reduction, smoothing, weighted):
     got = cross_entropy(logits, target, **options)
     expected = F.cross_entropy(logits, target, **options)
     torch.testing.assert_close(got, expected)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(loss.sum(), logits)[0] for loss in (got, expected))
-    )
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), logits)[0] for loss in (got, expected)))
 
 
 def test_cross_entropy_more():
@@ -154,7 +153,9 @@ def test_linear_losses():
     logits = F.linear(hidden, weight, bias)
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, target, bias=bias), cross_entropy(logits, target))
     log_prob = linear_log_prob(hidden, weight, target, bias=bias)
-    torch.testing.assert_close(log_prob, -F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(2, 4))
+    torch.testing.assert_close(
+        log_prob, -F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(2, 4)
+    )
     with pytest.raises(ValueError, match="reduction must be"):
         linear_cross_entropy(hidden, weight, target, reduction="average")
     with pytest.raises(ValueError, match=r"target must have shape \[2, 4\]"):
@@ -183,8 +184,10 @@ def test_rope_turns_each_pair(interleaved):
     q, k = double(2, 5, 3, 8), double(2, 5, 1, 8)
     angle = torch.randn(5, 4, dtype=torch.float64)
     turned, _ = rope(q, k, angle.cos(), angle.sin(), interleaved=interleaved)
-    pairs = (lambda x: torch.complex(x[..., 0::2], x[..., 1::2])) if interleaved else (
-        lambda x: torch.complex(*x.chunk(2, -1))
+    pairs = (
+        (lambda x: torch.complex(x[..., 0::2], x[..., 1::2]))
+        if interleaved
+        else (lambda x: torch.complex(*x.chunk(2, -1)))
     )
     torch.testing.assert_close(pairs(turned), pairs(q) * torch.polar(torch.ones_like(angle), angle).unsqueeze(1))
     assert gradcheck(lambda q, k: rope(q, k, angle.cos(), angle.sin(), interleaved=interleaved), (q, k))
