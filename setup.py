@@ -4,12 +4,14 @@ Environment:
     FASTLLM_CUDA_ARCHS   architectures of the CUDA kernels, "80;90a" (default: those of the GPUs present,
                          else 80, 90a, 100 and 120); "none" leaves them out
     CUDA_HOME            where the CUDA toolkit is, if nvcc is not on the PATH
+    CXX, CXXFLAGS        the C++ compiler, and options added to it
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,12 +52,36 @@ def cuda_archs() -> tuple[str, ...]:
     return tuple(sorted(a + "a" if a == "90" else a for a in archs)) or DEFAULT_ARCHS
 
 
-def ninja_escape(word: str | Path) -> str:
-    return str(word).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+class Ninja:
+    """A build.ninja in the making: objects, then one link."""
 
+    def __init__(self, compilers: dict[str, str | Path]) -> None:
+        self.objects: list[Path] = []
+        # -MMD: headers that change compile again what includes them
+        self.lines = [
+            f"rule {name}\n  command = {self.escape(program)} $flags -MMD -MF $out.d -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc"
+            for name, program in compilers.items()
+        ]
 
-def shell_words(words: list[str]) -> str:
-    return " ".join("'" + w.replace("'", "'\\''") + "'" if set(w) & set(" ;()&|<>'\"") else w for w in words)
+    @staticmethod
+    def escape(word: str | Path) -> str:
+        return str(word).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    @staticmethod
+    def words(flags: list[str]) -> str:
+        return shlex.join(flags).replace("$", "$$")
+
+    def compile(self, compiler: str, source: Path, out: Path, flags: list[str]) -> None:
+        self.objects.append(out)
+        self.lines.append(f"build {self.escape(out)}: {compiler} {self.escape(source)}\n  flags = {self.words(flags)}")
+
+    def link(self, program: str | Path, target: Path, flags: list[str]) -> None:
+        self.lines += [
+            f"rule link\n  command = {self.escape(program)} $in {self.words(flags)} -o $out",
+            f"build {self.escape(target)}: link {' '.join(map(self.escape, self.objects))}",
+            f"default {self.escape(target)}",
+        ]
 
 
 class BuildNative(build_ext):
@@ -81,85 +107,58 @@ class BuildNative(build_ext):
         cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
         if not cxx:
             raise RuntimeError("no C++ compiler found (g++ or clang++; set CXX to name one)")
+        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         nvcc = find_nvcc() if platform.system() == "Linux" else None
         archs = cuda_archs() if nvcc else ()
-        work = Path(self.build_temp).resolve()
-        work.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+        openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
 
-        includes = [f"-I{CSRC}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-        flags = [
-            "-std=c++17",
-            "-O3",
-            "-fPIC",
-            "-fvisibility=hidden",
-            "-Wall",
-            "-Wextra",
-            "-Wno-maybe-uninitialized",
-            "-g0",
-            *includes,
-        ]
-        link = ["-shared"]
-        if platform.system() == "Darwin":
-            link += ["-undefined", "dynamic_lookup"]
-        else:
-            flags += ["-fopenmp"]
-            link += ["-fopenmp", "-Wl,--gc-sections"]
-        flags += ["-DFASTLLM_MODULE_NAME=_C"]
+        flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *openmp]
+        flags += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # GCC 12 says that of its own AVX-512 header
+        flags += [f"-I{d}" for d in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
+        flags += ["-DFASTLLM_MODULE_NAME=_C", *extra]
         if archs:
             flags += ["-DFASTLLM_CUDA", f'-DFASTLLM_CUDA_ARCHS="{" ".join(archs)}"']
-        isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
 
-        lines = [
-            f"cxx = {ninja_escape(cxx)}",
-            "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = {ninja_escape(nvcc if archs else cxx)} $in $flags -o $out",
-        ]
-        objects: list[Path] = []
-
-        def compile_to(name: str, rule: str, source: Path, words: list[str]) -> None:
-            out = work / f"{name}.o"
-            objects.append(out)
-            lines.append(f"build {ninja_escape(out)}: {rule} {ninja_escape(source)}\n  flags = {ninja_flags(words)}")
-
-        def ninja_flags(words: list[str]) -> str:
-            return shell_words(words).replace("$", "$$")
-
+        work = Path(self.build_temp).resolve()
+        ninja = Ninja({"cxx": cxx} | ({"nvcc": nvcc} if archs else {}))
         for source in sorted(CSRC.glob("*.cpp")):
-            compile_to(source.stem, "cxx", source, flags)
+            ninja.compile("cxx", source, work / f"{source.stem}.o", flags)
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             for isa, options in isas.items():
-                compile_to(f"cpu_{source.stem}_{isa}", "cxx", source, [*flags, *options, f"-DFASTLLM_ISA={isa}"])
+                out = work / f"cpu_{source.stem}_{isa}.o"
+                ninja.compile("cxx", source, out, [*flags, *options, f"-DFASTLLM_ISA={isa}"])
         if archs:
-            lines += [
-                f"nvcc = {ninja_escape(nvcc)}",
-                "rule nvcc\n  command = $nvcc $flags -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            ]
-            gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-            newest = max((a for a in archs if a.isdigit()), key=int, default=None)
-            if newest:  # for GPUs that are newer still, the driver compiles PTX
-                gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
             options = [
                 "-std=c++17",
                 "-O3",
                 "-Xcompiler=-fPIC,-fvisibility=hidden",
                 "--threads=0",
-                f"-I{CSRC}",
                 f"-ccbin={cxx}",
+                f"-I{CSRC}",
             ]
+            options += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            newest = max((a for a in archs if a.isdigit()), key=int, default=None)
+            if newest:  # for GPUs that are newer still, the driver compiles PTX
+                options += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
             for source in sorted((CSRC / "cuda").glob("*.cu")):
-                compile_to(f"cuda_{source.stem}", "nvcc", source, [*options, *gencode])
+                ninja.compile("nvcc", source, work / f"cuda_{source.stem}.o", options)
             # nvcc links: it knows where its static CUDA runtime is, which needs no driver to load.
-            link = ["-shared", f"-ccbin={cxx}", "-Xcompiler=-fopenmp", "-Xlinker=--gc-sections"]
+            ninja.link(nvcc, target, ["-shared", f"-ccbin={cxx}", "-Xcompiler=-fopenmp", "-Xlinker=--gc-sections"])
+        elif platform.system() == "Darwin":
+            ninja.link(cxx, target, ["-shared", "-undefined", "dynamic_lookup", *extra])
+        else:
+            ninja.link(cxx, target, ["-shared", *openmp, "-Wl,--gc-sections", *extra])
 
-        lines.append(
-            f"build {ninja_escape(target)}: link {' '.join(map(ninja_escape, objects))}\n  flags = {ninja_flags(link)}"
-        )
-        lines.append(f"default {ninja_escape(target)}")
-        (work / "build.ninja").write_text("\n".join(lines) + "\n")
+        for folder in (work, target.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
         cuda = f"CUDA C++ for {', '.join(archs)}" if archs else "no CUDA C++ (nvcc not found or not wanted)"
         print(f"fastllm: building the native module: C++ for {', '.join(isas)}; {cuda}")
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)], check=True)
 
 
-setup(ext_modules=[Extension("fastllm.kernels._C", sources=[], optional=True)], cmdclass={"build_ext": BuildNative})
+setup(
+    ext_modules=[Extension("fastllm.kernels._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -135,7 +135,7 @@ class CausalSelfAttention(nn.Module):
         positions: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """``[batch, seq, dim]`` to the same; ``cos``, ``sin`` ``[max_seq, head_dim / 2]``, ``positions`` ``[batch, seq]``."""
+        """``[batch, seq, dim]`` to the same; cos, sin ``[max_seq, head_dim / 2]``; positions ``[batch, seq]``."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

@@ -1,0 +1,87 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The module is compiled once more with both, and loaded into a Python of its own with ASan's runtime first.
+Tensors are placed at the very end of a malloc'ed block, so that one element too far is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
+CHILD = """
+import importlib.util, itertools, sys
+import numpy as np
+
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+cpu = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cpu)
+cpu = cpu.cpu
+
+def array(*shape, dtype):
+    return np.zeros(shape, {0: np.float32, 1: np.uint16, 2: np.uint16}[dtype])  # a block of its own
+
+def rows(a):
+    return (a.ctypes.data, 1, a.shape[1], 0)
+
+none = (0, 1, 0, 0)
+for name in cpu.instruction_sets():
+    cpu.use_instruction_set(name)
+    for r, n, dtype, extra in itertools.product((0, 1, 3, 40), (1, 5, 16, 33, 64, 127), (0, 1, 2), (False, True)):
+        x, dy, y, h, dx = (array(r, n, dtype=dtype) for _ in range(5))
+        w, dw, rstd = array(n, dtype=dtype), array(n, dtype=dtype), array(r, dtype=0)
+        second = rows(dy) if extra else none
+        cpu.rms_norm_forward(rows(x), second, w.ctypes.data, y.ctypes.data, h.ctypes.data, rstd.ctypes.data,
+                             r, n, 1e-6, 0.5, dtype, dtype, 0, 0)
+        partials = cpu.rms_norm_partials(r, n, dtype, 0)
+        work = array(partials, n, dtype=0)
+        cpu.rms_norm_backward(rows(dy), rows(x), rows(h) if extra else none, w.ctypes.data, rstd.ctypes.data,
+                              dx.ctypes.data, dw.ctypes.data, work.ctypes.data, partials, r, n, 0.5, dtype, dtype, 0, 0)
+print("clean", cpu.instruction_sets())
+if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
+    x = array(1, 64, dtype=0)
+    cpu.rms_norm_forward(rows(x), none, 0, x.ctypes.data, 0, x.ctypes.data, 2, 64, 1e-6, 0.0, 0, 0, 0, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    work = ROOT / "build" / "sanitized"  # kept: ninja compiles again what has changed
+    environment = os.environ | {"FASTLLM_CUDA_ARCHS": "none", "CXXFLAGS": f"{SANITIZE} -O1 -g1"}
+    command = ["setup.py", "-q", "build_ext", "--force", f"--build-lib={work}", f"--build-temp={work}"]
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    (module,) = (work / "fastllm" / "kernels").glob("_C.*.so")
+    return module
+
+
+def run(library: Path, *arguments: str) -> subprocess.CompletedProcess:
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
+    command = [sys.executable, "-c", CHILD, str(library), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("g++") or platform.system() != "Linux", reason="needs g++ and its sanitizers, on Linux"
+)
+
+
+def test_clean(library):
+    found = run(library)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "clean" in found.stdout
+
+
+def test_the_sanitizer_sees_a_row_too_many(library):
+    found = run(library, "spoil")
+    assert found.returncode != 0
+    assert "heap-buffer-overflow" in found.stderr
