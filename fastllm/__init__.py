@@ -1,3 +1,25 @@
 """fastllm: fused kernels (``fastllm.kernels``) and the language model that is built from them."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+# Public names and where they are: imported at first use, so that the command line starts without PyTorch.
+_HOME = {
+    "GPT": "model",
+    "Config": "config",
+    "ModelConfig": "config",
+    "Tokenizer": "tokenizer",
+    "load_run": "checkpoint",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,13 +1,16 @@
-"""The commands as people run them: in processes of their own."""
+"""The commands, as people give them."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ from safetensors.torch import load_file
 
 from fastllm import __version__
 from fastllm.checkpoint import load_run
+from fastllm.cli import main
+from fastllm.train import StopSignals
 
 TINY = """
 [model]
@@ -38,17 +43,50 @@ eval_every = 20
 eval_tokens = 1024
 """
 FILES = {"config.toml", "log.jsonl", "loss.png", "model.safetensors", "run.json", "sample.txt", "tokenizer.json"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in conftest.py
 
 
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "fastllm", *map(str, words)]
+@dataclass
+class Done:
+    """What a command left."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def run(*words: object, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*words), cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **options)
+def start(*words: object, cwd: Path, python: Sequence[str] = ("-m", "fastllm")) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, *python, *map(str, words)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
 
 
-def error_of(done: subprocess.CompletedProcess[str]) -> str:
+def finish(process: subprocess.Popen[str]) -> Done:
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return Done(process.returncode, stdout, stderr)
+
+
+@pytest.fixture
+def run(work, capsys, monkeypatch) -> Callable[..., Done]:
+    """The command in this process, in the folder ``work``: starting PyTorch takes longer than most tests."""
+    monkeypatch.chdir(work)
+
+    def run(*words: object) -> Done:
+        capsys.readouterr()
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as end:  # tyro's own errors and help
+            code = end.code
+        return Done(code, *capsys.readouterr())
+
+    return run
+
+
+def error_of(done: Done) -> str:
     """The one line that a failed command wrote to stderr."""
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
@@ -70,32 +108,41 @@ def work(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trained(work) -> tuple[Path, str]:
     """A finished run, and what its training printed."""
-    done = run("train", "tiny.toml", "--data", "text.py", "--out", "runs/one", "--optim.lr", "4e-3", cwd=work)
+    words = ("train", "tiny.toml", "--data", "text.py", "--out", "runs/one", "--optim.lr", "4e-3")
+    done = finish(start(*words, cwd=work))
     assert done.returncode == 0, done.stderr
     return work / "runs" / "one", done.stdout
 
 
-def test_help(work):
-    done = run("--help", cwd=work)
+def test_help(run):
+    done = run("--help")
     assert done.returncode == 0
     for words in ("train ", "generate ", "fastllm train --data", '--prompt "def "'):
         assert words in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 100
-    assert run("--version", cwd=work).stdout == f"fastllm {__version__}\n"
-    assert run(cwd=work).stdout == done.stdout
+    assert run("--version").stdout == f"fastllm {__version__}\n"
+    assert run().stdout == done.stdout
 
 
-def test_help_does_not_import_torch(work):
+def test_help_comes_without_waiting_for_torch(work):
     code = "import sys, fastllm.cli as c; c.main(['--help']); sys.exit('torch' in sys.modules or 'tyro' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=work, check=False, capture_output=True).returncode == 0
+    done = finish(start(cwd=work, python=("-c", code)))
+    assert done.returncode == 0
+    assert "usage: fastllm" in done.stdout
 
 
-def test_help_of_the_commands(work):
-    done = run("train", "--help", cwd=work)
+def test_a_missing_extra(run, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tyro" else find(name))
+    assert error_of(run("train")) == 'fastllm: error: tyro not installed: pip install "fastllm[train]"'
+
+
+def test_help_of_the_commands(run):
+    done = run("train", "--help")
     assert done.returncode == 0
     for words in ("CONFIG.toml", "--preset", "--data", "--out", "--train.steps", "--model.kv-heads", "--optim.lr"):
         assert words in done.stdout
-    done = run("generate", "--help", cwd=work)
+    done = run("generate", "--help")
     assert done.returncode == 0
     for words in ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed"):
         assert words in done.stdout
@@ -125,29 +172,29 @@ def test_the_log(trained):
     assert [r["step"] for r in records if "validation_loss" in r] == [20, 40, 60]
 
 
-def test_generate(trained, work):
+def test_generate(trained, run):
     words = ("generate", "runs/one", "--prompt", "def ", "--max-tokens", 40, "--temperature", 0.5)
-    first, again, other = run(*words, cwd=work), run(*words, cwd=work), run(*words, "--seed", 1, cwd=work)
+    first, again, other = run(*words), run(*words), run(*words, "--seed", 1)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("def ")
     assert first.stdout == again.stdout != other.stdout
     assert "note" not in first.stderr
-    long = run("generate", "runs/one", "--prompt", "def add_1(value):\n" * 20, "--max-tokens", 5, cwd=work)
+    long = run("generate", "runs/one", "--prompt", "def add_1(value):\n" * 20, "--max-tokens", 5)
     assert "the last 32 tokens" in long.stderr
 
 
-def test_the_same_command_gives_the_same_weights(trained, work):
-    done = run("train", "runs/one/config.toml", "--out", "runs/again", cwd=work)
+def test_the_same_command_gives_the_same_weights(trained, work, run):
+    done = run("train", "runs/one/config.toml", "--out", "runs/again")
     assert done.returncode == 0, done.stderr
     first, again = (load_file(work / "runs" / name / "model.safetensors") for name in ("one", "again"))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert (work / "runs/one/config.toml").read_text() == (work / "runs/again/config.toml").read_text()
 
 
-def test_a_run_folder_is_never_overwritten(trained, work):
+def test_a_run_folder_is_never_overwritten(trained, run):
     folder = trained[0]
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
-    done = run("train", "tiny.toml", "--data", "text.py", "--out", "runs/one", cwd=work)
+    done = run("train", "tiny.toml", "--data", "text.py", "--out", "runs/one")
     assert "runs/one already holds a run" in error_of(done)
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
 
@@ -170,74 +217,79 @@ def test_a_run_folder_is_never_overwritten(trained, work):
         (("generate", "none", "--top-p", "0"), "--top-p"),
     ],
 )
-def test_a_mistake_gets_one_clear_line(words, message, work):
+def test_a_mistake_gets_one_clear_line(words, message, work, run):
     (work / "wrong.toml").write_text("[model]\nlayer = 3")
     (work / "empty.txt").write_text("")
     (work / "latin.txt").write_bytes(b"caf\xe9")
     (work / "short.txt").write_text("short")
-    assert message in error_of(run(*words, cwd=work))
+    assert message in error_of(run(*words))
 
 
-def test_an_unknown_option_gets_the_near_ones(work):
-    done = run("train", "--train.step", "5", cwd=work)
+def test_an_unknown_option_gets_the_near_ones(run):
+    done = run("train", "--train.step", "5")
     assert done.returncode == 2
     assert "--train.steps" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_training_with_a_checkpoint(number, code, work):
-    out = work / "runs" / f"stopped-{code}"
-    words = ("train", "tiny.toml", "--data", "text.py", "--out", out, "--train.steps", 1_000_000)
-    process = subprocess.Popen(command(*words), cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        end = time.monotonic() + 60
-        while not ((out / "log.jsonl").exists() and (out / "log.jsonl").read_text().count("\n") > 2):
-            assert time.monotonic() < end, "training did not begin"
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.05)
-        process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == code, stderr
-    assert "Traceback" not in stderr
-    assert f"fastllm generate {out}" in stdout
+def test_ctrl_c_ends_training_with_a_checkpoint(work, run):
+    out = work / "runs" / "stopped"
+    process = start("train", "tiny.toml", "--data", "text.py", "--out", out, "--train.steps", 1_000_000, cwd=work)
+    log, end = out / "log.jsonl", time.monotonic() + 60
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
+        assert time.monotonic() < end, "training did not begin"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert f"fastllm generate {out}" in done.stdout
     meta = load_run(out)[2]
     assert meta["status"] == "interrupted"
     assert 0 < meta["step"] < 1_000_000
-    done = run("generate", out, "--max-tokens", 3, cwd=work)
+    done = run("generate", out, "--max-tokens", 3)
     assert done.returncode == 0
     assert f"ended early, at step {meta['step']} of 1000000" in done.stderr
 
 
-def limit_file_size() -> None:
-    """In the new process, writing beyond 40 kB of a file fails, as on a full disk."""
-    import resource
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_second_signal_has_its_usual_effect(number):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert signal.getsignal(number) != before
+        signal.raise_signal(number)
+        assert stop.caught == number
+        assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == before
 
-    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+FULL_DISK = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # beyond 40 kB of a file writing fails
+from fastllm.cli import main
+sys.exit(main())
+"""
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs setrlimit")
-def test_no_space_leaves_nothing_half_written(work):
+def test_no_space_leaves_nothing_half_written(work, run):
     out = work / "runs" / "full"
     words = ("train", "tiny.toml", "--data", "text.py", "--out", out, "--train.steps", 3)
-    done = run(*words, cwd=work, preexec_fn=limit_file_size)
-    assert "can't write" in error_of(done)
-    assert str(out / "model.safetensors") in done.stderr
+    done = finish(start(*words, cwd=work, python=("-c", FULL_DISK)))
+    assert f"can't write {out / 'model.safetensors'}: " in error_of(done)
     assert {p.name for p in out.iterdir()} == {"config.toml", "tokenizer.json", "run.json", "log.jsonl"}
-    assert "its training has not finished" in error_of(run("generate", out, cwd=work))
+    assert "its training has not finished" in error_of(run("generate", out))
 
 
-def test_a_loss_that_is_not_finite_ends_training(work):
+def test_a_loss_that_is_not_finite_ends_training(work, run):
     words = ("train", "tiny.toml", "--data", "text.py", "--out", "runs/nan", "--optim.lr", "1e30", "--train.steps", 30)
-    assert "the loss is not finite at step" in error_of(run(*words, cwd=work))
+    assert "the loss is not finite at step" in error_of(run(*words))
     assert not (work / "runs/nan/model.safetensors").exists()
 
 
-def test_a_time_limit_ends_training(work):
+def test_a_time_limit_ends_training(work, run):
     words = ("--train.steps", 1_000_000, "--train.seconds", 1.5, "--train.eval-every", 1_000_000)
-    done = run("train", "tiny.toml", "--data", "text.py", "--out", "runs/timed", *words, cwd=work)
+    done = run("train", "tiny.toml", "--data", "text.py", "--out", "runs/timed", *words)
     assert done.returncode == 0, done.stderr
     meta = json.loads((work / "runs/timed/run.json").read_text())
     assert meta["status"] == "finished"

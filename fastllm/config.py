@@ -1,0 +1,249 @@
+"""What a run is made of: the configuration, its presets, and its TOML files."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from .errors import UserError, did_you_mean
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def _check_positive(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value > 0, f"{section}.{name} must be greater than 0, it is {value}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the GPT."""
+
+    vocab_size: int = 4096  # tokens that the tokenizer is trained to have; fewer where the text is short
+    context: int = 256  # tokens that the model sees at once
+    dim: int = 192  # features of the residual stream
+    layers: int = 4
+    heads: int = 3  # query heads; a head has dim / heads features
+    kv_heads: int = 1  # key/value heads, a divisor of heads
+    hidden_dim: int = 512  # features inside the MLP
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # added to the mean of squares in RMSNorm
+    qk_norm: bool = False  # normalise queries and keys, as Qwen3 does
+    tie_embeddings: bool = True  # the head shares the embedding's weight
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            "model", self, "vocab_size", "context", "dim", "layers", "heads", "kv_heads", "hidden_dim", "rope_theta"
+        )
+        _check(
+            self.vocab_size >= 257, f"model.vocab_size must be at least 257 (256 bytes and 1), it is {self.vocab_size}"
+        )
+        _check(
+            self.heads % self.kv_heads == 0,
+            f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})",
+        )
+        _check(
+            self.dim % (2 * self.heads) == 0,
+            f"model.dim ({self.dim}) must be a multiple of 2 * model.heads ({self.heads}): rotary pairs",
+        )
+        _check(self.head_dim <= 256, f"model.dim / model.heads ({self.head_dim}) must be at most 256")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The text."""
+
+    paths: tuple[str, ...] = ()  # text files and folders (--data for short); none: Python's standard library
+    validation: float = 0.05  # share of the text that is held out
+
+    def __post_init__(self) -> None:
+        _check(0 < self.validation < 1, f"data.validation must be between 0 and 1, it is {self.validation}")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate: warm-up, constant, linear decay to zero."""
+
+    lr: float = 4e-3  # peak learning rate
+    warmup: float = 0.02  # share of the run in which the learning rate rises
+    decay: float = 0.8  # share of the run in which it falls to zero
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1  # on matrices only
+    clip: float = 1.0  # largest norm of the gradient
+
+    def __post_init__(self) -> None:
+        _check_positive("optim", self, "lr", "clip")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 <= value < 1, f"optim.{name} must be at least 0 and less than 1, it is {value}")
+        _check(self.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {self.weight_decay}")
+        _check(
+            self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1,
+            f"optim.warmup ({self.warmup}) and optim.decay ({self.decay}) are shares of the run: 1 at most together",
+        )
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 420  # optimizer steps
+    seconds: float = 0.0  # end after this time, even if steps are left; 0: no limit
+    batch_tokens: int = 2048  # tokens in an optimizer step
+    micro_batch: int = 8  # sequences in a forward pass, at most; the rest is accumulated
+    precision: Precision = "auto"  # auto: bfloat16 where the device is fast at it
+    seed: int = 0  # of the initial weights and of the order of the text
+    log_every: int = 10  # steps
+    eval_every: int = 100  # steps
+    eval_tokens: int = 65_536  # of the held-out text, spread evenly over it
+
+    def __post_init__(self) -> None:
+        _check_positive("train", self, "steps", "batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens")
+        _check(self.seconds >= 0, f"train.seconds must not be negative, it is {self.seconds}")
+        _check(self.seed >= 0, f"train.seed must not be negative, it is {self.seed}")
+        _check(
+            self.precision in get_args(Precision),
+            f"train.precision must be one of {', '.join(get_args(Precision))}, it is {self.precision!r}",
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a training run depends on, beside the text itself."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        context, tokens = self.model.context, self.train.batch_tokens
+        _check(tokens % context == 0, f"train.batch_tokens ({tokens}) must be a multiple of model.context ({context})")
+
+    @property
+    def accumulate(self) -> int:
+        """Forward passes in an optimizer step."""
+        sequences = self.train.batch_tokens // self.model.context
+        return -(-sequences // self.train.micro_batch)
+
+
+def _gpt(dim: int, layers: int, heads: int, kv_heads: int, hidden_dim: int, vocab_size: int = 50_304) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab_size, context=1024, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads,
+        hidden_dim=hidden_dim, qk_norm=True,
+    )  # fmt: skip
+
+
+def _long_run(lr: float, steps: int, batch_tokens: int, micro_batch: int) -> dict[str, Any]:
+    return {
+        "optim": OptimConfig(lr=lr),
+        "train": TrainConfig(
+            steps=steps, batch_tokens=batch_tokens, micro_batch=micro_batch, eval_every=250, eval_tokens=1_048_576
+        ),
+    }
+
+
+# Steps of the larger ones come to about 20 tokens for each parameter (Hoffmann et al. 2022, arXiv:2203.15556).
+PRESETS: dict[str, Config] = {
+    "default": Config(),  # under two minutes on two CPU cores
+    "30m": Config(_gpt(384, 10, 6, 2, 1024, 32_768), **_long_run(2e-3, 5_000, 131_072, 32)),
+    "124m": Config(_gpt(768, 12, 12, 12, 2048), **_long_run(1e-3, 4_800, 524_288, 32)),
+    "350m": Config(_gpt(1024, 24, 16, 8, 3072), **_long_run(6e-4, 13_500, 524_288, 16)),
+    "1b": Config(_gpt(2048, 16, 32, 8, 8192), **_long_run(4e-4, 20_500, 1_048_576, 8)),
+}
+
+
+def preset(name: str) -> Config:
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def load(path: str | Path, base: Config | None = None) -> Config:
+    """The configuration in a TOML file; what the file doesn't set is taken from ``base``."""
+    try:
+        tables = tomllib.loads(Path(path).read_bytes().decode())
+    except OSError as error:
+        raise UserError(f"can't read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); is it a TOML file?") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+    return _merged(base or Config(), tables, path)
+
+
+def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
+    sections = {}
+    for section, values in tables.items():
+        if section not in {f.name for f in dataclasses.fields(Config)}:
+            raise UserError(f"{path}: unknown key {section!r}{did_you_mean(section, get_type_hints(Config))}")
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {section} must be a table: write [{section}] above its keys")
+        old = getattr(base, section)
+        hints = get_type_hints(type(old))
+        for key, value in values.items():
+            if key not in hints:
+                raise UserError(f"{path}: unknown key {key!r} in [{section}]{did_you_mean(key, hints)}")
+            values[key] = _typed(value, hints[key], f"{path}: {section}.{key}")
+        sections[section] = _built(path, replace, old, **values)
+    return _built(path, replace, base, **sections)
+
+
+def _built(path: str | Path, make: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return make(*args, **kwargs)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _typed(value: Any, hint: Any, what: str) -> Any:
+    """``value`` as TOML gave it, checked against the field's type."""
+    if hint == tuple[str, ...]:
+        if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise UserError(f'{what} must be a list of strings, ["a", "b"], not {value!r}')
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    wanted = hint if isinstance(hint, type) else str
+    if type(value) is not wanted:  # exactly: True is no number here
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise UserError(f"{what} must be {names[wanted]}, not {value!r}")
+    return value
+
+
+def dump(config: Config) -> str:
+    """``config`` as TOML, every key included."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        lines += ["", f"[{section.name}]"] if lines else [f"[{section.name}]"]
+        table = dataclasses.asdict(getattr(config, section.name))
+        lines += [f"{key} = {_toml(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, str):
+        escaped = "".join(
+            {'"': '\\"', "\\": "\\\\"}.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in value
+        )
+        return f'"{escaped}"'
+    return repr(value)

@@ -1,0 +1,159 @@
+"""The GPT: a decoder with RMSNorm, rotary positions, grouped-query attention and SwiGLU, on fastllm.kernels."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .kernels import CausalSelfAttention, RMSNorm, SwiGLU, linear_cross_entropy
+
+
+class LayerCache:
+    """The keys and values of one layer, ``[batch, context, kv_heads, head_dim]``, filled from the front."""
+
+    def __init__(self, config: ModelConfig, batch: int, like: Tensor) -> None:
+        shape = (batch, config.context, config.kv_heads, config.head_dim)
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.length = 0
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        start, self.length = self.length, self.length + k.shape[1]
+        self.k[:, start : self.length] = k
+        self.v[:, start : self.length] = v
+        return self.k[:, : self.length], self.v[:, : self.length]
+
+
+class KVCache:
+    """A :class:`LayerCache` for each layer of a GPT, for ``batch`` sequences of one length."""
+
+    def __init__(self, model: GPT, batch: int = 1) -> None:
+        self.layers = [LayerCache(model.config, batch, model.head_weight) for _ in range(model.config.layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens held, in each sequence."""
+        return self.layers[0].length
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm that also adds what the layer before it gave to the residual stream."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = CausalSelfAttention(
+            config.dim, config.heads, config.kv_heads, qk_norm=config.qk_norm, eps=config.norm_eps
+        )
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config.dim, config.hidden_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """``x`` and ``residual`` ``[batch, seq, dim]``: what is to be added to the stream, and the stream."""
+        if residual is None:
+            x, residual = self.input_layernorm(x), x
+        else:
+            x, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(x, cos, sin, positions=positions, cache=cache)
+        x, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(x), residual
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and last norm: everything but the head. Called ``model``, as in Hugging Face's Llama."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        cos, sin = rotary_tables(config.context, config.head_dim, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """``tokens`` ``[batch, seq]`` to hidden states ``[batch, seq, dim]``."""
+        start = cache.length if cache else 0
+        end, context = start + tokens.shape[1], self.cos.shape[0]
+        if end > context:
+            raise ValueError(f"GPT: {end} tokens are more than the context of {context}")
+        positions = torch.arange(start, end, device=tokens.device).expand_as(tokens) if cache else None
+        x, residual = self.embed_tokens(tokens), None
+        for i, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, self.cos, self.sin, positions, cache.layers[i] if cache else None)
+        return self.norm(x, residual)[0]
+
+
+class GPT(nn.Module):
+    """A language model; parameter names are those of Hugging Face's Llama.
+
+    Built on the CPU with weights that depend on ``seed`` and their names only.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal, 1/sqrt(features); zero where a layer writes to the residual stream: each begins as the identity."""
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                continue  # norms start at one
+            # One generator per name: a weight does not depend on which others there are.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            std = 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else p.shape[1] ** -0.5
+            p.normal_(0.0, std, generator=generator)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """``[vocab_size, dim]``."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+        """``tokens`` ``[batch, seq]``; with ``targets`` ``[batch, seq]`` the mean loss in nats per token, else logits.
+
+        With a cache the tokens follow those that it holds, and join them.
+        """
+        hidden = self.model(tokens, cache)
+        if targets is not None:
+            return linear_cross_entropy(hidden, self.head_weight, targets)
+        return nn.functional.linear(hidden, self.head_weight)
+
+    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """``[batch, vocab_size]``: the logits of the token after ``tokens`` ``[batch, seq]``."""
+        return nn.functional.linear(self.model(tokens, cache)[:, -1], self.head_weight)
+
+
+def rotary_tables(context: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """``cos, sin`` ``[context, head_dim / 2]``, float32."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(context, dtype=torch.float64), frequencies)
+    return angles.cos().float(), angles.sin().float()
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, and in all (a tied head counts nothing)."""
+    kv_dim = config.kv_heads * config.head_dim
+    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim + (2 * config.head_dim if config.qk_norm else 0)
+    parts = {
+        "embedding": config.vocab_size * config.dim,
+        "attention": config.layers * attention,
+        "mlp": config.layers * 3 * config.dim * config.hidden_dim,
+        "norms": (2 * config.layers + 1) * config.dim,
+        "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
+    }
+    return {**parts, "total": sum(parts.values())}
