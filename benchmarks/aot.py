@@ -64,8 +64,9 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 @functools.cache
 def triton_sources() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Name -> (kernel, arguments): what the launchers launch, recorded instead of launched."""
-    import fastllm.kernels  # noqa: F401 (registers the operators)
     from triton.runtime.jit import JITFunction
+
+    import fastllm.kernels  # noqa: F401 (registers the operators)
 
     found: dict[str, tuple[Any, dict[str, Any]]] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from fastllm.kernels import rms_norm
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastllm.kernels import backends, rms_norm
 from torch import Tensor
 
 from benchmarks.timing import DEVICE
+from fastllm.kernels import backends, rms_norm
 
 SHAPES = (
     [(32768, 4096), (32768, 8192), (8192, 16384), (4096, 65536)]

@@ -4,9 +4,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
 #include "rms_norm.h"
+#include "rope.h"
+#include "swiglu.h"
 #ifndef FASTLLM_NO_CPU
 #include "cpu/kernels.h"
 #endif
@@ -46,6 +50,33 @@ RmsNormBackward rms_norm_backward_arguments(const RowsTuple& dy, const RowsTuple
           DType(dtype),     DType(weight_dtype)};
 }
 
+SwigluForward swiglu_forward_arguments(const RowsTuple& gate, const RowsTuple& up, uintptr_t out, int64_t rows,
+                                       int64_t cols, int dtype) {
+  return {rows_of(gate), rows_of(up), pointer(out), rows, cols, DType(dtype)};
+}
+
+SwigluBackward swiglu_backward_arguments(const RowsTuple& dout, const RowsTuple& gate, const RowsTuple& up,
+                                         uintptr_t dgate, uintptr_t dup, int64_t rows, int64_t cols, int dtype) {
+  return {rows_of(dout), rows_of(gate), rows_of(up), pointer(dgate), pointer(dup), rows, cols, DType(dtype)};
+}
+
+Rope rope_arguments(const RowsTuple& x, uintptr_t cos, uintptr_t sin, uintptr_t positions, uintptr_t out, int64_t rows,
+                    int64_t cols, int64_t heads, int64_t seq, int64_t half, int64_t max_seq, bool inverse, int dtype) {
+  return {rows_of(x), pointer<float>(cos), pointer<float>(sin), pointer<int64_t>(positions),
+          pointer(out), rows, cols, heads, seq, half, max_seq, inverse, DType(dtype)};
+}
+
+// On a CPU a position outside the tables is an error; nothing is read there.
+void check_positions(const Rope& a) {
+  if (!a.positions) return;
+  for (int64_t token = 0; token < a.rows / a.heads; ++token) {
+    if (a.positions[token] < 0 || a.positions[token] >= a.max_seq) {
+      throw std::out_of_range("rope: positions holds " + std::to_string(a.positions[token]) + ", cos and sin hold " +
+                              std::to_string(a.max_seq) + " positions");
+    }
+  }
+}
+
 // A module function (Args..., device, stream): packs Args with `pack`, releases the GIL, and launches.
 template <typename Packed, typename... Args, typename Launch>
 void def_launch(py::module_& m, const char* name, Packed (*pack)(Args...), Launch launch) {
@@ -71,6 +102,14 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
              [](const RmsNormForward& a, int, uintptr_t) { cpu::kernels().rms_norm_forward(a); });
   def_launch(on_cpu, "rms_norm_backward", rms_norm_backward_arguments,
              [](const RmsNormBackward& a, int, uintptr_t) { cpu::kernels().rms_norm_backward(a); });
+  def_launch(on_cpu, "rope", rope_arguments, [](const Rope& a, int, uintptr_t) {
+    check_positions(a);
+    cpu::kernels().rope(a);
+  });
+  def_launch(on_cpu, "swiglu_forward", swiglu_forward_arguments,
+             [](const SwigluForward& a, int, uintptr_t) { cpu::kernels().swiglu_forward(a); });
+  def_launch(on_cpu, "swiglu_backward", swiglu_backward_arguments,
+             [](const SwigluBackward& a, int, uintptr_t) { cpu::kernels().swiglu_backward(a); });
 #endif
 
 #ifdef FASTLLM_CUDA

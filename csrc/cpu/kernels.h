@@ -5,12 +5,17 @@
 #include <vector>
 
 #include "../rms_norm.h"
+#include "../rope.h"
+#include "../swiglu.h"
 
 namespace fastllm::cpu {
 
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&);
   void (*rms_norm_backward)(const RmsNormBackward&);
+  void (*rope)(const Rope&);
+  void (*swiglu_forward)(const SwigluForward&);
+  void (*swiglu_backward)(const SwigluBackward&);
 };
 
 namespace base { extern const Kernels kernels; }

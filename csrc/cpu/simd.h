@@ -142,6 +142,27 @@ inline vfloat rounded<float>(vfloat v) {
   return v;
 }
 
+// e^x to about one unit in the last place: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial
+// of degree 6 that minimises the relative error there. Below -87.3 it is 0 (no subnormals), above 88.7 infinity.
+inline vfloat exp(vfloat x) {
+  const vfloat shifter = broadcast(0x1.8p23f);  // adding it rounds to a whole number, in the lowest bits
+  const vfloat t = x * 1.44269504f + shifter, n = t - shifter;
+  const vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  vfloat p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const vfloat scaled = (vfloat)((vuint32)p + ((vuint32)t << 23));
+  const vfloat none{};
+  const vfloat finite = x < -87.33f ? none : scaled;
+  // 88.37 and not 88.72: beyond it n is 128, for which there is no exponent, so multiply in two steps
+  const vfloat large = (vfloat)((vuint32)p + (((vuint32)t - 1u) << 23)) * 2.f;
+  return x > 88.37f ? (x > 88.7228f ? none + __builtin_inff() : large) : finite;
+}
+
 inline float sum(vfloat v) {
   float total = 0.f;
   for (int i = 0; i < kLanes; ++i) total += v[i];

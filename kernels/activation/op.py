@@ -1,29 +1,85 @@
-"""``swiglu``: the public function."""
+"""``swiglu``: the public function, its autograd Function and its operators."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from .. import backends, checks
+from ..library import differentiable_once, register
+from ..native import DTYPE_CODES, KERNELS, as_rows, place
 from . import reference
 
 
-@backends.op()
+@backends.op("cpu")
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """``silu(gate) · up``, computed in float32 (Shazeer 2020, arXiv:2002.05202).
 
     Args:
-        gate: any shape, float32, float16 or bfloat16.
+        gate: any shape, float32, float16 or bfloat16, any strides.
         up: like gate.
         backend: see ``explain``.
 
     Returns:
-        A tensor like gate.
+        A tensor like gate, contiguous.
 
     Raises:
-        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device.
+        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, or a
+            ``backend`` that can't run this call.
     """
     checks.floating("swiglu", "gate", gate, min_dim=0)
     checks.like("swiglu", "up", up, "gate", gate)
-    backends.select("swiglu", gate, backend)
-    return reference.swiglu(gate, up)
+    chosen = backends.select("swiglu", gate, backend, lambda b: None if gate.dim() else "it takes no scalars")
+    if chosen == "torch":
+        return reference.swiglu(gate, up)
+    return _SwiGLU.apply(gate, up, chosen)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.backend = backend
+        return torch.ops.fastllm.swiglu_forward(gate, up, backend)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grads = torch.ops.fastllm.swiglu_backward(dout, gate, up, ctx.backend)
+        dgate, dup = (differentiable_once("swiglu", gate, g) for g in grads)
+        return dgate, dup, None
+
+
+@register(
+    "swiglu_forward(Tensor gate, Tensor up, str backend) -> Tensor",
+    fake=lambda gate, up, backend: gate.new_empty(gate.shape),
+)
+def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    out = gate.new_empty(gate.shape)
+    if out.numel():
+        gate, gate_rows = as_rows(gate)
+        up, up_rows = as_rows(up)
+        KERNELS[backend].swiglu_forward(gate_rows, up_rows, out.data_ptr(), *_size(gate), *place(gate))
+    return out
+
+
+@register(
+    "swiglu_backward(Tensor dout, Tensor gate, Tensor up, str backend) -> (Tensor dgate, Tensor dup)",
+    fake=lambda dout, gate, up, backend: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
+)
+def _backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    if dgate.numel():
+        dout, dout_rows = as_rows(dout)
+        gate, gate_rows = as_rows(gate)
+        up, up_rows = as_rows(up)
+        KERNELS[backend].swiglu_backward(
+            dout_rows, gate_rows, up_rows, dgate.data_ptr(), dup.data_ptr(), *_size(gate), *place(gate)
+        )
+    return dgate, dup
+
+
+def _size(x: Tensor) -> tuple[int, int, int]:
+    return x.numel() // x.shape[-1], x.shape[-1], DTYPE_CODES[x.dtype]

@@ -89,11 +89,10 @@ def cross_entropy(
     _check_target("cross_entropy", "logits", logits, target)
     _check_loss("cross_entropy", "logits", logits, logits.shape[-1], weight, label_smoothing, reduction)
     backends.select("cross_entropy", logits, backend)
-    loss, lse = reference.cross_entropy(
-        logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+    return _loss(
+        logits, target, return_lse, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
         z_loss=z_loss, softcap=softcap, reduction=reduction,
     )  # fmt: skip
-    return (loss, lse) if return_lse else loss
 
 
 @backends.op()
@@ -129,11 +128,10 @@ def linear_cross_entropy(
         "class_weight",
     )  # fmt: skip
     backends.select("linear_cross_entropy", hidden, backend)
-    loss, lse = reference.cross_entropy(
-        _logits(hidden, weight, bias), target, weight=class_weight, ignore_index=ignore_index,
+    return _loss(
+        _logits(hidden, weight, bias), target, return_lse, weight=class_weight, ignore_index=ignore_index,
         label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction,
     )  # fmt: skip
-    return (loss, lse) if return_lse else loss
 
 
 @backends.op()
@@ -165,6 +163,39 @@ def linear_log_prob(
     _check_linear("linear_log_prob", hidden, weight, target, bias)
     backends.select("linear_log_prob", hidden, backend)
     return reference.log_prob(_logits(hidden, weight, bias), target, softcap=softcap)
+
+
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    return_lse: bool,
+    *,
+    weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    reduction: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The torch backend: PyTorch's own cross_entropy for what that can express, else the specification."""
+    if return_lse or z_loss or softcap:
+        loss, lse = reference.cross_entropy(
+            logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, reduction=reduction,
+        )  # fmt: skip
+        return (loss, lse) if return_lse else loss
+    wide = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    weight = None if weight is None else weight.to(wide.dtype)
+    index = target.reshape(-1).long()
+    summed = F.cross_entropy(
+        wide, index, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        reduction="none" if reduction == "none" else "sum",
+    )  # fmt: skip
+    if reduction == "none":
+        return summed.view(target.shape)
+    if reduction == "sum":
+        return summed
+    return summed / reference.normaliser(index, weight, ignore_index, wide.dtype)
 
 
 def _check_target(op: str, name: str, x: Tensor, target: Tensor) -> None:

@@ -48,9 +48,17 @@ def cross_entropy(
         return loss, lse
     total = loss.sum()
     if reduction == "mean":
-        norm = torch.where(valid, share, 0.0).sum()
-        total = total / torch.where(norm == 0, 1.0, norm)  # no valid target: 0, with zero gradients
+        total = total / normaliser(target, weight, ignore_index, lse.dtype)
     return total, lse
+
+
+def normaliser(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
+    """What a mean divides by: the weights of the valid targets; 1 where there is none, which leaves 0."""
+    valid = target != ignore_index
+    if weight is None:
+        return valid.sum().clamp(min=1).to(dtype)
+    norm = torch.where(valid, weight.to(dtype)[target.masked_fill(~valid, 0).long()], 0.0).sum()
+    return torch.where(norm == 0, 1.0, norm)
 
 
 def log_prob(logits: Tensor, target: Tensor, *, softcap: float = 0.0) -> Tensor:

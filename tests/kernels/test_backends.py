@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastllm.kernels import backends, explain, native, rms_norm, softmax, use_backend
 
 from fastllm import kernels
+from fastllm.kernels import backends, explain, native, rms_norm, softmax, use_backend
 from tests.numerics import DTYPES, assert_accurate
 
 X = torch.randn(2, 8)

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from fastllm.kernels import RMSNorm, rms_norm, use_backend
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fastllm.kernels import RMSNorm, rms_norm, use_backend
 from tests.numerics import DTYPES, assert_accurate, with_gradients
 
 

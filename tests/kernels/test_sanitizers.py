@@ -46,6 +46,12 @@ for name in cpu.instruction_sets():
         work = array(partials, n, dtype=0)
         cpu.rms_norm_backward(rows(dy), rows(x), rows(h) if extra else none, w.ctypes.data, rstd.ctypes.data,
                               dx.ctypes.data, dw.ctypes.data, work.ctypes.data, partials, r, n, 0.5, dtype, dtype, 0, 0)
+        cpu.swiglu_forward(rows(x), rows(dy), y.ctypes.data, r, n, dtype, 0, 0)
+        cpu.swiglu_backward(rows(dy), rows(x), rows(y), dx.ctypes.data, h.ctypes.data, r, n, dtype, 0, 0)
+        cos, sin, positions = array(4, n // 2, dtype=0), array(4, n // 2, dtype=0), np.full(r, 3)
+        for given in (0, positions.ctypes.data):
+            cpu.rope(rows(x), cos.ctypes.data, sin.ctypes.data, given, y.ctypes.data,
+                     r, n, 1, 4, n // 2, 4, extra, dtype, 0, 0)
 print("clean", cpu.instruction_sets())
 if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
     x = array(1, 64, dtype=0)

@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import gradcheck
+
 from fastllm.kernels import (
     CausalSelfAttention,
     CrossEntropyLoss,
@@ -20,7 +22,6 @@ from fastllm.kernels import (
     softmax,
     swiglu,
 )
-from torch.autograd import gradcheck
 
 
 def double(*shape: int) -> torch.Tensor:
