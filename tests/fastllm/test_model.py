@@ -21,6 +21,16 @@ def some_tokens(config: ModelConfig, batch: int = 2, seq: int = 32) -> Tensor:
     return torch.randint(0, config.vocab_size, (batch, seq), generator=torch.Generator().manual_seed(1))
 
 
+def awake(config: ModelConfig) -> GPT:
+    """A GPT in which every layer counts: those of a fresh one write zeros to the residual stream."""
+    model, generator = GPT(config), torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.normal_(0.0, p.shape[1] ** -0.5, generator=generator)
+    return model
+
+
 def gradients(model: GPT, tokens: Tensor) -> list[Tensor]:
     """The loss, then the gradient of each parameter."""
     loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -29,7 +39,7 @@ def gradients(model: GPT, tokens: Tensor) -> list[Tensor]:
 
 @shapes
 def test_loss_is_that_of_the_logits(config):
-    model, tokens = GPT(config), some_tokens(config)
+    model, tokens = awake(config), some_tokens(config)
     logits = model(tokens[:, :-1])
     assert logits.shape == (2, 31, config.vocab_size)
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -44,7 +54,7 @@ def test_first_loss_is_near_that_of_guessing(config):
 
 @shapes
 def test_gradients_reach_every_parameter(config):
-    model, tokens = GPT(config), some_tokens(config)
+    model, tokens = awake(config), some_tokens(config)
     model(tokens[:, :-1], tokens[:, 1:]).backward()
     for name, p in model.named_parameters():
         assert p.grad is not None, name
@@ -54,7 +64,7 @@ def test_gradients_reach_every_parameter(config):
 
 @shapes
 def test_a_token_does_not_see_later_ones(config):
-    model, tokens = GPT(config), some_tokens(config)
+    model, tokens = awake(config), some_tokens(config)
     changed = tokens.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % config.vocab_size
     before, after = model(tokens), model(changed)
@@ -66,7 +76,7 @@ def test_a_token_does_not_see_later_ones(config):
 @pytest.mark.parametrize("parts", [(32,), (20, 1, 1, 10), (1,) * 32])
 @torch.no_grad()
 def test_cache_gives_what_the_full_pass_gives(config, parts):
-    model, tokens = GPT(config), some_tokens(config)
+    model, tokens = awake(config), some_tokens(config)
     cache = KVCache(model, batch=2)
     out = torch.cat([model(part, cache=cache) for part in tokens.split(list(parts), 1)], 1)
     torch.testing.assert_close(out, model(tokens), atol=1e-5, rtol=1e-4)
@@ -78,7 +88,7 @@ def test_cache_gives_what_the_full_pass_gives(config, parts):
 @shapes
 @torch.no_grad()
 def test_next_logits_are_the_last(config):
-    model, tokens = GPT(config), some_tokens(config)
+    model, tokens = awake(config), some_tokens(config)
     torch.testing.assert_close(model.next_logits(tokens, KVCache(model, 2)), model(tokens)[:, -1])
 
 
@@ -89,7 +99,7 @@ def test_more_tokens_than_the_context():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_are_as_near_to_float64_as_pytorch_is(dtype):
-    model, tokens = GPT(SHAPES[2]).to(dtype), some_tokens(SMALL, 4)
+    model, tokens = awake(SHAPES[2]).to(dtype), some_tokens(SMALL, 4)
     kernels = gradients(model, tokens)
     with use_backend("torch"):
         eager = gradients(model, tokens)
