@@ -121,7 +121,7 @@ def _limit(op: Op, backend: str, x: torch.Tensor, why_not: WhyNot | None) -> str
         return f"{op.name} has no {backend} kernel yet"
     if x.dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    return device_limit(backend, x.device) or (why_not(backend) if why_not else None)
+    return device_limit(backend, x.device) or (None if why_not is None else why_not(backend))
 
 
 def _automatic(op: Op, device: torch.device) -> tuple[str, ...]:

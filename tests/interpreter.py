@@ -1,5 +1,7 @@
 """Triton's interpreter, with two faults of it in bfloat16 mended (found in 3.6.0 and 3.9.0).
 
+Where it is from Triton 3.6 it needs NumPy older than 2.4.
+
 It stores bfloat16 as uint16 and so multiplies the operands of ``tl.dot`` as integers; and it rounds
 float32 to bfloat16 toward zero, where a GPU rounds to nearest even.
 """
