@@ -206,7 +206,7 @@ def test_a_run_folder_is_never_overwritten(trained, run):
         (("train", "--preset", "124"), "did you mean '124m'?"),
         (("train", "none.toml"), "none.toml: No such file"),
         (("train", "wrong.toml"), "wrong.toml: unknown key 'layer' in [model]; did you mean 'layers'?"),
-        (("train", "--model.kv-heads", "2"), "multiple of model.kv_heads"),
+        (("train", "--model.kv-heads", "5"), "multiple of model.kv_heads"),
         (("train", "tiny.toml", "--data", "none.txt"), "none.txt: No such file"),
         (("train", "tiny.toml", "--data", "empty.txt"), "empty.txt is empty"),
         (("train", "tiny.toml", "--data", "text.py", "latin.txt"), "latin.txt is not UTF-8 text: byte 3"),

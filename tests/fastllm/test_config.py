@@ -44,7 +44,7 @@ def test_toml_is_laid_over_the_base(tmp_path):
         ("[train]\nsteps = true", ["train.steps", "whole number"]),
         ('[data]\npaths = "a.txt"', ["data.paths", "list of strings"]),
         ("[train]\nsteps = 0", ["train.steps", "greater than 0"]),
-        ("[model]\nkv_heads = 2", ["model.heads", "model.kv_heads", "multiple"]),
+        ("[model]\nkv_heads = 5", ["model.heads", "model.kv_heads", "multiple"]),
         ("train = 3", ["[train]"]),
         ("[model", ["not valid TOML"]),
     ],
