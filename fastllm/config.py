@@ -28,11 +28,11 @@ class ModelConfig:
 
     vocab_size: int = 4096  # tokens that the tokenizer is trained to have; fewer where the text is short
     context: int = 256  # tokens that the model sees at once
-    dim: int = 192  # features of the residual stream
-    layers: int = 4
-    heads: int = 3  # query heads; a head has dim / heads features
+    dim: int = 128  # features of the residual stream
+    layers: int = 2
+    heads: int = 2  # query heads; a head has dim / heads features
     kv_heads: int = 1  # key/value heads, a divisor of heads
-    hidden_dim: int = 512  # features inside the MLP
+    hidden_dim: int = 352  # features inside the MLP
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     norm_eps: float = 1e-6  # added to the mean of squares in RMSNorm
     qk_norm: bool = False  # normalise queries and keys, as Qwen3 does
@@ -102,14 +102,14 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class TrainConfig:
     """The loop."""
 
-    steps: int = 420  # optimizer steps
+    steps: int = 1200  # optimizer steps
     seconds: float = 0.0  # end after this time, even if steps are left; 0: no limit
-    batch_tokens: int = 2048  # tokens in an optimizer step
-    micro_batch: int = 8  # sequences in a forward pass, at most; the rest is accumulated
+    batch_tokens: int = 1024  # tokens in an optimizer step
+    micro_batch: int = 4  # sequences in a forward pass, at most; the rest is accumulated
     precision: Precision = "auto"  # auto: bfloat16 where the device is fast at it
     seed: int = 0  # of the initial weights and of the order of the text
     log_every: int = 10  # steps
-    eval_every: int = 100  # steps
+    eval_every: int = 200  # steps
     eval_tokens: int = 65_536  # of the held-out text, spread evenly over it
 
     def __post_init__(self) -> None:

@@ -128,15 +128,17 @@ def _automatic(op: Op, device: torch.device) -> tuple[str, ...]:
     """The backends to try, best first."""
     if device.type == "cpu":
         return ("cpu", "torch")  # Triton's interpreter is a debugger: on request only
-    if (op.name, _gpu_kind(device)) in MEASURED_FASTER:
-        best = MEASURED_FASTER[op.name, _gpu_kind(device)]
-        return (best, *(b for b in ("triton", "cuda", "torch") if b != best))
-    return ("triton", "cuda", "torch")
+    best = _measured(op, device)
+    return (
+        ("triton", "cuda", "torch") if best is None else (best, *(b for b in ("triton", "cuda", "torch") if b != best))
+    )
 
 
-@torch.compiler.assume_constant_result
-def _gpu_kind(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def _measured(op: Op, device: torch.device) -> str | None:
+    """The backend that was measured to be the fastest for ``op`` on the kind of ``device``."""
+    if device.type != "cuda" or all(name != op.name for name, _ in MEASURED_FASTER):
+        return None
+    return MEASURED_FASTER.get((op.name, torch.cuda.get_device_name(device)))
 
 
 def select(name: str, x: torch.Tensor, backend: str | None, why_not: WhyNot | None = None) -> str:
@@ -192,7 +194,7 @@ def _explain(op: Op, x: torch.Tensor, backend: str | None, why_not: WhyNot | Non
     elif _preferred is not None and not limits[_preferred]:
         chosen, why = _preferred, "chosen: preferred by use_backend or FASTLLM_BACKEND"
     else:
-        measured = (op.name, _gpu_kind(x.device)) in MEASURED_FASTER
+        measured = automatic == _measured(op, x.device)
         chosen, why = automatic, "chosen: measured to be the fastest here" if measured else "chosen automatically"
     reasons = {}
     for b in BACKENDS:

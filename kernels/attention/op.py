@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from .. import backends, checks
 from . import reference
@@ -94,7 +93,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) ->
     seq_q, seq_k = q.shape[1], k.shape[1]
     if causal and seq_q > seq_k:  # some queries see nothing: PyTorch would give NaN
         return reference.flash_attention(q, k, v, causal=True, scale=scale)[0]
-    mask = causal_lower_right(seq_q, seq_k) if causal and 1 < seq_q < seq_k else None
+    mask = None
+    if causal and 1 < seq_q < seq_k:
+        from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo, which takes a second
+
+        mask = causal_lower_right(seq_q, seq_k)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
         attn_mask=mask, is_causal=causal and seq_q == seq_k, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
