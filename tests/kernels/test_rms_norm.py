@@ -104,14 +104,9 @@ def views() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", views())
 def test_strides(backend, name):
+    """By the rule for numerics: rows that are not aligned may be summed in another order than aligned ones."""
     x = views()[name]
-    w = torch.randn(x.shape[-1]).to(x.dtype)
-    for got, expected in zip(
-        with_gradients(partial(call, backend=backend), [x, w, x], [x, x]),
-        with_gradients(partial(call, backend=backend), [x.contiguous(), w, x.contiguous()], [x.contiguous()] * 2),
-        strict=True,
-    ):
-        assert torch.equal(got, expected)
+    check([x, torch.randn(x.shape[-1]).to(x.dtype), x], [x, x], backend)
 
 
 def test_inputs_are_not_changed(backend):
