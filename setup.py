@@ -114,7 +114,12 @@ class BuildNative(build_ext):
         openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
 
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *openmp]
-        flags += ["-Wall", "-Wextra", "-Wno-maybe-uninitialized"]  # GCC 12 says that of its own AVX-512 header
+        flags += [
+            "-Wall",
+            "-Wextra",
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
+        ]  # GCC 12 says that of its own AVX-512 header
         flags += [f"-I{d}" for d in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
         flags += ["-DFASTLLM_MODULE_NAME=_C", *extra]
         if archs:

@@ -55,10 +55,45 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
+    def softmax(cols: int, dtype: torch.dtype, mask: torch.Tensor | None, causal: bool) -> Callable[[], Any]:
+        def call() -> None:
+            x = torch.empty(2, 8, cols, dtype=dtype)
+            torch.ops.fastllm.softmax_forward(x, mask, 0.5, causal, "triton")
+            torch.ops.fastllm.softmax_backward(x, x, 0.5, causal, "triton")
+
+        return call
+
+    def cross_entropy(classes: int, dtype: torch.dtype, every: bool) -> Callable[[], Any]:
+        def call() -> None:
+            logits, target, lse = (
+                torch.empty(16, classes, dtype=dtype),
+                torch.zeros(16, dtype=torch.int64),
+                torch.empty(16),
+            )
+            weights = (torch.empty(classes), torch.empty(())) if every else (None, None)
+            options = (-100, 0.1, 1e-3, 30.0) if every else (-100, 0.0, 0.0, 0.0)
+            rest = (*options, 0, classes, "triton")
+            torch.ops.fastllm.cross_entropy_forward(logits, target, *weights, *rest)
+            tensors = (target, *weights, lse, torch.empty(()).expand(16), lse if every else None)
+            torch.ops.fastllm.cross_entropy_backward(logits, *tensors, *rest)
+
+        return call
+
     for cols in (128, 4096, 8192, 16384, 65536):
         yield f"rms_norm bfloat16 {cols}", rms_norm(cols, torch.bfloat16)
     for cols in (8192, 16384):
         yield f"rms_norm float32 {cols}", rms_norm(cols, torch.float32)
+    for cols in (128, 4096, 16384, 262144):
+        yield f"softmax bfloat16 {cols}", softmax(cols, torch.bfloat16, None, False)
+    yield "softmax float32 16384", softmax(16384, torch.float32, None, False)
+    for cols in (4096, 262144):
+        boolean, bias = torch.empty(2, 1, cols, dtype=torch.bool), torch.empty(cols)
+        yield f"softmax bfloat16 {cols} causal boolean mask", softmax(cols, torch.bfloat16, boolean, True)
+        yield f"softmax bfloat16 {cols} causal additive mask", softmax(cols, torch.bfloat16, bias, True)
+    for classes in (128, 4096, 262144):
+        yield f"cross_entropy bfloat16 {classes}", cross_entropy(classes, torch.bfloat16, False)
+        yield f"cross_entropy bfloat16 {classes} every argument", cross_entropy(classes, torch.bfloat16, True)
+    yield "cross_entropy float32 262144 every argument", cross_entropy(262144, torch.float32, True)
 
 
 @functools.cache
@@ -94,6 +129,7 @@ def _compile_triton(name: str, target: str) -> Row:
         torch.float32: "fp32",
         torch.float16: "fp16",
         torch.bfloat16: "bf16",
+        torch.uint8: "u8",
         torch.int32: "i32",
         torch.int64: "i64",
     }
@@ -186,7 +222,7 @@ def cuda_table() -> Table | str:
         rows = _read_cubin(Path(native._C.__file__), f"sm_{arch}")
         plain = subprocess.run(["c++filt", "-p", *rows], capture_output=True, text=True, check=True).stdout.splitlines()
         for name, row in zip(plain, rows.values(), strict=True):
-            table[re.sub(r"\(anonymous namespace\)::|fastllm::|cuda::|__nv_|rms_norm::(?=rms_norm_)", "", name)][
+            table[re.sub(r"\(anonymous namespace\)::|fastllm::|cuda::|__nv_|\b(\w+)::(?=\1_)", "", name)][
                 f"sm_{arch}"
             ] = row
     return dict(sorted(table.items()))

@@ -32,12 +32,18 @@ def measure(benchmark: Any) -> Callable[..., None]:
     """``measure(call, case=..., implementation=..., bytes=...)``: time a call and note what it is."""
 
     def run(
-        call: Callable[[], Any], *, case: str, implementation: str, rounds: int | None = None, **facts: Any
+        call: Callable[[], Any],
+        *,
+        case: str,
+        implementation: str,
+        rounds: int | None = None,
+        warmup: int | None = None,
+        **facts: Any,
     ) -> None:
         benchmark.group = case
         benchmark.extra_info.update(case=case, implementation=implementation, **facts)
-        warmup, counted = (5, 50) if DEVICE.type == "cuda" else (20, 25)
-        benchmark.pedantic(CLOCK.timed(call), warmup_rounds=warmup, rounds=rounds or counted)
+        usual = (5, 50) if DEVICE.type == "cuda" else (20, 25)
+        benchmark.pedantic(CLOCK.timed(call), warmup_rounds=warmup or usual[0], rounds=rounds or usual[1])
 
     return run
 

@@ -4,7 +4,8 @@
 
 Builds the native module for this GPU, runs ``pytest -m gpu``, runs compute-sanitizer on small shapes, and
 times the kernels. Writes into DIR: ``benchmarks.json`` (times, stamped with device, versions and commit),
-``README.md`` (what passed, and the table), and a log per step. Exits with 1 where a step failed.
+``README.md`` (what passed, and the table), the plot of
+benchmarks.sweep, and a log per step. Exits with 1 where a step failed.
 """
 
 from __future__ import annotations
@@ -43,11 +44,12 @@ def steps(out: Path) -> list[Step]:
     pytest = [python, "-m", "pytest", "-q"]
     times = ["--benchmark-only", f"--benchmark-json={out / 'benchmarks.json'}"]
     return [
-        Step("build", install, 120),
-        Step("tests", [*pytest, "-m", "gpu", "--maxfail=20", str(ROOT / "tests")], 120),
-        Step("memcheck", [sanitizer, "--tool=memcheck", *sanitize], 40),
-        Step("racecheck", [sanitizer, "--tool=racecheck", *sanitize], 40),
+        Step("build", install, 100),
+        Step("tests", [*pytest, "-m", "gpu", "--maxfail=20", str(ROOT / "tests")], 100),
+        Step("memcheck", [sanitizer, "--tool=memcheck", *sanitize], 35),
+        Step("racecheck", [sanitizer, "--tool=racecheck", *sanitize], 35),
         Step("benchmarks", [*pytest, str(ROOT / "benchmarks"), *times], 150),
+        Step("sweep", [python, "-m", "benchmarks.sweep", "--out", str(out)], 60),
     ]
 
 

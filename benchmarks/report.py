@@ -17,8 +17,8 @@ def markdown(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         cases.setdefault(entry["extra_info"]["case"], []).append(entry)
     lines = [
-        "| case | implementation | median ms | ± | times eager | rate | share of copy |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| case | implementation | median ms | ± | times eager | rate | share of copy | memory MiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for case, group in cases.items():
         rates = {e["extra_info"]["implementation"]: _rate(e) for e in group}
@@ -27,10 +27,11 @@ def markdown(entries: list[dict[str, Any]]) -> str:
             name, rate = entry["extra_info"]["implementation"], _rate(entry)
             speed = f"{eager / _median(entry):.2f}" if eager and name != "copy" else ""
             share = f"{rate / rates['copy']:.0%}" if rate and rates.get("copy") else ""
-            unit = entry["extra_info"].get("unit", "GB/s")
+            unit, memory = entry["extra_info"].get("unit", "GB/s"), entry["extra_info"].get("memory")
+            size = f"{memory / 2**20:.0f}" if memory else ""
             lines.append(
                 f"| {case} | {name} | {_median(entry) * 1e3:.3f} | {float(entry['stats']['iqr']) * 500:.3f} "
-                f"| {speed} | {f'{rate:.0f} {unit}' if rate else ''} | {share} |"
+                f"| {speed} | {f'{rate:.3g} {unit}' if rate else ''} | {share} | {size} |"
             )
             case = ""
     return "\n".join(lines)

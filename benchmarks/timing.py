@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -93,3 +94,31 @@ def stamp() -> dict[str, str]:
 
         found["cpu kernels"] = native.KERNELS["cpu"].instruction_set() if "cpu" in native.KERNELS else "none"
     return found
+
+
+def extra_memory(call: Callable[[], Any]) -> int | None:
+    """Bytes that ``call`` has allocated at its peak, beyond what was there before: None where that is not known.
+
+    On a CPU it is resident memory, as Linux counts it.
+    """
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would be taken again unseen
+        clear.write_text("5")  # the peak begins anew
+    except (OSError, AttributeError):
+        return None
+    before = _status_bytes(status, "VmRSS")
+    call()
+    return _status_bytes(status, "VmHWM") - before
+
+
+def _status_bytes(status: Path, field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0

@@ -8,14 +8,18 @@
 #include <string>
 #include <tuple>
 
+#include "cross_entropy.h"
 #include "rms_norm.h"
 #include "rope.h"
+#include "softmax.h"
 #include "swiglu.h"
 #ifndef FASTLLM_NO_CPU
 #include "cpu/kernels.h"
 #endif
 #ifdef FASTLLM_CUDA
+#include "cuda/cross_entropy.h"
 #include "cuda/rms_norm.h"
+#include "cuda/softmax.h"
 #endif
 
 namespace py = pybind11;
@@ -66,6 +70,49 @@ Rope rope_arguments(const RowsTuple& x, uintptr_t cos, uintptr_t sin, uintptr_t 
           pointer(out), rows, cols, heads, seq, half, max_seq, inverse, DType(dtype)};
 }
 
+using MaskTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>;
+
+Mask mask_of(const MaskTuple& t) {
+  return {pointer(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t),
+          std::get<4>(t),          std::get<5>(t), MaskKind(std::get<6>(t))};
+}
+
+SoftmaxForward softmax_forward_arguments(const RowsTuple& x, const MaskTuple& mask, uintptr_t y, int64_t rows,
+                                         int64_t cols, int64_t queries, float scale, int dtype) {
+  return {rows_of(x), mask_of(mask), pointer(y), rows, cols, queries, scale, DType(dtype)};
+}
+
+SoftmaxBackward softmax_backward_arguments(const RowsTuple& dy, const RowsTuple& y, uintptr_t dx, int64_t rows,
+                                           int64_t cols, int64_t queries, float scale, int dtype) {
+  return {rows_of(dy), rows_of(y), pointer(dx), rows, cols, queries, scale, DType(dtype)};
+}
+
+CrossEntropyForward cross_entropy_forward_arguments(const RowsTuple& logits, uintptr_t target, uintptr_t class_weight,
+                                                    uintptr_t mean_weight, uintptr_t loss, uintptr_t lse, int64_t rows,
+                                                    int64_t cols, int64_t ignore_index, float label_smoothing,
+                                                    float z_loss, float softcap, int64_t first_class, int64_t classes,
+                                                    int dtype) {
+  return {{rows_of(logits), pointer<int64_t>(target), pointer<float>(class_weight), pointer<float>(mean_weight), rows,
+           cols, ignore_index, label_smoothing, z_loss, softcap, first_class, classes, DType(dtype)},
+          pointer<float>(loss),
+          pointer<float>(lse)};
+}
+
+CrossEntropyBackward cross_entropy_backward_arguments(const RowsTuple& logits, uintptr_t target, uintptr_t class_weight,
+                                                      uintptr_t mean_weight, uintptr_t lse, uintptr_t dloss,
+                                                      int64_t dloss_stride, uintptr_t dlse, uintptr_t dlogits,
+                                                      int64_t rows, int64_t cols, int64_t ignore_index,
+                                                      float label_smoothing, float z_loss, float softcap,
+                                                      int64_t first_class, int64_t classes, int dtype) {
+  return {{rows_of(logits), pointer<int64_t>(target), pointer<float>(class_weight), pointer<float>(mean_weight), rows,
+           cols, ignore_index, label_smoothing, z_loss, softcap, first_class, classes, DType(dtype)},
+          pointer<float>(lse),
+          pointer<float>(dloss),
+          dloss_stride,
+          pointer<float>(dlse),
+          pointer(dlogits)};
+}
+
 // On a CPU a position outside the tables is an error; nothing is read there.
 void check_positions(const Rope& a) {
   if (!a.positions) return;
@@ -102,6 +149,14 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
              [](const RmsNormForward& a, int, uintptr_t) { cpu::kernels().rms_norm_forward(a); });
   def_launch(on_cpu, "rms_norm_backward", rms_norm_backward_arguments,
              [](const RmsNormBackward& a, int, uintptr_t) { cpu::kernels().rms_norm_backward(a); });
+  def_launch(on_cpu, "softmax_forward", softmax_forward_arguments,
+             [](const SoftmaxForward& a, int, uintptr_t) { cpu::kernels().softmax_forward(a); });
+  def_launch(on_cpu, "softmax_backward", softmax_backward_arguments,
+             [](const SoftmaxBackward& a, int, uintptr_t) { cpu::kernels().softmax_backward(a); });
+  def_launch(on_cpu, "cross_entropy_forward", cross_entropy_forward_arguments,
+             [](const CrossEntropyForward& a, int, uintptr_t) { cpu::kernels().cross_entropy_forward(a); });
+  def_launch(on_cpu, "cross_entropy_backward", cross_entropy_backward_arguments,
+             [](const CrossEntropyBackward& a, int, uintptr_t) { cpu::kernels().cross_entropy_backward(a); });
   def_launch(on_cpu, "rope", rope_arguments, [](const Rope& a, int, uintptr_t) {
     check_positions(a);
     cpu::kernels().rope(a);
@@ -125,6 +180,22 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   def_launch(on_cuda, "rms_norm_backward", rms_norm_backward_arguments,
              [](const RmsNormBackward& a, int device, uintptr_t stream) {
                cuda::rms_norm_backward(a, device, pointer<CUstream_st>(stream));
+             });
+  def_launch(on_cuda, "softmax_forward", softmax_forward_arguments,
+             [](const SoftmaxForward& a, int device, uintptr_t stream) {
+               cuda::softmax_forward(a, device, pointer<CUstream_st>(stream));
+             });
+  def_launch(on_cuda, "softmax_backward", softmax_backward_arguments,
+             [](const SoftmaxBackward& a, int device, uintptr_t stream) {
+               cuda::softmax_backward(a, device, pointer<CUstream_st>(stream));
+             });
+  def_launch(on_cuda, "cross_entropy_forward", cross_entropy_forward_arguments,
+             [](const CrossEntropyForward& a, int device, uintptr_t stream) {
+               cuda::cross_entropy_forward(a, device, pointer<CUstream_st>(stream));
+             });
+  def_launch(on_cuda, "cross_entropy_backward", cross_entropy_backward_arguments,
+             [](const CrossEntropyBackward& a, int device, uintptr_t stream) {
+               cuda::cross_entropy_backward(a, device, pointer<CUstream_st>(stream));
              });
 #endif
 }

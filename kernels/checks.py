@@ -26,6 +26,12 @@ def floating(op: str, name: str, x: Any, *, min_dim: int = 1) -> None:
 def tensor(op: str, name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(x).__name__}")
+    if hasattr(x, "placements"):
+        raise TypeError(
+            f"{op}: {name} is a DTensor ({x.placements}); kernels take local tensors. With FSDP2, call the op in the "
+            "forward of the module that fully_shard wraps, where parameters are whole; else pass .to_local() or "
+            ".full_tensor(), whichever is meant"
+        )
     if x.layout is not torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, its layout is {x.layout}; call .to_dense() first")
 

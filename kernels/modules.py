@@ -162,43 +162,60 @@ class CrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
-        self.z_loss, self.softcap, self.inplace_backward = z_loss, softcap, inplace_backward
+        self.inplace_backward = inplace_backward
+        self.options = {
+            "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
+            "z_loss": z_loss, "softcap": softcap,
+        }  # fmt: skip
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``logits`` ``[..., classes]``, ``target`` ``[...]``."""
-        return cross_entropy(
-            logits, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
-            label_smoothing=self.label_smoothing, z_loss=self.z_loss, softcap=self.softcap,
-            inplace_backward=self.inplace_backward,
-        )  # fmt: skip
+        return cross_entropy(logits, target, weight=self.weight, inplace_backward=self.inplace_backward, **self.options)
+
+    def extra_repr(self) -> str:
+        return _given(self.options)
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """A head without bias and its loss in one, :func:`linear_cross_entropy`; ``weight`` ``[classes, features]``."""
+    """A head and its loss in one, :func:`linear_cross_entropy`, as ``torch.nn.LinearCrossEntropyLoss``.
+
+    Its parameters are ``linear.weight`` ``[num_classes, in_features]`` and ``linear.bias`` ``[num_classes]``;
+    the buffer ``weight`` holds class weights.
+    """
 
     def __init__(
         self,
-        features: int,
-        classes: int,
+        in_features: int,
+        num_classes: int,
         *,
+        bias: bool = False,
+        weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float = 0.0,
+        accumulate_float32: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(classes, features, device=device, dtype=dtype))
-        nn.init.normal_(self.weight, std=features**-0.5)
-        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
-        self.z_loss, self.softcap = z_loss, softcap
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.options = {
+            "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
+            "z_loss": z_loss, "softcap": softcap, "accumulate_float32": accumulate_float32,
+        }  # fmt: skip
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """``hidden`` ``[..., features]``, ``target`` ``[...]``."""
+        """``hidden`` ``[..., in_features]``, ``target`` ``[...]``."""
         return linear_cross_entropy(
-            hidden, self.weight, target, ignore_index=self.ignore_index, reduction=self.reduction,
-            label_smoothing=self.label_smoothing, z_loss=self.z_loss, softcap=self.softcap,
-        )  # fmt: skip
+            hidden, self.linear.weight, target, bias=self.linear.bias, class_weight=self.weight, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return _given(self.options)
+
+
+def _given(options: dict[str, object]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in options.items())

@@ -4,8 +4,10 @@
 #include <string>
 #include <vector>
 
+#include "../cross_entropy.h"
 #include "../rms_norm.h"
 #include "../rope.h"
+#include "../softmax.h"
 #include "../swiglu.h"
 
 namespace fastllm::cpu {
@@ -13,6 +15,10 @@ namespace fastllm::cpu {
 struct Kernels {
   void (*rms_norm_forward)(const RmsNormForward&);
   void (*rms_norm_backward)(const RmsNormBackward&);
+  void (*softmax_forward)(const SoftmaxForward&);
+  void (*softmax_backward)(const SoftmaxBackward&);
+  void (*cross_entropy_forward)(const CrossEntropyForward&);
+  void (*cross_entropy_backward)(const CrossEntropyBackward&);
   void (*rope)(const Rope&);
   void (*swiglu_forward)(const SwigluForward&);
   void (*swiglu_backward)(const SwigluBackward&);

@@ -117,6 +117,19 @@ inline void store(float16* p, vfloat v) {
 }
 #endif
 
+// Bytes as numbers.
+inline vfloat load(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(load_bits<__m128i>(p)));
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vfloat v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // The first `count` (< kLanes) elements of a row's end; the lanes after them hold 0.
 template <typename T>
 inline vfloat load_partial(const T* p, int64_t count) {
@@ -131,6 +144,13 @@ inline void store_partial(T* p, vfloat v, int64_t count) {
   std::memcpy(p, buffer, count * sizeof(T));
 }
 
+// v in the first `count` lanes, `other` in those after.
+inline vfloat first_lanes(vfloat v, int64_t count, float other) {
+  vuint32 lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return lane < static_cast<uint32_t>(count) ? v : broadcast(other);
+}
+
 template <typename T>
 inline vfloat rounded(vfloat v) {
   T buffer[kLanes];
@@ -142,31 +162,102 @@ inline vfloat rounded<float>(vfloat v) {
   return v;
 }
 
+// Lane by lane; where a lane of either is NaN it is that of b.
+inline vfloat maximum(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// Whether a > b in any lane.
+inline bool any_greater(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#else
+  bool any = false;
+  for (int i = 0; i < kLanes; ++i) any |= a[i] > b[i];
+  return any;
+#endif
+}
+
+// v, rounded to float32: keeps the compiler from fusing the product that v is into a sum, where another place
+// rounds it and the two must agree.
+inline vfloat settled(vfloat v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
+}
+
 // e^x to about one unit in the last place: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial
-// of degree 6 that minimises the relative error there. Below -87.3 it is 0 (no subnormals), above 88.7 infinity.
-inline vfloat exp(vfloat x) {
-  const vfloat shifter = broadcast(0x1.8p23f);  // adding it rounds to a whole number, in the lowest bits
-  const vfloat t = x * 1.44269504f + shifter, n = t - shifter;
-  const vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+// of degree 6 that minimises the relative error there. Above 88.7 it is infinity; below -87.3 it is 0, or
+// with AVX-512 subnormal and 0 from -104 on.
+inline vfloat exp_polynomial(vfloat r) {
   vfloat p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.f;
+  return p * r * r + r + 1.f;
+}
+
+inline vfloat exp(vfloat x) {
+#if defined(__AVX512F__)
+  // Beyond these the result is 0 and infinity; infinities would make r NaN. A NaN stays: it is second.
+  x = maximum(broadcast(-105.f), (vfloat)_mm512_min_ps((__m512)broadcast(90.f), (__m512)x));
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  return (vfloat)_mm512_scalef_ps((__m512)exp_polynomial(r), (__m512)n);
+#else
+  const vfloat shifter = broadcast(0x1.8p23f);  // adding it rounds to a whole number, in the lowest bits
+  const vfloat t = x * 1.44269504f + shifter, n = t - shifter;
+  const vfloat p = exp_polynomial(x - n * 0.693359375f + n * 2.12194440e-4f);
   const vfloat scaled = (vfloat)((vuint32)p + ((vuint32)t << 23));
   const vfloat none{};
   const vfloat finite = x < -87.33f ? none : scaled;
   // 88.37 and not 88.72: beyond it n is 128, for which there is no exponent, so multiply in two steps
   const vfloat large = (vfloat)((vuint32)p + (((vuint32)t - 1u) << 23)) * 2.f;
   return x > 88.37f ? (x > 88.7228f ? none + __builtin_inff() : large) : finite;
+#endif
 }
 
+// tanh x to about one unit in the last place: an odd polynomial (Cephes) near 0, where 1 - 2 / (e^2x + 1)
+// would cancel.
+inline vfloat tanh(vfloat x) {
+  const vfloat z = x * x;
+  vfloat p = broadcast(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  const vfloat far = 1.f - 2.f / (exp(x + x) + 1.f);
+  return z < 0.390625f ? p * z * x + x : far;
+}
+
+// In pairs: four roundings, not fifteen.
 inline float sum(vfloat v) {
-  float total = 0.f;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+inline float greatest(vfloat v) {
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
 }
 
 // Calls f(T{}) with the element type that `dtype` stands for.

@@ -6,10 +6,16 @@ namespace fastllm::cpu::FASTLLM_ISA {
 
 void rms_norm_forward(const RmsNormForward&);
 void rms_norm_backward(const RmsNormBackward&);
+void softmax_forward(const SoftmaxForward&);
+void softmax_backward(const SoftmaxBackward&);
+void cross_entropy_forward(const CrossEntropyForward&);
+void cross_entropy_backward(const CrossEntropyBackward&);
 void rope(const Rope&);
 void swiglu_forward(const SwigluForward&);
 void swiglu_backward(const SwigluBackward&);
 
-const Kernels kernels = {rms_norm_forward, rms_norm_backward, rope, swiglu_forward, swiglu_backward};
+const Kernels kernels = {rms_norm_forward,      rms_norm_backward,      softmax_forward,
+                         softmax_backward,      cross_entropy_forward,  cross_entropy_backward,
+                         rope,                  swiglu_forward,         swiglu_backward};
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -62,6 +63,25 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+constexpr int kMaxThreads = 1024;  // of a block: with 64 registers each they fill a multiprocessor
+
+// dim3(threads per row, rows), see reduce.h, for rows of `units` of which a thread takes `per_thread`.
+inline dim3 block_for(int64_t units, int per_thread, int threads_wanted, int most = kMaxThreads) {
+  const int64_t needed = std::min<int64_t>(ceil_div(units, per_thread), most);
+  int threads = 1;
+  if (needed <= 32)
+    while (threads < needed) threads *= 2;
+  else
+    threads = int(ceil_div(needed, 32)) * 32;
+  return dim3(threads, std::max(1, threads_wanted / threads));
+}
+
+// A block for every blockDim.y rows.
+template <typename Args>
+void launch_rows(void (*kernel)(Args), const Args& args, dim3 block, cudaStream_t stream) {
+  launch(kernel, dim3(unsigned(ceil_div(args.rows, block.y))), block, 0, stream, args);
 }
 
 }  // namespace fastllm::cuda

@@ -17,8 +17,7 @@
 namespace fastllm::cuda {
 namespace rms_norm {
 
-constexpr int kMaxThreads = 1024;      // 64 registers each; the 1 in __launch_bounds__ keeps ptxas from
-                                       // spilling to fit a second block
+// The 1 in __launch_bounds__(kMaxThreads, 1) keeps ptxas from spilling to fit a second block.
 constexpr int kForwardThreads = 128;   // of a block, where rows are short
 constexpr int kBackwardThreads = 256;  // more rows to a block: fewer rows of workspace
 
@@ -331,22 +330,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_dweight_partials(cons
 }
 
 // ---- launching -----------------------------------------------------------------------------------
-
-// dim3(threads per row, rows), see reduce.h, for rows of `units` of which a thread takes `per_thread`.
-inline dim3 block_for(int64_t units, int per_thread, int threads_wanted) {
-  const int64_t needed = std::min<int64_t>(ceil_div(units, per_thread), kMaxThreads);
-  int threads = 1;
-  if (needed <= kWarp)
-    while (threads < needed) threads *= 2;
-  else
-    threads = int(ceil_div(needed, kWarp)) * kWarp;
-  return dim3(threads, std::max(1, threads_wanted / threads));
-}
-
-template <typename Args>
-void launch_rows(void (*kernel)(Args), const Args& args, dim3 block, cudaStream_t stream) {
-  launch(kernel, dim3(unsigned(ceil_div(args.rows, block.y))), block, 0, stream, args);
-}
 
 constexpr int kThreadsPerSM = 1024;  // resident with 64 registers each
 

@@ -1,5 +1,7 @@
-"""Softmax and the losses on it: the public functions (op.py) and their specifications."""
+"""Softmax and the losses on it: the public functions (*_op.py), their specifications and kernels."""
 
-from .op import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
+from .cross_entropy_op import cross_entropy
+from .linear_op import linear_cross_entropy, linear_log_prob
+from .softmax_op import softmax
 
 __all__ = ["cross_entropy", "linear_cross_entropy", "linear_log_prob", "softmax"]

@@ -14,17 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..native import as_rows
-from ..triton_launch import on_device, processors
+from ..triton_launch import on_device, processors, row_offsets, tile
 
 # The longest row that a program holds: forward one value a column, backward four (dy, x, weight, sum).
 LONGEST_FORWARD, LONGEST_BACKWARD = 16384, 8192
-LOOP_COLS = 4096
-TILE = 1024  # elements of a tile of short rows
-
-
-@triton.jit
-def _row_offsets(row, inner, outer_stride, inner_stride):
-    return (row // inner) * outer_stride + (row % inner) * inner_stride
 
 
 @triton.jit
@@ -54,8 +47,8 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
     in_rows = (row < rows)[:, None]
-    x_row = _row_offsets(row, x_inner, x_outer, x_step)[:, None]
-    r_row = _row_offsets(row, r_inner, r_outer, r_step)[:, None]
+    x_row = row_offsets(row, x_inner, x_outer, x_step)[:, None]
+    r_row = row_offsets(row, r_inner, r_outer, r_step)[:, None]
     out_row = (row * cols)[:, None]
     if LOOP:
         squares = tl.zeros([ROWS, COLS], tl.float32)
@@ -100,15 +93,15 @@ def backward_kernel(
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (at < cols)
-        dy_at = _row_offsets(row, dy_inner, dy_outer, dy_step)[:, None] + at
-        x_at = _row_offsets(row, x_inner, x_outer, x_step)[:, None] + at
+        dy_at = row_offsets(row, dy_inner, dy_outer, dy_step)[:, None] + at
+        x_at = row_offsets(row, x_inner, x_outer, x_step)[:, None] + at
         rstd = tl.load(RSTD + row, row < rows, other=0.0)[:, None]
         dy = tl.load(DY + dy_at, mask, other=0.0).to(tl.float32)
         xhat = tl.load(X + x_at, mask, other=0.0).to(tl.float32) * rstd
         g = dy * w
         dx = rstd * (g - xhat * (tl.sum(g * xhat, 1) / cols)[:, None])
         if HAS_DH:
-            dh_at = _row_offsets(row, dh_inner, dh_outer, dh_step)[:, None] + at
+            dh_at = row_offsets(row, dh_inner, dh_outer, dh_step)[:, None] + at
             dx += tl.load(DH + dh_at, mask, other=0.0).to(tl.float32)
         tl.store(DX + (row * cols)[:, None] + at, dx.to(DX.dtype.element_ty), mask)
         if WEIGHT_GRAD:
@@ -125,9 +118,9 @@ def long_backward_kernel(
 ):  # fmt: skip
     """dx of one row, read twice."""
     row = tl.program_id(0).to(tl.int64)
-    dy_row = DY + _row_offsets(row, dy_inner, dy_outer, dy_step)
-    x_row = X + _row_offsets(row, x_inner, x_outer, x_step)
-    dh_row = _row_offsets(row, dh_inner, dh_outer, dh_step)
+    dy_row = DY + row_offsets(row, dy_inner, dy_outer, dy_step)
+    x_row = X + row_offsets(row, x_inner, x_outer, x_step)
+    dh_row = row_offsets(row, dh_inner, dh_outer, dh_step)
     rstd = tl.load(RSTD + row)
     dot = tl.zeros([1, COLS], tl.float32)
     for start in range(0, cols, COLS):
@@ -159,22 +152,12 @@ def long_dweight_kernel(
     for first in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)
         mask = (row < rows)[:, None] & (at < cols)
-        dy_at = _row_offsets(row, dy_inner, dy_outer, dy_step)[:, None] + at
-        x_at = _row_offsets(row, x_inner, x_outer, x_step)[:, None] + at
+        dy_at = row_offsets(row, dy_inner, dy_outer, dy_step)[:, None] + at
+        x_at = row_offsets(row, x_inner, x_outer, x_step)[:, None] + at
         rstd = tl.load(RSTD + row, row < rows, other=0.0)[:, None]
         dy = tl.load(DY + dy_at, mask, other=0.0).to(tl.float32)
         dweight += dy * tl.load(X + x_at, mask, other=0.0).to(tl.float32) * rstd
     tl.store(PARTIALS + tl.program_id(1).to(tl.int64) * cols + col, tl.sum(dweight, 0), col < cols)
-
-
-def tile(cols: int, longest: int) -> dict[str, int]:
-    """The tile of a launch: rows, columns, and warps for about 16 to 32 elements a thread."""
-    block = triton.next_power_of_2(cols)
-    if block > longest:
-        return {"ROWS": 1, "COLS": LOOP_COLS, "num_warps": 8}
-    rows = max(1, min(16, TILE // block))
-    most = 16 if torch.version.hip is None else 8
-    return {"ROWS": rows, "COLS": block, "num_warps": min(most, max(4, rows * block // 512))}
 
 
 def rms_norm_forward(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastllm import kernels
-from fastllm.kernels import backends, explain, native, rms_norm, softmax, use_backend
+from fastllm.kernels import backends, explain, flash_attention, native, rms_norm, use_backend
 from tests.numerics import DTYPES, assert_accurate
 
 X = torch.randn(2, 8)
@@ -35,9 +35,10 @@ def test_explain_tells_what_runs_and_why_not_the_others():
 
 
 def test_explain_says_which_ops_have_no_kernels_yet():
-    found = explain(softmax, X)
+    q = torch.randn(1, 4, 2, 8)
+    found = explain(flash_attention, q, q, q)
     assert found.chosen == "torch"
-    assert found.reasons["cpu"] == "no: softmax has no cpu kernel yet"
+    assert found.reasons["cpu"] == "no: flash_attention has no cpu kernel yet"
 
 
 def test_explain_checks_the_call_and_does_not_run_it():
@@ -57,8 +58,9 @@ def test_explain_says_what_a_forced_backend_would_do():
 def test_a_forced_backend_that_cannot_run_raises():
     with pytest.raises(ValueError, match="backend 'cuda' can't run this call: serves CUDA tensors, these are on cpu"):
         rms_norm(X, backend="cuda")
-    with pytest.raises(ValueError, match="softmax has no cpu kernel yet"):
-        softmax(X, backend="cpu")
+    q = torch.randn(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="flash_attention has no cpu kernel yet"):
+        flash_attention(q, q, q, backend="cpu")
 
 
 def test_float64_runs_on_the_torch_backend():

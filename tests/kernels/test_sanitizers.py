@@ -48,10 +48,26 @@ for name in cpu.instruction_sets():
                               dx.ctypes.data, dw.ctypes.data, work.ctypes.data, partials, r, n, 0.5, dtype, dtype, 0, 0)
         cpu.swiglu_forward(rows(x), rows(dy), y.ctypes.data, r, n, dtype, 0, 0)
         cpu.swiglu_backward(rows(dy), rows(x), rows(y), dx.ctypes.data, h.ctypes.data, r, n, dtype, 0, 0)
+        targets = np.arange(r) % (n + 2) - 1  # -1 and n: out of range; 1: ignored
+        floats = [array(size, dtype=0) for size in (r, r, r, n, 1)]
+        loss, lse, dlse, weights, mean = (a.ctypes.data for a in floats)
+        for softcap, given in ((0.0, 0), (5.0, weights)):
+            options = (1, 0.1 * bool(given), 1e-3, softcap, 0, n, dtype)
+            cpu.cross_entropy_forward(rows(x), targets.ctypes.data, given, mean, loss, lse, r, n, *options, 0, 0)
+            cpu.cross_entropy_backward(rows(x), targets.ctypes.data, given, mean, lse, loss, 1, dlse if extra else 0,
+                                       dx.ctypes.data, r, n, *options, 0, 0)
+        queries = r if extra and r else 0
+        for kind, mask in ((0, None), (1, np.zeros((r, n), np.uint8)), (2, array(r, n, dtype=dtype)),
+                           (3, array(r, n, dtype=0))):
+            levels = (mask.ctypes.data if kind else 0, 1, max(1, r), 0, 0, n, kind)
+            cpu.softmax_forward(rows(x), levels, y.ctypes.data, r, n, queries, 0.5, dtype, 0, 0)
+        cpu.softmax_backward(rows(dy), rows(y), dx.ctypes.data, r, n, queries, 0.5, dtype, 0, 0)
         cos, sin, positions = array(4, n // 2, dtype=0), array(4, n // 2, dtype=0), np.full(r, 3)
         for given in (0, positions.ctypes.data):
             cpu.rope(rows(x), cos.ctypes.data, sin.ctypes.data, given, y.ctypes.data,
                      r, n, 1, 4, n // 2, 4, extra, dtype, 0, 0)
+    x, y = array(2, 20001, dtype=0), array(2, 20001, dtype=0)  # too long to be held
+    cpu.softmax_forward(rows(x), (0, 1, 1, 0, 0, 0, 0), y.ctypes.data, 2, 20001, 0, 1.0, 0, 0, 0)
 print("clean", cpu.instruction_sets())
 if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
     x = array(1, 64, dtype=0)

@@ -1,0 +1,174 @@
+// Cross-entropy: bound by memory, one read of the logits forward, one read and one write backward, in 16-byte
+// accesses where rows are aligned to them. A block walks along a row (short rows: several to a block), some
+// vectors ahead. kPlain: neither softcap nor label smoothing, whose registers the common case is spared.
+
+#include "cross_entropy.h"
+
+#include "exp_sum.h"
+#include "launch.h"
+
+namespace fastllm::cuda {
+namespace cross_entropy {
+
+constexpr int kThreads = 512;  // at most, of a block: two of them fit, and one works while the other ends a row
+constexpr int kShort = 128;    // of a block, where rows are short
+constexpr int kAhead = 4;      // vectors that a thread loads before it uses them
+
+// A score and its derivative with respect to the logit.
+struct Scored {
+  float score, slope;
+};
+
+template <bool kPlain>
+__device__ inline Scored capped(float logit, float softcap) {
+  if (kPlain || softcap == 0.0f) return {logit, 1.0f};
+  const float t = tanhf(logit / softcap);
+  return {softcap * t, 1.0f - t * t};
+}
+
+// What the target of a row says.
+struct Target {
+  bool ignored;
+  int64_t col;       // its column here, or -1
+  float own, total;  // (1 - e) * w_t, and that + e * mean weight; NaN where it is out of range
+
+  __device__ Target(const CrossEntropy& a, int64_t row) {
+    const int64_t t = a.target[row];
+    ignored = t == a.ignore_index;
+    const bool valid = !ignored && t >= 0 && t < a.classes;
+    col = valid && t >= a.first_class && t < a.first_class + a.cols ? t - a.first_class : -1;
+    own = valid ? (1.0f - a.label_smoothing) * (a.class_weight ? a.class_weight[t] : 1.0f) : NAN;
+    total = own + a.label_smoothing * (a.mean_weight ? *a.mean_weight : 1.0f);
+  }
+};
+
+template <typename T, int V, bool kPlain>
+__global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const CrossEntropyForward a) {
+  __shared__ float scratch[2][kMaxWarps], spread_scratch[kMaxWarps];
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t cols = row < a.rows ? a.cols : 0;
+  const int64_t step = blockDim.x * V;
+  const T* logits = row_of<T>(a.logits, row);
+  const float* weight = a.class_weight ? a.class_weight + a.first_class : nullptr;
+
+  ExpSum mine;
+  float spread = 0.0f;  // sum of w_j * s_j
+  for (int64_t start = threadIdx.x * V; start < cols; start += kAhead * step) {
+    Vec<T, V> read[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (start + i * step < cols) read[i] = load_readonly<V>(logits + start + i * step);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t col = start + i * step;
+      if (col >= cols) continue;
+      Floats<V> s = unpack(read[i]);
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        s.at[j] = capped<kPlain>(s.at[j], a.softcap).score;
+        if (!kPlain && a.label_smoothing != 0.0f) spread += weight ? s.at[j] * weight[col + j] : s.at[j];
+      }
+      mine.add(s);
+    }
+  }
+  const ExpSum found = mine.over_row(scratch);
+  if constexpr (!kPlain) spread = row_sum(spread, spread_scratch);
+  if (threadIdx.x != 0 || row >= a.rows) return;
+
+  const float lse = found.shift + logf(found.sum);
+  const Target target(a, row);
+  float linear = 0.0f;
+  if (target.col >= 0) linear = capped<kPlain>(to_float(logits[target.col]), a.softcap).score;
+  linear *= target.own;
+  if (!kPlain && a.label_smoothing != 0.0f) linear += a.label_smoothing / a.classes * spread;
+  const float loss = a.cols == a.classes ? target.total * lse - linear + a.z_loss * lse * lse : linear;
+  a.loss[row] = target.ignored ? 0.0f : loss;
+  a.lse[row] = lse;
+}
+
+template <typename T, int V, bool kPlain>
+__global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const CrossEntropyBackward a) {
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (row >= a.rows) return;
+  const int64_t step = blockDim.x * V;
+  const T* logits = row_of<T>(a.logits, row);
+  T* dlogits = static_cast<T*>(a.dlogits) + row * a.cols;
+  const float* weight = a.class_weight ? a.class_weight + a.first_class : nullptr;
+
+  const Target target(a, row);
+  const float lse = a.lse[row], dlse = a.dlse ? a.dlse[row] : 0.0f;
+  const float dloss = a.dloss && !target.ignored ? a.dloss[row * a.dloss_stride] : 0.0f;
+  const float push = target.ignored ? dlse : dloss * (target.total + 2.0f * a.z_loss * lse) + dlse;
+  const float pull = kPlain ? 0.0f : dloss * a.label_smoothing / a.classes;
+  const bool nothing = push == 0.0f && dloss == 0.0f;  // whatever the logits hold
+
+  for (int64_t start = threadIdx.x * V; start < a.cols; start += kAhead * step) {
+    Vec<T, V> read[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)  // not readonly: dlogits may be the logits
+      if (start + i * step < a.cols && !nothing) read[i] = load<V>(logits + start + i * step);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t col = start + i * step;
+      if (col >= a.cols) continue;
+      Floats<V> d = filled<V>(0.0f);
+      if (!nothing) {
+        d = unpack(read[i]);
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          const Scored s = capped<kPlain>(d.at[j], a.softcap);
+          float g = expf(s.score - lse) * push;
+          if (col + j == target.col) g -= dloss * target.own;
+          if (!kPlain) g -= weight && pull != 0.0f ? pull * weight[col + j] : pull;
+          d.at[j] = g * s.slope;
+        }
+      }
+      store(dlogits + col, pack<T>(d));
+    }
+  }
+}
+
+// Calls f with the element type and whether the common case will do.
+template <typename F>
+void visit_types(const CrossEntropy& a, F f) {
+  const bool plain = a.softcap == 0.0f && a.label_smoothing == 0.0f;
+  visit(a.dtype, [&](auto element) {
+    if (plain)
+      f(element, std::true_type());
+    else
+      f(element, std::false_type());
+  });
+}
+
+// Launches the kernel for whole vectors, or the one for elements.
+template <typename T, typename Args>
+void run(void (*vectors)(Args), void (*elements)(Args), const Args& a, bool is_aligned, cudaStream_t stream) {
+  const bool whole = a.cols % kVector<T> == 0 && aligned(a.logits, sizeof(T)) && is_aligned;
+  const int64_t units = whole ? a.cols / kVector<T> : a.cols;
+  launch_rows(whole ? vectors : elements, a, block_for(units, kAhead, kShort, kThreads), stream);
+}
+
+}  // namespace cross_entropy
+
+void cross_entropy_forward(const CrossEntropyForward& a, int device, cudaStream_t stream) {
+  using namespace cross_entropy;
+  if (a.rows == 0) return;
+  DeviceGuard guard(device);
+  visit_types(a, [&](auto element, auto plain) {
+    using T = decltype(element);
+    run<T>(cross_entropy_forward_rows<T, kVector<T>, plain>, cross_entropy_forward_rows<T, 1, plain>, a, true, stream);
+  });
+}
+
+void cross_entropy_backward(const CrossEntropyBackward& a, int device, cudaStream_t stream) {
+  using namespace cross_entropy;
+  if (a.rows == 0) return;
+  DeviceGuard guard(device);
+  visit_types(a, [&](auto element, auto plain) {
+    using T = decltype(element);
+    run<T>(cross_entropy_backward_rows<T, kVector<T>, plain>, cross_entropy_backward_rows<T, 1, plain>, a,
+           aligned(a.dlogits), stream);
+  });
+}
+
+}  // namespace fastllm::cuda
