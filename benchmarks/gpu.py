@@ -4,8 +4,8 @@
 
 Builds the native module for this GPU, runs ``pytest -m gpu``, runs compute-sanitizer on small shapes, and
 times the kernels. Writes into DIR: ``benchmarks.json`` (times, stamped with device, versions and commit),
-``README.md`` (what passed, and the table), the plot of
-benchmarks.sweep, and a log per step. Exits with 1 where a step failed.
+``README.md`` (what passed, and the table), the plot of benchmarks.sweep, and a log per step. Exits with 1 where
+a step failed.
 """
 
 from __future__ import annotations

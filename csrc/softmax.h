@@ -5,8 +5,8 @@
 //   backward   dx = scale * y * (dy - sum(y * dy))
 //
 // All arithmetic is float32; y and dx are contiguous [rows, cols] in dtype. Causal (queries > 0): row r is
-// query r % queries and sees its first `visible(...)` columns, aligned at the bottom right; the others are
-// not read, and give 0.
+// query r % queries and sees its first `visible(...)` columns, aligned at the bottom right; the others count
+// nothing, and give 0 (0 or NaN in a row in which a NaN is visible).
 #pragma once
 
 #include "tensor.h"

@@ -216,7 +216,8 @@ inline vfloat exp(vfloat x) {
 #if defined(__AVX512F__)
   // Beyond these the result is 0 and infinity; infinities would make r NaN. A NaN stays: it is second.
   x = maximum(broadcast(-105.f), (vfloat)_mm512_min_ps((__m512)broadcast(90.f), (__m512)x));
-  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 t = (__m512)(x * 1.44269504f);
+  const vfloat n = (vfloat)_mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
   return (vfloat)_mm512_scalef_ps((__m512)exp_polynomial(r), (__m512)n);
 #else

@@ -1,5 +1,5 @@
-// Sums and maxima over the threads that share a row, and sums over rows. A block is dim3(threads per row, rows): threads
-// per row is a power of two up to a warp, or whole warps; the block is whole warps.
+// Sums and maxima over the threads that share a row, and sums over rows. A block is dim3(threads per row, rows):
+// threads per row is a power of two up to a warp, or whole warps; the block is whole warps.
 #pragma once
 
 #include <cuda_runtime.h>

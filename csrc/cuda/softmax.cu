@@ -5,6 +5,8 @@
 
 #include "softmax.h"
 
+#include <algorithm>
+
 #include "exp_sum.h"
 #include "launch.h"
 #include "ptx.h"
@@ -13,6 +15,12 @@ namespace fastllm::cuda {
 namespace softmax {
 
 constexpr int kThreads = 128;  // of a block, where rows are short
+
+// The elements of a boolean mask, which are bytes: a vector of them is one access of V bytes.
+template <int V>
+struct alignas(V) Bytes {
+  uint8_t at[V];
+};
 
 // The mask of a row; kMasked: whether there is one.
 template <typename T, bool kMasked>
@@ -31,13 +39,23 @@ struct MaskRow {
     }
   }
 
-  // A boolean mask selects: what it hides may be NaN.
-  __device__ float operator()(float score, int64_t col) const {
-    if constexpr (!kMasked) return score;
-    const int64_t at = offset + col;
-    if (kind == MaskKind::boolean) return static_cast<const uint8_t*>(data)[at] ? score : -INFINITY;
-    if (kind == MaskKind::additive) return score + to_float(static_cast<const T*>(data)[at]);
-    return score + static_cast<const float*>(data)[at];
+  // Masks the scores of the columns from `col` on. A boolean mask selects: what it hides may be NaN.
+  template <int V>
+  __device__ void apply(Floats<V>& s, int64_t col) const {
+    if constexpr (kMasked) {
+      const int64_t at = offset + col;
+      if (kind == MaskKind::boolean) {
+        const auto seen = *reinterpret_cast<const Bytes<V>*>(static_cast<const uint8_t*>(data) + at);
+#pragma unroll
+        for (int j = 0; j < V; ++j) s.at[j] = seen.at[j] ? s.at[j] : -INFINITY;
+        return;
+      }
+      const Floats<V> added = kind == MaskKind::additive
+                                  ? unpack(load_readonly<V>(static_cast<const T*>(data) + at))
+                                  : unpack(load_readonly<V>(static_cast<const float*>(data) + at));
+#pragma unroll
+      for (int j = 0; j < V; ++j) s.at[j] += added.at[j];
+    }
   }
 };
 
@@ -45,16 +63,25 @@ struct MaskRow {
 template <typename T, int V, bool kMasked, typename Index>
 __device__ inline Floats<V> scores(const Vec<T, V>& x, float scale, const MaskRow<T, kMasked>& mask, Index col,
                                    Index seen) {
+  if (col >= seen) return filled<V>(-INFINITY);
   Floats<V> s = unpack(x);
 #pragma unroll
-  for (int j = 0; j < V; ++j) s.at[j] = col + j < seen ? mask(s.at[j] * scale, col + j) : -INFINITY;
+  for (int j = 0; j < V; ++j) s.at[j] *= scale;
+  mask.apply(s, col);
+#pragma unroll
+  for (int j = 0; j < V; ++j) s.at[j] = col + j < seen ? s.at[j] : -INFINITY;
   return s;
 }
 
+// exp(s - shift) / sum; `inverse` is 1 / sum. In float32 a step of Newton's method makes up for its rounding.
 template <typename T, int V>
 __device__ inline Vec<T, V> probabilities(Floats<V> s, const ExpSum& row, float inverse) {
 #pragma unroll
-  for (int j = 0; j < V; ++j) s.at[j] = expf(s.at[j] - row.shift) * inverse;
+  for (int j = 0; j < V; ++j) {
+    const float e = expf(s.at[j] - row.shift);
+    s.at[j] = e * inverse;
+    if constexpr (sizeof(T) == 4) s.at[j] = fmaf(fmaf(-s.at[j], row.sum, e), inverse, s.at[j]);
+  }
   return pack<T>(s);
 }
 
@@ -72,7 +99,8 @@ __global__ void __launch_bounds__(kBlock, 1) softmax_forward_registers(const Sof
   const T* x_row = row_of<T>(a.x, row);
   Vec<T, V> x[N];
 #pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = first + i * step < seen ? load_readonly<V>(x_row + first + i * step) : zeros<T, V>();
+  for (int i = 0; i < N; ++i)
+    x[i] = first + i * step < seen ? load_readonly<V>(x_row + first + i * step) : zeros<T, V>();
 
   const MaskRow<T, kMasked> mask(a.mask, inside ? row : 0);
   ExpSum mine;
@@ -199,11 +227,21 @@ void run(void (*kernel)(Args), const Args& a, int64_t units, int per_thread, int
   launch_rows(kernel, a, block_for(units, per_thread, kThreads, most), stream);
 }
 
+// Whether the mask can be loaded by as many elements as a vector of T has; a 16-byte access at most.
+template <typename T>
+bool mask_aligned(const Mask& mask) {
+  if (mask.kind == MaskKind::none) return true;
+  const int64_t element = mask.kind == MaskKind::boolean ? 1 : mask.kind == MaskKind::additive ? sizeof(T) : 4;
+  const int64_t bytes = std::min<int64_t>(16, kVector<T> * element);
+  return reinterpret_cast<uintptr_t>(mask.data) % bytes == 0 && mask.outer_stride * element % bytes == 0 &&
+         mask.middle_stride * element % bytes == 0 && mask.inner_stride * element % bytes == 0;
+}
+
 template <typename T, bool kMasked>
 void forward(const SoftmaxForward& a, cudaStream_t stream) {
   constexpr int V = kVector<T>;
-  constexpr int kWide = kMasked ? 512 : kMaxThreads;  // a mask takes registers
-  const bool whole = a.cols % V == 0 && aligned(a.x, sizeof(T)) && aligned(a.y);
+  constexpr int kWide = kMasked ? 768 : kMaxThreads;  // a mask takes registers beside eight vectors
+  const bool whole = a.cols % V == 0 && aligned(a.x, sizeof(T)) && aligned(a.y) && mask_aligned<T>(a.mask);
   const int64_t vectors = a.cols / V;
   if (!whole)
     run(softmax_forward_loop<T, 1, kMasked>, a, a.cols, 8, kMaxThreads, stream);
@@ -211,8 +249,8 @@ void forward(const SoftmaxForward& a, cudaStream_t stream) {
     run(softmax_forward_registers<T, 1, kThreads, kMasked>, a, vectors, 1, kThreads, stream);
   else if (vectors <= 2 * kWarp)
     run(softmax_forward_registers<T, 2, kThreads, kMasked>, a, vectors, 2, kThreads, stream);
-  else if (vectors <= 4 * kWide)
-    run(softmax_forward_registers<T, 4, kWide, kMasked>, a, vectors, 4, kWide, stream);
+  else if (vectors <= 4 * kMaxThreads)
+    run(softmax_forward_registers<T, 4, kMaxThreads, kMasked>, a, vectors, 4, kMaxThreads, stream);
   else if (vectors <= 8 * kWide)
     run(softmax_forward_registers<T, 8, kWide, kMasked>, a, 8 * kWide, 8, kWide, stream);
   else

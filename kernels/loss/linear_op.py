@@ -320,10 +320,7 @@ def _run(
         part = slice(start, min(start + step, tokens))
         h, logits = rows[part], buffer[: part.stop - start]
         shared = (logits, target[part], class_weight, mean_weight)
-        if bias is None:
-            torch.mm(h, head.t(), out=logits)
-        else:
-            torch.addmm(bias, h, head.t(), out=logits)
+        _product(h, head, bias, logits)
         if loss is not None:
             kernels.cross_entropy_forward(*shared, loss[part], lse[part], options, backend)
         if grads is None:
@@ -338,6 +335,18 @@ def _run(
             bias_sum += logits.sum(0, dtype=torch.float32)
     weight_sum.finish()
     dbias.copy_(bias_sum)
+
+
+def _product(hidden: Tensor, head: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """``logits = hidden @ headᵀ + bias``. On a CPU in float32 in blocks of classes that a cache holds: in one
+    piece PyTorch's product reads the head's columns too far apart, and takes a third longer."""
+    blocks = 1024 if hidden.device.type == "cpu" and hidden.dtype == torch.float32 else len(head)
+    for start in range(0, len(head), blocks):
+        part = slice(start, start + blocks)
+        if bias is None:
+            torch.mm(hidden, head[part].t(), out=logits[:, part])
+        else:
+            torch.addmm(bias[part], hidden, head[part].t(), out=logits[:, part])
 
 
 class _Sum:

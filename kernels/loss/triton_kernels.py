@@ -25,12 +25,21 @@ LONGEST_FORWARD, LONGEST_BACKWARD = 16384, 8192
 
 
 @triton.jit
-def _visible(row, cols, queries, CAUSAL: tl.constexpr):
-    """How many columns a row sees."""
-    seen = row * 0 + cols
+def _visible(row, cols, queries):
+    """How many columns a row of a causal softmax sees."""
+    return tl.maximum(row % queries + cols - queries + 1, 0).to(tl.int32)
+
+
+@triton.jit
+def _columns(at, inside, end, CAUSAL: tl.constexpr):
+    """(what is loaded, what is seen) of the columns ``at``.
+
+    Causal loads go on to a multiple of 16: a mask that may end anywhere makes them single elements.
+    """
+    read, seen = inside, inside
     if CAUSAL:
-        seen = tl.maximum(row % queries + cols - queries + 1, 0)
-    return seen
+        read, seen = inside & (at < (end + 15) // 16 * 16), inside & (at < end)
+    return read, seen
 
 
 @triton.jit
@@ -40,13 +49,13 @@ def _mask_offsets(row, middle, inner, outer_stride, middle_stride, inner_stride)
 
 
 @triton.jit
-def _scores(X, MASK, x_at, mask_at, seen, scale, KIND: tl.constexpr):
+def _scores(X, MASK, x_at, mask_at, read, seen, scale, KIND: tl.constexpr):
     """x * scale under the mask, -inf where nothing is seen. KIND is csrc/softmax.h's MaskKind."""
-    s = tl.load(X + x_at, seen, other=0.0).to(tl.float32) * scale
+    s = tl.load(X + x_at, read, other=0.0).to(tl.float32) * scale
     if KIND == 1:
-        seen = seen & (tl.load(MASK + mask_at, seen, other=0) != 0)
+        seen = seen & (tl.load(MASK + mask_at, read, other=0) != 0)
     elif KIND > 1:
-        s += tl.load(MASK + mask_at, seen, other=0.0).to(tl.float32)
+        s += tl.load(MASK + mask_at, read, other=0.0).to(tl.float32)
     return tl.where(seen, s, float("-inf"))
 
 
@@ -66,32 +75,46 @@ def softmax_forward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)[None, :]
     inside = (row < rows)[:, None]
-    seen = _visible(row, cols, queries, CAUSAL)[:, None]
+    end = cols
+    if CAUSAL:
+        end = _visible(row, cols, queries)[:, None]
     x_row = row_offsets(row, x_inner, x_outer, x_step)[:, None]
     m_row = _mask_offsets(row, m_middle, m_inner, m_outer, m_middle_step, m_step)[:, None]
     y_row = (row * cols)[:, None]
     if LOOP:
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS, COLS], tl.float32)
-        for start in range(0, tl.max(seen), COLS):
+        for start in range(0, tl.max(end) if CAUSAL else cols, COLS):
             at = start + col
-            s = _scores(X, MASK, x_row + at, m_row + at, inside & (at < seen), scale, KIND)
+            read, seen = _columns(at, inside & (at < cols), end, CAUSAL)
+            s = _scores(X, MASK, x_row + at, m_row + at, read, seen, scale, KIND)
             next_top = tl.maximum(top, tl.max(s, 1))
             shift = _shift(next_top)[:, None]
             total = total * tl.exp(top[:, None] - shift) + tl.exp(s - shift)
             top = next_top
         shift, total = _shift(top)[:, None], tl.sum(total, 1)[:, None]
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)
+        divisor = tl.where(total == 0.0, 1.0, total)
         for start in range(0, cols, COLS):
             at = start + col
-            s = _scores(X, MASK, x_row + at, m_row + at, inside & (at < seen), scale, KIND)
-            tl.store(Y + y_row + at, (tl.exp(s - shift) * inverse).to(Y.dtype.element_ty), inside & (at < cols))
+            read, seen = _columns(at, inside & (at < cols), end, CAUSAL)
+            s = _scores(X, MASK, x_row + at, m_row + at, read, seen, scale, KIND)
+            tl.store(Y + y_row + at, (tl.exp(s - shift) / divisor).to(Y.dtype.element_ty), inside & (at < cols))
     else:
-        s = _scores(X, MASK, x_row + col, m_row + col, inside & (col < seen), scale, KIND)
+        read, seen = _columns(col, inside & (col < cols), end, CAUSAL)
+        s = _scores(X, MASK, x_row + col, m_row + col, read, seen, scale, KIND)
         e = tl.exp(s - _shift(tl.max(s, 1))[:, None])
         total = tl.sum(e, 1)[:, None]
-        y = e * (1.0 / tl.where(total == 0.0, 1.0, total))
+        y = e / tl.where(total == 0.0, 1.0, total)
         tl.store(Y + y_row + col, y.to(Y.dtype.element_ty), inside & (col < cols))
+
+
+@triton.jit
+def _pair(dy_row, y_row, at, inside, end, CAUSAL: tl.constexpr):
+    """(dy, y) at some columns, 0 where they are not seen."""
+    read, seen = _columns(at, inside, end, CAUSAL)
+    dy = tl.load(dy_row + at, read, other=0.0).to(tl.float32)
+    y = tl.load(y_row + at, read, other=0.0).to(tl.float32)
+    return tl.where(seen, dy, 0.0), tl.where(seen, y, 0.0)
 
 
 @triton.jit
@@ -103,27 +126,27 @@ def softmax_backward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)[None, :]
     inside = (row < rows)[:, None]
-    seen = _visible(row, cols, queries, CAUSAL)[:, None]
+    end = cols
+    if CAUSAL:
+        end = _visible(row, cols, queries)[:, None]
     dy_row = DY + row_offsets(row, dy_inner, dy_outer, dy_step)[:, None]
     y_row = Y + row_offsets(row, y_inner, y_outer, y_step)[:, None]
     dx_row = DX + (row * cols)[:, None]
     if LOOP:
         products = tl.zeros([ROWS, COLS], tl.float32)
-        for start in range(0, tl.max(seen), COLS):
+        for start in range(0, tl.max(end) if CAUSAL else cols, COLS):
             at = start + col
-            dy = tl.load(dy_row + at, inside & (at < seen), other=0.0).to(tl.float32)
-            products += dy * tl.load(y_row + at, inside & (at < seen), other=0.0).to(tl.float32)
+            dy, y = _pair(dy_row, y_row, at, inside & (at < cols), end, CAUSAL)
+            products += dy * y
         dot = tl.sum(products, 1)[:, None]
         for start in range(0, cols, COLS):
             at = start + col
-            dy = tl.load(dy_row + at, inside & (at < seen), other=0.0).to(tl.float32)
-            y = tl.load(y_row + at, inside & (at < seen), other=0.0).to(tl.float32)
+            dy, y = _pair(dy_row, y_row, at, inside & (at < cols), end, CAUSAL)
             tl.store(dx_row + at, (y * (dy - dot) * scale).to(DX.dtype.element_ty), inside & (at < cols))
     else:
-        dy = tl.load(dy_row + col, inside & (col < seen), other=0.0).to(tl.float32)
-        y = tl.load(y_row + col, inside & (col < seen), other=0.0).to(tl.float32)
+        dy, y = _pair(dy_row, y_row, col, inside & (col < cols), end, CAUSAL)
         dx = y * (dy - tl.sum(dy * y, 1)[:, None]) * scale
-        tl.store(dx_row + col, tl.where(col < seen, dx, 0.0).to(DX.dtype.element_ty), inside & (col < cols))
+        tl.store(dx_row + col, dx.to(DX.dtype.element_ty), inside & (col < cols))
 
 
 def softmax_forward(x: Tensor, mask: Tensor | None, y: Tensor, scale: float, causal: bool, backend: str) -> None:
@@ -251,8 +274,9 @@ def cross_entropy_backward_kernel(
         push = tl.where(ignored, 0.0, dloss * (all_in + 2.0 * z_loss * lse))
     if HAS_DLSE:
         push += tl.load(DLSE + row)
-    nothing = (push == 0.0) & (dloss == 0.0)  # whatever the logits hold
-    logit = tl.load(LOGITS + row_offsets(row, inner, outer, step) + at, at < cols, other=0.0).to(tl.float32)
+    pulled = (push != 0.0) | (dloss != 0.0)  # else 0, whatever the logits hold
+    logits = LOGITS + row_offsets(row, inner, outer, step)
+    logit = tl.load(logits + at, at < tl.where(pulled, cols, 0), other=0.0).to(tl.float32)
     slope = 1.0
     if CAPPED:
         t = _tanh(logit / softcap)
@@ -263,7 +287,7 @@ def cross_entropy_backward_kernel(
         if HAS_WEIGHT:
             pull = pull * tl.load(WEIGHT + first_class + at, at < cols, other=0.0)
         gradient -= pull
-    gradient = tl.where(nothing, 0.0, gradient * slope)
+    gradient = tl.where(pulled, gradient * slope, 0.0)
     tl.store(DLOGITS + row * cols + at, gradient.to(DLOGITS.dtype.element_ty), at < cols)
 
 
