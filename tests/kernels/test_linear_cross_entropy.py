@@ -282,7 +282,7 @@ def test_memory_is_a_chunk(monkeypatch):
 
 
 def test_chunk_size_is_as_documented():
-    for tokens, expected in [(0, 1), (1, 1), (255, 255), (300, 256), (2048, 256), (8192, 1024), (10**6, 2048)]:
+    for tokens, expected in [(0, 1), (1, 1), (255, 255), (300, 256), (2048, 416), (8192, 1648), (10**6, 2048)]:
         assert CHUNK_SIZE(tokens) == expected
 
 
