@@ -55,12 +55,12 @@ def linear_cross_entropy(
 
     The other arguments, the results and the errors are those of :func:`cross_entropy`.
 
-    Memory: beyond the gradients, one chunk of logits, ``chunk · classes`` elements in the dtype of hidden,
-    where ``chunk`` is a fifth of the tokens, but at least 256 and at most 2048 (:func:`chunk_size`). With reduction "mean" or "sum", no
-    return_lse, and a dtype other than float16, the forward computes the gradients of hidden and weight too and
-    holds them for the backward, which only scales them (in new memory, unless the factor is 1 on a CPU, as it is
-    in ``loss.backward()``). Otherwise the backward computes the logits again: one more matrix product, and
-    nothing held.
+    Memory: beyond the gradients, one chunk of logits, ``chunk · classes`` elements in the dtype of hidden, where
+    ``chunk`` is a fifth of the tokens, but at least 256 and at most 2048 (:func:`chunk_size`). With reduction
+    "mean" or "sum", no return_lse, and a dtype other than float16, the forward computes the gradients of hidden
+    and weight too and holds them for the backward, which only scales them (in new memory, unless the factor is 1
+    on a CPU, as it is in ``loss.backward()``). Otherwise the backward computes the logits again: one more matrix
+    product, and nothing held.
 
     A DTensor (an FSDP2 parameter outside its module's forward) raises: see the message.
     """
