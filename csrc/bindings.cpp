@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
+#include "attention.h"
 #include "cross_entropy.h"
 #include "rms_norm.h"
 #include "rope.h"
@@ -68,6 +70,51 @@ Rope rope_arguments(const RowsTuple& x, uintptr_t cos, uintptr_t sin, uintptr_t 
                     int64_t cols, int64_t heads, int64_t seq, int64_t half, int64_t max_seq, bool inverse, int dtype) {
   return {rows_of(x), pointer<float>(cos), pointer<float>(sin), pointer<int64_t>(positions),
           pointer(out), rows, cols, heads, seq, half, max_seq, inverse, DType(dtype)};
+}
+
+using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+Heads heads_of(const HeadsTuple& t) { return {pointer(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t)}; }
+
+// sequences, len_q, len_k, heads, kv_heads, dim, and the options: scale, causal, window, softcap
+using AttentionSizes = std::array<int64_t, 6>;
+using AttentionOptions = std::tuple<float, bool, int64_t, float>;
+
+Attention attention_of(const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v, uintptr_t sinks, uintptr_t cu_q,
+                       uintptr_t cu_k, const AttentionSizes& n, const AttentionOptions& options, int dtype) {
+  const auto [scale, causal, window, softcap] = options;
+  return {heads_of(q), heads_of(k), heads_of(v), pointer<float>(sinks), pointer<int64_t>(cu_q), pointer<int64_t>(cu_k),
+          n[0], n[1], n[2], n[3], n[4], n[5], scale, softcap, causal, window, DType(dtype)};
+}
+
+AttentionForward attention_forward_arguments(const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
+                                             uintptr_t sinks, uintptr_t cu_q, uintptr_t cu_k, uintptr_t out,
+                                             uintptr_t lse, const AttentionSizes& sizes,
+                                             const AttentionOptions& options, int dtype) {
+  return {attention_of(q, k, v, sinks, cu_q, cu_k, sizes, options, dtype), pointer(out), pointer<float>(lse)};
+}
+
+AttentionBackward attention_backward_arguments(const HeadsTuple& dout, const HeadsTuple& q, const HeadsTuple& k,
+                                               const HeadsTuple& v, uintptr_t cu_q, uintptr_t cu_k, uintptr_t out,
+                                               uintptr_t lse, uintptr_t dlse, uintptr_t delta, uintptr_t dq,
+                                               uintptr_t dk, uintptr_t dv, const AttentionSizes& sizes,
+                                               const AttentionOptions& options, int dtype) {
+  return {attention_of(q, k, v, 0, cu_q, cu_k, sizes, options, dtype),
+          heads_of(dout),
+          pointer(out),
+          pointer<float>(lse),
+          pointer<float>(dlse),
+          pointer<float>(delta),
+          pointer(dq),
+          pointer(dk),
+          pointer(dv)};
+}
+
+AttentionDecode attention_decode_arguments(const HeadsTuple& q, const HeadsTuple& k, const HeadsTuple& v,
+                                           uintptr_t sinks, uintptr_t seen, uintptr_t out, uintptr_t lse,
+                                           const AttentionSizes& sizes, const AttentionOptions& options, int dtype) {
+  return {attention_of(q, k, v, sinks, 0, 0, sizes, options, dtype), pointer<int64_t>(seen), pointer(out),
+          pointer<float>(lse)};
 }
 
 using MaskTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, int>;
@@ -157,6 +204,12 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
              [](const CrossEntropyForward& a, int, uintptr_t) { cpu::kernels().cross_entropy_forward(a); });
   def_launch(on_cpu, "cross_entropy_backward", cross_entropy_backward_arguments,
              [](const CrossEntropyBackward& a, int, uintptr_t) { cpu::kernels().cross_entropy_backward(a); });
+  def_launch(on_cpu, "attention_forward", attention_forward_arguments,
+             [](const AttentionForward& a, int, uintptr_t) { cpu::kernels().attention_forward(a); });
+  def_launch(on_cpu, "attention_backward", attention_backward_arguments,
+             [](const AttentionBackward& a, int, uintptr_t) { cpu::kernels().attention_backward(a); });
+  def_launch(on_cpu, "attention_decode", attention_decode_arguments,
+             [](const AttentionDecode& a, int, uintptr_t) { cpu::kernels().attention_decode(a); });
   def_launch(on_cpu, "rope", rope_arguments, [](const Rope& a, int, uintptr_t) {
     check_positions(a);
     cpu::kernels().rope(a);

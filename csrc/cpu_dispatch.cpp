@@ -3,6 +3,14 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/kernels.h"
 
 namespace fastllm::cpu {
@@ -13,6 +21,23 @@ struct Set {
   const Kernels* kernels;
 };
 
+#if defined(__x86_64__)
+// Whether the processor has AMX, and Linux lets this process use its tiles, which it has to be asked for.
+bool amx_granted() {
+#if defined(FASTLLM_EMULATE_AMX)
+  return true;
+#elif defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1;
+  return bf16 && tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 std::vector<Set> runnable() {
   std::vector<Set> sets{{"base", &base::kernels}};
 #if defined(__x86_64__)
@@ -21,7 +46,10 @@ std::vector<Set> runnable() {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
       sets.push_back({"avx512", &avx512::kernels});
-      if (__builtin_cpu_supports("avx512bf16")) sets.push_back({"avx512_bf16", &avx512_bf16::kernels});
+      if (__builtin_cpu_supports("avx512bf16")) {
+        sets.push_back({"avx512_bf16", &avx512_bf16::kernels});
+        if (amx_granted()) sets.push_back({"amx", &amx::kernels});
+      }
     }
   }
 #endif

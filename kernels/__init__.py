@@ -3,13 +3,13 @@
 >>> from fastllm.kernels import rms_norm
 >>> y = rms_norm(x, weight)
 
-Ops: flash_attention, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob, rope,
+Ops: flash_attention, flash_decode, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob, rope,
 swiglu. ``explain(op, ...)`` tells which backend a call runs on and why; ``use_backend`` and the
 environment variable FASTLLM_BACKEND prefer one.
 """
 
 from .activation import swiglu
-from .attention import flash_attention
+from .attention import flash_attention, flash_decode
 from .backends import BACKENDS, Explanation, explain, use_backend
 from .loss import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
 from .modules import CausalSelfAttention, CrossEntropyLoss, LinearCrossEntropyLoss, RMSNorm, SwiGLU
@@ -27,6 +27,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "flash_attention",
+    "flash_decode",
     "linear_cross_entropy",
     "linear_log_prob",
     "rms_norm",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Have the values of indices on a GPU checked too, which waits for the GPU at every call.
+DEBUG = os.environ.get("FASTLLM_DEBUG", "0").lower() in ("1", "true", "on")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

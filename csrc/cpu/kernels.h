@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "../attention.h"
 #include "../cross_entropy.h"
 #include "../rms_norm.h"
 #include "../rope.h"
@@ -22,12 +23,16 @@ struct Kernels {
   void (*rope)(const Rope&);
   void (*swiglu_forward)(const SwigluForward&);
   void (*swiglu_backward)(const SwigluBackward&);
+  void (*attention_forward)(const AttentionForward&);
+  void (*attention_backward)(const AttentionBackward&);
+  void (*attention_decode)(const AttentionDecode&);
 };
 
 namespace base { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512_bf16 { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels; }
 
 const Kernels& kernels();
 

@@ -31,6 +31,7 @@ constexpr int kLanes = 4;
 
 typedef float vfloat __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t vuint32 __attribute__((vector_size(4 * kLanes)));
+typedef int32_t vint32 __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t vuint16 __attribute__((vector_size(2 * kLanes)));
 
 struct float16 {
@@ -233,6 +234,31 @@ inline vfloat exp(vfloat x) {
 #endif
 }
 
+// e^x for x <= 0, to about 1.3 units in the last place, in fewer steps than exp. -inf gives 0, and so does what lies
+// below -87.3 (with AVX-512: below -104).
+inline vfloat exp_nonpositive(vfloat x) {
+#if defined(__AVX512F__)
+  x = maximum(broadcast(-105.f), x);  // a NaN stays: it is second
+  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const vfloat shifter = broadcast(0x1.8p23f);
+  const vfloat t = x * 1.44269504f + shifter, n = t - shifter;
+#endif
+  const vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
+  vfloat p = broadcast(1.3843465845e-3f);  // minimal relative error on [-ln 2 / 2, ln 2 / 2], exact at 0
+  p = p * r + 8.3743167584e-3f;
+  p = p * r + 4.1668012831e-2f;
+  p = p * r + 1.6666429408e-1f;
+  p = p * r + 4.9999994139e-1f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return x < -87.33f ? vfloat{} : (vfloat)((vuint32)p + ((vuint32)t << 23));
+#endif
+}
+
 // tanh x to about one unit in the last place: an odd polynomial (Cephes) near 0, where 1 - 2 / (e^2x + 1)
 // would cancel.
 inline vfloat tanh(vfloat x) {
@@ -259,6 +285,34 @@ inline float greatest(vfloat v) {
   float most = v[0];
   for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
   return most;
+}
+
+// Lanes of a and b in turn: the first halves of both, or the second.
+inline vuint32 interleave(vuint32 a, vuint32 b, bool second) {
+  vuint32 lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i / 2 + i % 2 * kLanes + second * (kLanes / 2);
+#if defined(__clang__)
+  vuint32 out;
+  for (int i = 0; i < kLanes; ++i) out[i] = lane[i] < kLanes ? a[lane[i]] : b[lane[i] - kLanes];
+  return out;
+#else
+  return __builtin_shuffle(a, b, lane);
+#endif
+}
+
+// Rows become columns: log2(kLanes) times, each pair of rows half the matrix apart is interleaved.
+inline void transpose(vuint32 (&rows)[kLanes]) {
+#pragma GCC unroll 4
+  for (int step = 1; step < kLanes; step *= 2) {
+    vuint32 out[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      out[2 * i] = interleave(rows[i], rows[i + kLanes / 2], false);
+      out[2 * i + 1] = interleave(rows[i], rows[i + kLanes / 2], true);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = out[i];
+  }
 }
 
 // Calls f(T{}) with the element type that `dtype` stands for.

@@ -13,9 +13,13 @@ void cross_entropy_backward(const CrossEntropyBackward&);
 void rope(const Rope&);
 void swiglu_forward(const SwigluForward&);
 void swiglu_backward(const SwigluBackward&);
+void attention_forward(const AttentionForward&);
+void attention_backward(const AttentionBackward&);
+void attention_decode(const AttentionDecode&);
 
 const Kernels kernels = {rms_norm_forward,      rms_norm_backward,      softmax_forward,
                          softmax_backward,      cross_entropy_forward,  cross_entropy_backward,
-                         rope,                  swiglu_forward,         swiglu_backward};
+                         rope,                  swiglu_forward,         swiglu_backward,
+                         attention_forward,     attention_backward,     attention_decode};
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

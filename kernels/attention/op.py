@@ -1,15 +1,25 @@
-"""``flash_attention``: the public function."""
+"""``flash_attention``: the public function and its autograd Function."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from . import reference
+from ..library import differentiable_once
+from . import operators, reference  # noqa: F401 (registers the operators)
+from .documents import check_documents
+from .options import Options
+
+LARGEST_HEAD = 256
+# Rows, queries times the heads that share a key, up to which the kernel for decoding is the faster one.
+FEW_ROWS = 16
 
 
-@backends.op()
+@backends.op("triton", "cpu")
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -30,69 +40,166 @@ def flash_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, ``softmax(q kᵀ · scale) v``, causal unless told otherwise.
 
+    Never holds the scores: memory is linear in the sequence length (Dao et al. 2022, arXiv:2205.14135; Dao 2023,
+    arXiv:2307.08691).
+
     Args:
-        q: ``[batch, seq_q, heads, head_dim]``, float32, float16 or bfloat16.
+        q: ``[batch, seq_q, heads, head_dim]``, float32, float16 or bfloat16; any strides, so q, k and v may be
+            cut out of one projection: they are read in place where the last dimension is contiguous.
         k, v: ``[batch, seq_k, kv_heads, head_dim]``; heads must be a multiple of kv_heads (GQA, MQA).
         causal: a query sees no later key; the last query stands at the last key (bottom-right aligned).
             A query that sees no key gives 0.
         scale: multiplies the scores; None is ``head_dim ** -0.5``.
         window: a query sees the ``window`` latest keys, itself included.
-        softcap: c > 0 replaces each scaled score s by ``c·tanh(s/c)``.
+        softcap: c > 0 replaces each scaled score s by ``c·tanh(s/c)`` (Gemma 2, arXiv:2408.00118).
         sinks: ``[heads]``, a logit per head that adds to the softmax's sum and has no value.
         cu_seqlens_q, cu_seqlens_k: ``[documents + 1]`` int32 or int64, where documents start and end in
-            packed tokens; q, k, v then have no batch dimension, and documents don't see each other.
-            cu_seqlens_k defaults to cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: the longest document, a hint that saves a host synchronisation.
-        return_lse: also return the scores' log-sum-exp, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``).
+            packed tokens, from 0 to their number; q, k, v then have no batch dimension, and documents don't see
+            each other. cu_seqlens_k defaults to cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: at least the longest document, a hint that saves a host synchronisation
+            on a GPU.
+        return_lse: also return the scores' log-sum-exp, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``),
+            float32, -inf where nothing is seen; gradients flow through it.
         deterministic: the same gradients, bit for bit, at every call.
-        backend: see ``explain``.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
 
     Returns:
-        ``[batch, seq_q, heads, head_dim]`` in the dtype of q; with return_lse ``(out, lse)``.
+        ``[batch, seq_q, heads, head_dim]`` in the dtype of q, contiguous; with return_lse ``(out, lse)``.
 
-    The torch backend calls PyTorch's ``scaled_dot_product_attention`` for what that can express.
+    Scores, softmax and sums are float32; probabilities are rounded to the dtype before they meet the values.
+    What a query doesn't see does not change its output, NaN and infinity included (on a GPU: in k; a NaN in v may
+    reach the queries of its block). The kernels take a head_dim up to 256 and differentiate once. Where nothing
+    needs a gradient, a few queries against long keys take the kernel of :func:`flash_decode`. The torch backend
+    calls PyTorch's ``scaled_dot_product_attention`` for what that can express.
 
     Raises:
-        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device.
+        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, documents that are
+            none (on a GPU with FASTLLM_DEBUG=1), or a ``backend`` that can't run this call.
     """
     packed = cu_seqlens_q is not None
-    dims, layout = (3, "[tokens, heads, head_dim]") if packed else (4, "[batch, seq, heads, head_dim]")
-    checks.floating("flash_attention", "q", q)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        checks.tensor("flash_attention", name, t)
-        if t.dim() != dims:
-            raise ValueError(f"flash_attention: {name} must be {layout}, it has shape {list(t.shape)}")
-    checks.like("flash_attention", "k", k, "q", q, shape=(*q.shape[: dims - 3], k.shape[-3], k.shape[-2], q.shape[-1]))
-    checks.like("flash_attention", "v", v, "k", k)
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(
-            f"flash_attention: the heads of q ({q.shape[-2]}) must be a multiple of those of k and v ({k.shape[-2]})"
-        )
-    if window is not None and (window < 1 or not causal):
-        raise ValueError(f"flash_attention: window ({window}) must be at least 1, with causal=True")
+    check_heads("flash_attention", q, k, v, ("k", "v"), 3 if packed else 4)
+    window = check_window("flash_attention", window, causal)
     if sinks is not None:
         checks.parameter("flash_attention", "sinks", sinks, "q", q, (q.shape[-2],))
     if not packed and cu_seqlens_k is not None:
         raise ValueError("flash_attention: cu_seqlens_k was given without cu_seqlens_q")
     if packed:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        checks.indices("flash_attention", "cu_seqlens_q", cu_seqlens_q, "q", q)
-        checks.indices("flash_attention", "cu_seqlens_k", cu_seqlens_k, "q", q)
+        max_seqlen_k = max_seqlen_q if cu_seqlens_k is cu_seqlens_q and max_seqlen_k is None else max_seqlen_k
+        for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            checks.indices("flash_attention", name, cu, "q", q)
+            if cu.dim() != 1 or cu.numel() == 0:
+                raise ValueError(f"flash_attention: {name} must be [documents + 1], it has shape {list(cu.shape)}")
         checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
-    backends.select("flash_attention", q, backend)
-    if not (packed or return_lse or softcap or window is not None or sinks is not None):
-        return _sdpa(q, k, v, causal, scale)
+    chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q))
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    options = Options(scale, bool(causal), window, float(softcap))
+    if chosen == "torch":
+        return _torch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, options, return_lse)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
+    if not packed and not differentiated and q.shape[1] * (q.shape[2] // k.shape[2]) <= FEW_ROWS:
+        sinks = None if sinks is None else sinks.float()
+        out, lse = torch.ops.fastllm.attention_decode(q, k, v, None, sinks, *options, chosen)
+    else:
+        lengths = (max_seqlen_q or 0, max_seqlen_k or 0)
+        documents = (cu_seqlens_q, cu_seqlens_k, *lengths)
+        out, lse = _FlashAttention.apply(q, k, v, sinks, documents, options, bool(deterministic), chosen)
+    return (out, lse) if return_lse else out
+
+
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], dims: int) -> None:
+    layout = "[tokens, heads, head_dim]" if dims == 3 else "[batch, seq, heads, head_dim]"
+    checks.floating(op, "q", q)
+    for name, t in zip(("q", *names), (q, k, v), strict=True):
+        checks.tensor(op, name, t)
+        if t.dim() != dims:
+            raise ValueError(f"{op}: {name} must be {layout}, it has shape {list(t.shape)}")
+    checks.like(op, names[0], k, "q", q, shape=(*q.shape[: dims - 3], k.shape[-3], k.shape[-2], q.shape[-1]))
+    checks.like(op, names[1], v, names[0], k)
+    if q.shape[-1] == 0:
+        raise ValueError(f"{op}: head_dim, the last dimension of q, is 0; it needs at least 1")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(
+            f"{op}: the heads of q ({q.shape[-2]}) must be a multiple of those of {' and '.join(names)} ({k.shape[-2]})"
+        )
+
+
+def check_window(op: str, window: int | None, causal: bool) -> int:
+    """0 for none."""
+    if window is None:
+        return 0
+    if window < 1 or not causal:
+        raise ValueError(f"{op}: window ({window}) must be at least 1, with causal=True")
+    return int(window)
+
+
+def too_wide(q: Tensor) -> str | None:
+    return f"its kernels take a head_dim up to {LARGEST_HEAD}" if q.shape[-1] > LARGEST_HEAD else None
+
+
+class _FlashAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        documents: tuple[Tensor | None, Tensor | None, int, int],
+        options: Options,
+        deterministic: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        wide_sinks = None if sinks is None else sinks.float()
+        out, lse = torch.ops.fastllm.attention_forward(q, k, v, wide_sinks, *documents, *options, backend)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *documents[:2])
+        ctx.lengths, ctx.options, ctx.deterministic, ctx.backend = documents[2:], options, deterministic, backend
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, sinks, out, lse, cu_q, cu_k = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 8
+        dout = torch.zeros_like(out) if dout is None else dout
+        dq, dk, dv, delta = torch.ops.fastllm.attention_backward(
+            dout, dlse, q, k, v, out, lse, cu_q, cu_k, *ctx.lengths, *ctx.options, ctx.deterministic, ctx.backend
+        )
+        dsinks = None
+        if sinks is not None and ctx.needs_input_grad[3]:
+            share = torch.exp(sinks.float().unsqueeze(-1) - lse)  # the sink's probability, [..., heads, seq_q]
+            dsinks = -(share * delta).sum(-1)
+            dsinks = (dsinks if cu_q is not None else dsinks.sum(0)).to(sinks.dtype)
+        grads = (differentiable_once("flash_attention", q, g) for g in (dq, dk, dv, dsinks))
+        return (*grads, None, None, None, None)
+
+
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    options: Options,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    seq_q, seq_k = q.shape[-3], k.shape[-3]
+    unseen = options.causal and seq_q > seq_k  # queries that see nothing: PyTorch would give NaN
+    if cu_seqlens_q is None and sinks is None and not (return_lse or options.softcap or options.window or unseen):
+        return _sdpa(q, k, v, options.causal, options.scale)
+    if not torch.compiler.is_compiling():
+        check_documents(q, k, cu_seqlens_q, cu_seqlens_k)
     out, lse = reference.flash_attention(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, sinks=sinks,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+        q, k, v, causal=options.causal, scale=options.scale, window=options.window or None, softcap=options.softcap,
+        sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     seq_q, seq_k = q.shape[1], k.shape[1]
-    if causal and seq_q > seq_k:  # some queries see nothing: PyTorch would give NaN
-        return reference.flash_attention(q, k, v, causal=True, scale=scale)[0]
     mask = None
     if causal and 1 < seq_q < seq_k:
         from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo, which takes a second

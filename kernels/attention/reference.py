@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: the specification of ``flash_attention``."""
+"""Attention in plain PyTorch: the specification of ``flash_attention`` and ``flash_decode``."""
 
 from __future__ import annotations
 
@@ -20,11 +20,40 @@ def flash_attention(
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)``: out like q, lse ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``) in float32 or wider."""
-    if cu_seqlens_q is not None:
-        seen = _visible_packed(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window)
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    else:
+    if cu_seqlens_q is None:
         seen = _visible(q.shape[1], k.shape[1], causal, window, q.device)
+        return _attend(q, k, v, seen, scale, softcap, sinks)
+    seen = _visible_packed(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window)
+    out, lse = _attend(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), seen, scale, softcap, sinks)
+    return out.squeeze(0), lse.squeeze(0)
+
+
+def flash_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seqlens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same, causal, of keys of which only the first ``seqlens`` ``[batch]`` hold something."""
+    capacity = torch.arange(k.shape[1], device=k.device)
+    if seqlens is None:
+        seqlens = torch.full((q.shape[0],), k.shape[1], device=q.device)
+    seqlens = seqlens.clamp(0, k.shape[1])
+    at_q = seqlens.unsqueeze(1) - q.shape[1] + torch.arange(q.shape[1], device=q.device)
+    seen = _band(at_q.unsqueeze(2) - capacity, True, window).unsqueeze(1)
+    empty = (capacity >= seqlens.unsqueeze(1)).view(*k.shape[:2], 1, 1)  # may hold NaN, and 0 · NaN is NaN
+    return _attend(q, k, v.masked_fill(empty, 0.0), seen, scale, softcap, sinks)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, softcap: float, sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``seen`` broadcasts to ``[batch, heads, seq_q, seq_k]``."""
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[2] // k.shape[2]
     kw, vw = (t.to(wide).repeat_interleave(groups, dim=2) for t in (k, v))
@@ -38,8 +67,7 @@ def flash_attention(
     lse = torch.logsumexp(logits, dim=-1)
     # A row that sees nothing has lse = -inf: give it 0, and no NaN in its gradient.
     probs = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0).unsqueeze(-1))
-    out = torch.einsum("bhqk,bkhd->bqhd", probs, vw).to(q.dtype)
-    return (out, lse) if cu_seqlens_q is None else (out.squeeze(0), lse.squeeze(0))
+    return torch.einsum("bhqk,bkhd->bqhd", probs, vw).to(q.dtype), lse
 
 
 def _band(behind: Tensor, causal: bool, window: int | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +16,6 @@ from .options import SCHEMA, Options
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# Have targets on a GPU checked too, which waits for the GPU at every call.
-DEBUG = os.environ.get("FASTLLM_DEBUG", "0").lower() in ("1", "true", "on")
 
 
 @backends.op("cuda", "triton", "cpu")
@@ -244,7 +240,7 @@ def torch_loss(
 
 def check_range(op: str, target: Tensor, options: Options) -> None:
     """Raise where a target is no class: always on a CPU; on a GPU, which must be waited for, when debugging."""
-    if target.device.type == "cpu" or DEBUG:
+    if target.device.type == "cpu" or checks.DEBUG:
         out = (target != options.ignore_index) & ((target < 0) | (target >= options.classes))
         if out.any():
             raise IndexError(

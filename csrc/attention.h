@@ -1,0 +1,55 @@
+// Attention, forward and backward: out = softmax(scores) v with scores = cap(scale * q kᵀ), where cap is
+// softcap * tanh(x / softcap) or nothing. Query i of a sequence stands at key position i + len_k - len_q; causal
+// shows it the keys up to there, a window the latest ones of those. A query that sees no key gives 0.
+// Sequences are the batch, or documents packed along the tokens, which cu_q and cu_k delimit.
+#pragma once
+
+#include "tensor.h"
+
+namespace fastllm {
+
+// [batch, tokens, heads, dim] in place: strides in elements, the last one is 1. Packed documents have no batch.
+struct Heads {
+  const void* data = nullptr;
+  int64_t batch = 0, token = 0, head = 0;
+};
+
+struct Attention {
+  Heads q, k, v;
+  const float* sinks;          // [heads]: a logit that only adds to the sum; or null
+  const int64_t *cu_q, *cu_k;  // [sequences + 1], where documents begin and end; or null
+  int64_t sequences, len_q, len_k;  // of packed documents: tokens in all
+  int64_t heads, kv_heads, dim;
+  float scale, softcap;  // softcap 0: none
+  bool causal;
+  int64_t window;  // 0: none
+  DType dtype;
+
+  int64_t tokens_q() const { return cu_q ? len_q : sequences * len_q; }
+  int64_t tokens_k() const { return cu_k ? len_k : sequences * len_k; }
+};
+
+// out is contiguous [batch, len_q, heads, dim], lse [batch, heads, len_q] (packed: both without the batch).
+struct AttentionForward : Attention {
+  void* out;
+  float* lse;
+};
+
+// dq, dk and dv are contiguous, in the shapes of q, k and v; delta, dout · out less dlse, is like lse.
+struct AttentionBackward : Attention {
+  Heads dout;
+  const void* out;
+  const float *lse, *dlse;  // dlse: null where lse has no gradient
+  float* delta;
+  void *dq, *dk, *dv;
+};
+
+// A few queries against long sequences of keys: seen [batch] of the len_k keys hold something, the last query
+// stands at the last of them. Keys are split in parts; the workspace keeps what each part gave.
+struct AttentionDecode : Attention {
+  const int64_t* seen;  // or null: all
+  void* out;
+  float* lse;
+};
+
+}  // namespace fastllm

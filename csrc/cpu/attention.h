@@ -1,0 +1,234 @@
+// What the attention kernels for CPUs share: sequences, blocks, and tiles copied into the layouts of matmul.h.
+//
+// Scores are kept transposed, keys down and queries across: a vector holds one key and kLanes queries, so the softmax
+// needs no sum across lanes, and what it leaves is again an operand of the next product.
+#pragma once
+
+#include "../attention.h"
+
+#include <cstdlib>
+
+#include "kernels.h"
+#include "matmul.h"
+#include "memory.h"
+
+namespace fastllm::cpu::FASTLLM_ISA {
+
+constexpr int kQueries = 64, kKeys = 192;  // of a block: the scores, 48 KiB, stay in the L2 cache, their columns in L1
+static_assert(kQueries % kPanel == 0 && kKeys % kPanel == 0, "blocks are whole panels and tiles");
+constexpr float kInfinity = __builtin_inff();
+
+inline int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Memory on cache lines, freed at the end of the scope.
+template <typename E>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(E)) + 64, 64);
+    data_ = static_cast<E*>(std::aligned_alloc(64, bytes));
+    if (!data_) std::abort();  // as where the operating system finds out later
+    expect_large_write(data_, bytes);
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  operator E*() const { return data_; }
+
+ private:
+  E* data_;
+};
+
+// One of the batch, or one document.
+struct Sequence {
+  int64_t index, len_q, len_k;
+  int64_t first_q, first_k;  // tokens before it: rows of out, of dk and dv
+
+  Sequence(const Attention& a, int64_t s)
+      : index(s),
+        len_q(a.cu_q ? a.cu_q[s + 1] - a.cu_q[s] : a.len_q),
+        len_k(a.cu_k ? a.cu_k[s + 1] - a.cu_k[s] : a.len_k),
+        first_q(a.cu_q ? a.cu_q[s] : s * a.len_q),
+        first_k(a.cu_k ? a.cu_k[s] : s * a.len_k) {}
+
+  int64_t offset() const { return len_k - len_q; }  // the position of query 0 among the keys
+};
+
+template <typename T>
+inline const T* token_of(const Attention& a, const Heads& x, int64_t first, int64_t s, int64_t head) {
+  const int64_t start = a.cu_q ? first * x.token : s * x.batch;
+  return static_cast<const T*>(x.data) + start + head * x.head;
+}
+
+// lse and delta: [batch, heads, len_q], or [heads, tokens].
+inline int64_t lse_at(const Attention& a, const Sequence& s, int64_t head) {
+  return a.cu_q ? head * a.len_q + s.first_q : (s.index * a.heads + head) * a.len_q;
+}
+
+// The keys [begin, end) that some of the queries [first, first + count) see.
+struct Range {
+  int64_t begin, end;
+};
+inline Range visible(const Attention& a, const Sequence& s, int64_t first, int64_t count) {
+  const int64_t at = first + s.offset();
+  return {a.window ? most(0, at - a.window + 1) : 0, a.causal ? most(0, least(s.len_k, at + count)) : s.len_k};
+}
+
+// Which of the queries, across lanes, see a key. `ahead` is how far the key lies ahead of query 0 of the block.
+struct Band {
+  bool causal;
+  int64_t window;
+
+  explicit Band(const Attention& a) : causal(a.causal), window(a.window ? a.window : int64_t(1) << 30) {}
+
+  // Whether every one of `queries` sees every one of `keys`.
+  bool covers(int64_t ahead, int64_t keys, int64_t queries) const {
+    return !causal || (ahead + keys - 1 <= 0 && queries - 1 - ahead < window);
+  }
+  // value where query `lane + i` sees the key, else other.
+  vfloat select(int64_t ahead, int64_t lane, vfloat value, float other) const {
+    if (!causal) return value;
+    vuint32 query;
+    for (int i = 0; i < kLanes; ++i) query[i] = i;
+    const auto behind = (vint32)query + static_cast<int32_t>(lane - ahead);
+    return (behind >= 0) & (behind < static_cast<int32_t>(window)) ? value : broadcast(other);
+  }
+};
+
+// ---- copies into tiles: rows of `cols` elements, `stride` apart; what lies beyond is 0 ----
+
+template <typename T>
+inline vfloat load_some(const T* p, int64_t count) {
+  return count >= kLanes ? load(p) : count > 0 ? load_partial(p, count) : vfloat{};
+}
+
+template <typename T>
+inline void load_block(const T* x, int64_t stride, int64_t rows, int64_t cols, vuint32 (&block)[kLanes]) {
+  if (rows >= kLanes && cols >= kLanes) {
+    for (int i = 0; i < kLanes; ++i) block[i] = (vuint32)load(x + i * stride);
+  } else {
+    for (int i = 0; i < kLanes; ++i) block[i] = (vuint32)(i < rows ? load_some(x + i * stride, cols) : vfloat{});
+  }
+}
+
+// E [rows_out, cols_out], row-major.
+template <typename T, typename E>
+inline void copy_rows(const T* x, int64_t stride, int64_t rows, int64_t cols, E* out, int64_t rows_out,
+                      int64_t cols_out) {
+  for (int64_t r = 0; r < rows_out; ++r, out += cols_out) {
+    const int64_t given = r < rows ? cols : 0;
+    if constexpr (sizeof(T) == sizeof(E)) {  // the same type
+      std::memcpy(out, x + r * stride, given * sizeof(T));
+      std::memset(out + given, 0, (cols_out - given) * sizeof(T));
+    } else {
+      for (int64_t c = 0; c < cols_out; c += kLanes) store(out + c, load_some(x + r * stride + c, given - c));
+    }
+  }
+}
+
+// E [cols_out, kKeys]: transposed, row-major. Both are multiples of kLanes. Returns whether all are finite.
+template <typename T, typename E>
+inline bool copy_transposed(const T* x, int64_t stride, int64_t rows, int64_t cols, E* out, int64_t rows_out,
+                            int64_t cols_out) {
+  vfloat nothing{};  // the sum of x - x
+  for (int64_t r = 0; r < rows_out; r += kLanes)
+    for (int64_t c = 0; c < cols_out; c += kLanes) {
+      vuint32 block[kLanes];
+      load_block(x + r * stride + c, stride, rows - r, cols - c, block);
+      for (const vuint32& row : block) nothing += (vfloat)row - (vfloat)row;
+      transpose(block);
+      for (int i = 0; i < kLanes; ++i) store(out + (c + i) * kKeys + r, (vfloat)block[i]);
+    }
+  return sum(nothing) == 0.f;
+}
+
+inline void store_steps(float* out, vfloat a, vfloat) { store(out, a); }
+inline void store_steps(bfloat16* out, vfloat a, vfloat b) {  // two rows of the depth, interleaved
+#if defined(__AVX512BF16__)
+  const auto both = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+  const __m512i order = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  store_bits(out, _mm512_permutexvar_epi16(order, both));
+#else
+  bfloat16 low[kLanes], high[kLanes];
+  store(low, a);
+  store(high, b);
+  for (int i = 0; i < kLanes; ++i) out[2 * i] = low[i], out[2 * i + 1] = high[i];
+#endif
+}
+
+// B of a product whose depth the rows are: panels of columns.
+template <typename T, typename E>
+inline void pack_rows(const T* x, int64_t stride, int64_t rows, int64_t cols, E* out, int64_t rows_out,
+                      int64_t cols_out) {
+  const auto at = [&](int64_t r, int64_t c) {
+    return r < rows ? load_some(x + r * stride + c, cols - c) : vfloat{};
+  };
+  for (int64_t panel = 0; panel < cols_out; panel += kPanel)
+    for (int64_t r = 0; r < rows_out; r += kStep<E>)
+      for (int64_t c = panel; c < panel + kPanel; c += kLanes, out += kLanes * kStep<E>)
+        store_steps(out, at(r, c), kStep<E> == 2 ? at(r + 1, c) : vfloat{});
+}
+
+// B of a product whose depth the columns are: panels of rows.
+template <typename T, typename E>
+inline void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t cols, E* out, int64_t rows_out,
+                         int64_t cols_out) {
+  for (int64_t panel = 0; panel < rows_out; panel += kPanel, out += kPanel * cols_out)
+    for (int64_t r = 0; r < kPanel; r += kLanes)
+      for (int64_t c = 0; c < cols_out; c += kLanes) {
+        vuint32 block[kLanes];
+        load_block(x + (panel + r) * stride + c, stride, rows - panel - r, cols - c, block);
+        transpose(block);
+        for (int i = 0; i < kLanes; i += kStep<E>)
+          store_steps(out + (c + i) * kPanel + r * kStep<E>, (vfloat)block[i], (vfloat)block[i + kStep<E> - 1]);
+      }
+}
+
+// T [rows, cols] from float32 transposed, [cols, kQueries].
+template <typename T>
+inline void put_transposed(const float* x, int64_t rows, int64_t cols, T* out, int64_t stride) {
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      vuint32 block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = (vuint32)load(x + (c + i) * kQueries + r);
+      transpose(block);
+      for (int64_t i = 0; i < least(kLanes, rows - r); ++i) {
+        T* p = out + (r + i) * stride + c;
+        cols - c >= kLanes ? store(p, (vfloat)block[i]) : store_partial(p, (vfloat)block[i], cols - c);
+      }
+    }
+}
+
+// The blocks of queries or of keys of all sequences, counted through.
+class Blocks {
+ public:
+  Blocks(const Attention& a, int64_t Sequence::* length, int64_t size) : sequences_(a.sequences), first_(sequences_ + 1) {
+    first_[0] = 0;
+    for (int64_t s = 0; s < sequences_; ++s) first_[s + 1] = first_[s] + blocks_of(Sequence(a, s).*length, size);
+  }
+  int64_t count() const { return first_[sequences_]; }
+  int64_t first(int64_t s) const { return first_[s]; }
+
+  struct Place {
+    int64_t sequence, head, block;  // block: of the sequence
+  };
+  // Item i of count() * heads. A sequence's blocks of one head come together, and find its keys in the cache; the
+  // last block first: under a causal mask it is the longest, and threads that take items one by one end together.
+  Place place(int64_t i, int64_t heads) const {
+    int64_t low = 0, high = sequences_;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_[middle] * heads <= i ? low : high) = middle;
+    }
+    const int64_t blocks = first_[low + 1] - first_[low], at = i - first_[low] * heads;
+    return {low, at / blocks, blocks - 1 - at % blocks};
+  }
+
+ private:
+  int64_t sequences_;
+  Buffer<int64_t> first_;
+};
+
+}  // namespace fastllm::cpu::FASTLLM_ISA

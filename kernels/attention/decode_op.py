@@ -1,0 +1,73 @@
+"""``flash_decode``: attention of a few queries to a key/value cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from . import reference
+from .op import check_heads, check_window, too_wide
+from .options import Options
+
+
+@backends.op("triton", "cpu")
+def flash_decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of the latest queries to a key/value cache, without gradients.
+
+    Reads each key and value once, for all heads that share it, and splits the keys over the processor's cores or
+    multiprocessors, which one sequence then occupies ("Flash-Decoding", Dao et al. 2023).
+
+    Args:
+        q: ``[batch, seq_q, heads, head_dim]``: the latest tokens, one or a few (any number is right, a few are
+            fast), float32, float16 or bfloat16.
+        k_cache, v_cache: ``[batch, capacity, kv_heads, head_dim]``, those of the latest tokens included; heads must
+            be a multiple of kv_heads. Any strides.
+        cache_seqlens: ``[batch]`` int32 or int64, how many tokens the cache holds of each sequence, those of q
+            included; None: all of them. What lies beyond is not looked at and may be NaN. A number outside
+            0..capacity counts as the nearest in it.
+        scale, window, softcap, sinks, return_lse: as in :func:`flash_attention`.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
+
+    Returns:
+        ``[batch, seq_q, heads, head_dim]`` in the dtype of q; with return_lse ``(out, lse)``, lse
+        ``[batch, heads, seq_q]`` float32.
+
+    Raises:
+        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, a tensor that needs
+            a gradient, or a ``backend`` that can't run this call.
+    """
+    check_heads("flash_decode", q, k_cache, v_cache, ("k_cache", "v_cache"), 4)
+    window = check_window("flash_decode", window, True)
+    if cache_seqlens is not None:
+        checks.indices("flash_decode", "cache_seqlens", cache_seqlens, "q", q)
+        checks.sized("flash_decode", "cache_seqlens", cache_seqlens, (q.shape[0],))
+    if sinks is not None:
+        checks.parameter("flash_decode", "sinks", sinks, "q", q, (q.shape[-2],))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k_cache, v_cache, sinks)):
+        raise ValueError(
+            "flash_decode: it has no gradient, and an argument requires one; call it under torch.no_grad(), or "
+            "flash_attention, which has"
+        )
+    chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q))
+    options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), True, window, float(softcap))
+    if chosen == "torch":
+        out, lse = reference.flash_decode(
+            q, k_cache, v_cache, cache_seqlens, scale=options.scale, window=window or None, softcap=softcap, sinks=sinks
+        )
+    else:
+        sinks = None if sinks is None else sinks.float()
+        out, lse = torch.ops.fastllm.attention_decode(q, k_cache, v_cache, cache_seqlens, sinks, *options, chosen)
+    return (out, lse) if return_lse else out
