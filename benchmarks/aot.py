@@ -7,8 +7,9 @@ Triton kernels are compiled for each target as their own launchers launch them (
 calls); CUDA C++ kernels are read out of the installed native module. Per kernel and target: registers,
 bytes of local memory (where spills go), shared memory, and tensor-core instructions in the machine code.
 
-A kernel that spills, or that has lost its tensor-core instructions, fails. Registers and shared memory are
-held against the table only where the compiler is the very one that the table was made with.
+A kernel that spills, that needs more shared memory than there is, or that has lost its tensor-core
+instructions, fails. Registers and shared memory are held against the table only where the compiler is the
+very one that the table was made with.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ TARGETS = {
     "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+# Bytes of shared memory that a program may have.
+SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024}
 TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf(?:ma|mac)_\w+)\b")
 
 Row = dict[str, int]
@@ -79,6 +82,32 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
+    def attention(dim: int, dtype: torch.dtype, every: bool) -> Callable[[], Any]:
+        def call() -> None:
+            q, k, lse = (
+                torch.empty(1, 512, 4, dim, dtype=dtype),
+                torch.empty(1, 512, 1, dim, dtype=dtype),
+                torch.empty(1, 4, 512),
+            )
+            ops, sinks, n = torch.ops.fastllm, torch.empty(4), torch.tensor([512])
+            plain, every_option = (0.1, True, 0, 0.0), (0.1, True, 64, 30.0)
+            if every:
+                ops.attention_decode(q, k, k, n, sinks, *every_option, "triton")
+                q, k, lse = q.flatten(0, 1), k.flatten(0, 1), lse[0]
+                documents = (torch.tensor([0, 512]), torch.tensor([0, 512]), 512, 512)
+                ops.attention_forward(q, k, k, sinks, *documents, *every_option, "triton")
+                ops.attention_backward(q, lse, q, k, k, q, lse, *documents, *every_option, False, "triton")
+            else:
+                ops.attention_decode(q[:, :1], k, k, None, None, *plain, "triton")
+                ops.attention_forward(q, k, k, None, None, None, 0, 0, *plain, "triton")
+                ops.attention_backward(q, None, q, k, k, q, lse, None, None, 0, 0, *plain, False, "triton")
+
+        return call
+
+    for dim in (64, 128, 256):
+        yield f"attention bfloat16 {dim}", attention(dim, torch.bfloat16, False)
+    yield "attention bfloat16 128 every argument", attention(128, torch.bfloat16, True)
+    yield "attention float32 128", attention(128, torch.float32, False)
     for cols in (128, 4096, 8192, 16384, 65536):
         yield f"rms_norm bfloat16 {cols}", rms_norm(cols, torch.bfloat16)
     for cols in (8192, 16384):
@@ -97,24 +126,28 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 @functools.cache
-def triton_sources() -> dict[str, tuple[Any, dict[str, Any]]]:
-    """Name -> (kernel, arguments): what the launchers launch, recorded instead of launched."""
+def triton_sources() -> dict[tuple[str, str], tuple[Any, dict[str, Any]]]:
+    """(name, target) -> (kernel, arguments): what the launchers launch there, recorded instead of launched."""
     from triton.runtime.jit import JITFunction
 
     import fastllm.kernels  # noqa: F401 (registers the operators)
+    from fastllm.kernels.attention import triton_tuning
 
-    found: dict[str, tuple[Any, dict[str, Any]]] = {}
+    found: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        found[f"{name} {kernel.fn.__name__.removesuffix('_kernel')}"] = (kernel, given)
+        found[f"{name} {kernel.fn.__name__.removesuffix('_kernel')}", target] = (kernel, given)
 
     run, JITFunction.run = JITFunction.run, record
+    architecture = triton_tuning.architecture
     try:
-        for name, call in launches():  # noqa: B007 (record reads the name)
-            call()
+        for target in TARGETS:
+            triton_tuning.architecture = lambda device, target=target: target
+            for name, call in launches():  # noqa: B007 (record reads the name)
+                call()
     finally:
-        JITFunction.run = run
+        JITFunction.run, triton_tuning.architecture = run, architecture
     return found
 
 
@@ -133,7 +166,7 @@ def _compile_triton(name: str, target: str) -> Row:
         torch.int32: "i32",
         torch.int64: "i64",
     }
-    kernel, given = triton_sources()[name]
+    kernel, given = triton_sources()[name, target]
     signature, constants, attributes = {}, {}, {}
     for i, (argument, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         value = given[argument]
@@ -199,7 +232,7 @@ def _read_cubin(path: Path, arch: str | None = None) -> dict[str, Row]:
 
 
 def triton_table() -> Table:
-    jobs = [(name, target) for name in triton_sources() for target in TARGETS]
+    jobs = list(triton_sources())
     # Spawned, not forked: a fork of a process with OpenMP threads hangs.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         rows = list(pool.map(_compile_triton, *zip(*jobs, strict=True)))
@@ -248,6 +281,8 @@ def problems(kind: str, new: Table, old: Table, same_compiler: bool) -> list[str
             place = f"{kind}: {kernel} on {target}"
             if row["local"]:
                 found.append(f"{place}: {row['local']} bytes of local memory (it spills)")
+            if row["shared"] > SHARED.get(target, max(SHARED.values())):
+                found.append(f"{place}: {row['shared']} bytes of shared memory, there are {SHARED[target]}")
             before = old.get(kernel, {}).get(target)
             if before is None:
                 found.append(f"{place}: not in the table (python -m benchmarks.aot --write)")

@@ -40,11 +40,11 @@ def _forward(
     out, lse = _outputs(q)
     options = Options(scale, causal, window, softcap)
     if backend == "triton":
-        from . import triton_kernels
+        from . import triton_forward
 
         lengths = longest(q, cu_seqlens_q, max_seqlen_q), longest(k, cu_seqlens_k, max_seqlen_k)
         q, k, v = map(_rows, (q, k, v))
-        triton_kernels.forward(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *lengths, out, lse, *options)
+        triton_forward.forward(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *lengths, out, lse, *options)
     else:
         from . import native
 
@@ -86,11 +86,11 @@ def _backward(
     options = Options(scale, causal, window, softcap)
     dlse = None if dlse is None else dlse.contiguous()
     if backend == "triton":
-        from . import triton_kernels
+        from . import triton_backward
 
         lengths = longest(q, cu_seqlens_q, max_seqlen_q), longest(k, cu_seqlens_k, max_seqlen_k)
         dout, q, k, v = map(_rows, (dout, q, k, v))
-        triton_kernels.backward(
+        triton_backward.backward(
             dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *lengths, *grads, *options, deterministic
         )
     else:
@@ -120,10 +120,10 @@ def _decode(
     out, lse = _outputs(q)
     options = Options(scale, causal, window, softcap)
     if backend == "triton":
-        from . import triton_kernels
+        from . import triton_decode
 
         q, k, v = map(_rows, (q, k, v))
-        triton_kernels.decode(q, k, v, seqlens_k, sinks, out, lse, *options)
+        triton_decode.decode(q, k, v, seqlens_k, sinks, out, lse, *options)
     else:
         from . import native
 

@@ -1,0 +1,259 @@
+"""Flash attention in Triton, backward (Dao, 2023, https://arxiv.org/abs/2307.08691).
+
+Three kernels (delta, dk and dv, dq) that recompute the scores: 14·dim operations per visible pair, where
+the floor is 10·dim, and no atomics.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_launch import on_device
+from . import triton_tuning
+from .triton_tiles import (
+    LOG2E,
+    NOT_SPECIALIZED,
+    document,
+    key_stages,
+    load_rows,
+    logits,
+    padded,
+    scales,
+    section,
+    shape_class,
+    stages,
+    store_rows,
+    strides,
+    visible,
+    work_of,
+)
+
+
+@triton.jit
+def delta_kernel(
+    DOUT, OUT, DLSE, DELTA, rows, seq, heads, d_batch, d_seq, d_head,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """rowsum(dout · out) - dlse; a row is a token and head."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // heads, row % heads
+    batch, at = token // seq, token % seq
+    col = tl.arange(0, BLOCK_D)[None, :]
+    inside = (row < rows)[:, None] & (col < DIM)
+    dout = tl.load(DOUT + (batch * d_batch + at * d_seq + head * d_head)[:, None] + col, inside, other=0.0)
+    out = tl.load(OUT + (row * DIM)[:, None] + col, inside, other=0.0)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    place = (batch * heads + head) * seq + at
+    if DLSE is not None:
+        delta -= tl.load(DLSE + place, row < rows, other=0.0)
+    tl.store(DELTA + place, delta, row < rows)
+
+
+@triton.jit
+def load_statistics(LSE, DELTA, row, seq_q):
+    """lse in base 2, and delta; rows that are not there or see nothing get probability 0 everywhere."""
+    lse = tl.load(LSE + row, row < seq_q, other=float("inf"))
+    delta = tl.load(DELTA + row, row < seq_q, other=0.0)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
+
+
+@triton.jit
+def score_gradient(s, p, dp, delta, softcap, SOFTCAP: tl.constexpr):
+    """Gradient of the scaled scores, before the softcap."""
+    ds = p * (dp - delta)
+    if SOFTCAP:
+        t = s / softcap
+        ds *= 1.0 - t * t
+    return ds
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def dkdv_kernel(
+    Q, K, V, DOUT, LSE, DELTA, CU_Q, CU_K, DK, DV,
+    seq_q, seq_k, heads, group, blocks, total, section,
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head,
+    dk_batch, lse_batch, lse_head, scale, softcap, window, dk_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block, item = work_of(blocks, total, section)
+    kv_heads = heads // group
+    batch, kv_head = tl.cast(item // kv_heads, tl.int64), item % kv_heads
+    first_q, seq_q = document(CU_Q, batch, seq_q)
+    first_k, seq_k = document(CU_K, batch, seq_k)
+    start = block * BLOCK_N
+    if start >= seq_k:
+        return
+    K += batch * k_batch + first_k * k_seq + kv_head * tl.cast(k_head, tl.int64)
+    V += batch * v_batch + first_k * v_seq + kv_head * tl.cast(v_head, tl.int64)
+    Q += batch * q_batch + first_q * q_seq
+    DOUT += batch * d_batch + first_q * d_seq
+    LSE += batch * lse_batch + first_q
+    DELTA += batch * lse_batch + first_q
+    k = load_rows(K, start, k_seq, seq_k, True, DIM, BLOCK_N, BLOCK_D)
+    v = load_rows(V, start, v_seq, seq_k, True, DIM, BLOCK_N, BLOCK_D)
+    shift = seq_k - seq_q
+    key = start + tl.arange(0, BLOCK_N)
+    last_key = tl.minimum(start + BLOCK_N, seq_k) - 1
+    first, last, full_first, full_last = 0, seq_q, 0, seq_q
+    if CAUSAL:
+        first, full_first = start - shift, last_key - shift
+    if WINDOW:
+        last = tl.minimum(seq_q, last_key - shift + window)
+        full_last = tl.minimum(seq_q, start - shift + window)
+    begin, full, edge, end = stages(first, last, full_first, full_last, BLOCK_M)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    # One loop over the heads of the group and their queries, which are masked where they must be:
+    # three stages in a loop over heads need more registers than there are.
+    steps = tl.cdiv(end - begin, BLOCK_M)
+    for step in tl.range(0, steps * group):
+        head = tl.cast(kv_head * group + step // steps, tl.int64)
+        row = begin + step % steps * BLOCK_M
+        rows = row + tl.arange(0, BLOCK_M)
+        q = load_rows(Q + head * q_head, row, q_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
+        lse, delta = load_statistics(LSE + head * lse_head, DELTA + head * lse_head, rows, seq_q)
+        s = logits(k, q.T, scale, softcap, SOFTCAP)
+        p = tl.exp2(s - lse[None, :])
+        if CAUSAL:  # noqa: SIM102 (one is known when compiling)
+            if (row < full) | (row >= edge):
+                p = tl.where(visible((rows + shift)[None, :], key[:, None], seq_k, window, CAUSAL, WINDOW), p, 0.0)
+        dout = load_rows(DOUT + head * d_head, row, d_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dp = tl.dot(v, dout.T, input_precision="ieee")
+        ds = score_gradient(s, p, dp, delta[None, :], softcap, SOFTCAP)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    at = batch * dk_batch + first_k * (kv_heads * DIM) + kv_head * DIM
+    store_rows(DK + at, dk * dk_scale, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
+    store_rows(DV + at, dv, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
+
+
+@triton.jit
+def add_dq(
+    dq, q, dout, lse, delta, K, V, k_seq, v_seq, position, begin, end, seq_k, scale, softcap, window,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds what the keys from begin to end give."""
+    for start in tl.range(begin, end, BLOCK_N):
+        k = load_rows(K, start, k_seq, seq_k, MASKED, DIM, BLOCK_N, BLOCK_D)
+        v = load_rows(V, start, v_seq, seq_k, MASKED, DIM, BLOCK_N, BLOCK_D)
+        s = logits(q, k.T, scale, softcap, SOFTCAP)
+        p = tl.exp2(s - lse[:, None])
+        if MASKED:
+            key = start + tl.arange(0, BLOCK_N)
+            p = tl.where(visible(position[:, None], key[None, :], seq_k, window, CAUSAL, WINDOW), p, 0.0)
+        dp = tl.dot(dout, v.T, input_precision="ieee")
+        ds = score_gradient(s, p, dp, delta[:, None], softcap, SOFTCAP)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    return dq
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def dq_kernel(
+    Q, K, V, DOUT, LSE, DELTA, CU_Q, CU_K, DQ,
+    seq_q, seq_k, heads, group, blocks, total, section,
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head,
+    dq_batch, lse_batch, lse_head, scale, softcap, window, dq_scale,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    block, item = work_of(blocks, total, section)
+    batch, head = tl.cast(item // heads, tl.int64), item % heads
+    first_q, seq_q = document(CU_Q, batch, seq_q)
+    first_k, seq_k = document(CU_K, batch, seq_k)
+    row = (blocks - 1 - block) * BLOCK_M  # longest first
+    if row >= seq_q:
+        return
+    Q += batch * q_batch + first_q * q_seq + head * tl.cast(q_head, tl.int64)
+    K += batch * k_batch + first_k * k_seq + head // group * tl.cast(k_head, tl.int64)
+    V += batch * v_batch + first_k * v_seq + head // group * tl.cast(v_head, tl.int64)
+    DOUT += batch * d_batch + first_q * d_seq + head * tl.cast(d_head, tl.int64)
+    statistics = batch * lse_batch + head * tl.cast(lse_head, tl.int64) + first_q
+    q = load_rows(Q, row, q_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
+    dout = load_rows(DOUT, row, d_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
+    rows = row + tl.arange(0, BLOCK_M)
+    lse, delta = load_statistics(LSE + statistics, DELTA + statistics, rows, seq_q)
+    shift = seq_k - seq_q
+    begin, full, edge, end = key_stages(
+        row + shift, tl.minimum(row + BLOCK_M, seq_q) - 1 + shift, seq_k, window, CAUSAL, WINDOW, BLOCK_N
+    )
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if WINDOW:
+        dq = add_dq(
+            dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, begin, tl.minimum(full, end), seq_k, scale,
+            softcap, window, True, CAUSAL, WINDOW, SOFTCAP, DIM, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    dq = add_dq(
+        dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, full, edge, seq_k, scale, softcap, window,
+        False, CAUSAL, WINDOW, SOFTCAP, DIM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    dq = add_dq(
+        dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, edge, end, seq_k, scale, softcap, window,
+        True, CAUSAL, WINDOW, SOFTCAP, DIM, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    DQ += batch * dq_batch + first_q * (heads * DIM) + head * DIM
+    store_rows(DQ, dq * dq_scale, row, heads * DIM, seq_q, DIM, BLOCK_M, BLOCK_D)
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    delta: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+    softcap: float,
+    deterministic: bool,
+) -> None:
+    """Without atomics, so the same bit for bit, whatever ``deterministic`` says."""
+    packed = cu_seqlens_q is not None
+    (tokens, heads, dim), kv_heads = q.shape[-3:], k.shape[-2]
+    sequences = len(cu_seqlens_q) - 1 if packed else q.shape[0]
+    dims = {"DIM": dim, "BLOCK_D": padded(dim)}
+    tensors = (q, k, v, dout, lse, delta, cu_seqlens_q, cu_seqlens_k)
+    given = [n for t in (q, k, v, dout) for n in strides(t, packed)]
+    lse_strides = (0, tokens) if packed else (heads * tokens, tokens)
+    options = {"CAUSAL": causal, "WINDOW": window > 0, "SOFTCAP": softcap > 0} | dims
+
+    def call_dkdv(config: triton_tuning.Config) -> None:
+        blocks, total = triton.cdiv(max_seqlen_k, config["BLOCK_N"]), sequences * kv_heads
+        at_once = section(max_seqlen_q, 2 * heads // kv_heads * dim * q.element_size(), 1, total)
+        dkdv_kernel[(blocks * total,)](
+            *tensors, dk, dv, max_seqlen_q, max_seqlen_k, heads, heads // kv_heads, blocks, total, at_once,
+            *given, strides(dk, packed)[0], *lse_strides, *scales(scale, softcap), window, scale, **options, **config,
+        )  # fmt: skip
+
+    def call_dq(config: triton_tuning.Config) -> None:
+        blocks, total = triton.cdiv(max_seqlen_q, config["BLOCK_M"]), sequences * heads
+        at_once = section(max_seqlen_k, 2 * dim * k.element_size(), heads // kv_heads, total)
+        dq_kernel[(blocks * total,)](
+            *tensors, dq, max_seqlen_q, max_seqlen_k, heads, heads // kv_heads, blocks, total, at_once,
+            *given, strides(dq, packed)[0], *lse_strides, *scales(scale, softcap), window, scale, **options, **config,
+        )  # fmt: skip
+
+    rows = delta.numel()
+    shape = shape_class(sequences * heads, heads // kv_heads, max_seqlen_q, max_seqlen_k, causal, window, softcap > 0)
+    with on_device(q):
+        if rows:
+            delta_kernel[(triton.cdiv(rows, 16),)](
+                dout, out, dlse, delta, rows, tokens, heads, *strides(dout, packed), **dims, ROWS=16
+            )
+        if sequences * max_seqlen_k:
+            triton_tuning.launch("dkdv", q, padded(dim), shape, call_dkdv)
+        if sequences * max_seqlen_q:
+            triton_tuning.launch("dq", q, padded(dim), shape, call_dq)

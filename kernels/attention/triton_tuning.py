@@ -1,0 +1,141 @@
+"""Tile sizes of the attention kernels: a table that needs no search, and a search for who wants one.
+
+``FASTLLM_AUTOTUNE=1`` times a short list at the first call of each class of shapes and keeps the winner in
+``$FASTLLM_CACHE_DIR`` (``~/.cache/fastllm``) for this GPU, Triton and kernel source.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+
+Config = dict[str, int]
+
+
+def _config(m: int, n: int, warps: int, stages: int) -> Config:
+    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+
+
+# (queries, keys, warps, stages) by head dimension, for two-byte types: nothing here spills (benchmarks/aot.py).
+_HALF = {
+    "sm_80": {
+        "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+        "dq": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "decode": {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (32, 32, 4, 2)},
+    },
+    "sm_90": {
+        "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)},
+        "dkdv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
+        "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "decode": {64: (128, 128, 4, 3), 128: (64, 128, 4, 3), 256: (32, 64, 4, 3)},
+    },
+    "gfx942": {
+        "forward": {64: (128, 64, 4, 1), 128: (128, 64, 8, 1), 256: (64, 32, 8, 1)},
+        "dkdv": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
+        "dq": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+        "decode": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 32, 4, 1)},
+    },
+}
+# float32 has no tensor cores: small tiles.
+_FLOAT = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)}
+_INTERPRETER = (64, 32, 4, 1)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The names are those of compilers: sm_90, gfx942; the CPU is Triton's interpreter."""
+    if device.type == "cpu":
+        return "cpu"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def default(kernel: str, target: str, dim: int, itemsize: int) -> Config:
+    """A configuration for the padded head dimension ``dim``."""
+    if target == "cpu":
+        return _config(*_INTERPRETER)
+    size = max(64, dim)
+    if itemsize == 4:
+        return _config(*_FLOAT[size])
+    return _config(*_HALF[_family(target)][kernel][size])
+
+
+def _family(target: str) -> str:
+    if target.startswith("gfx"):
+        return "gfx942"
+    # sm_12x has the shared memory of sm_80 (99 KiB), and mma.sync.
+    return "sm_90" if target.startswith(("sm_90", "sm_10")) else "sm_80"
+
+
+def launch(kernel: str, x: torch.Tensor, dim: int, shape: str, call: Callable[[Config], None]) -> None:
+    """Launches with the default configuration or, where the user asked for a search, with the fastest."""
+    target = architecture(x.device)
+    config = default(kernel, target, dim, x.element_size())
+    if os.environ.get("FASTLLM_AUTOTUNE") == "1" and target != "cpu":
+        config = _tuned(f"{kernel} {x.dtype} {dim} {shape}", x.device, config, call)
+    call(config)
+
+
+def _tuned(key: str, device: torch.device, config: Config, call: Callable[[Config], None]) -> Config:
+    path = _cache(torch.cuda.get_device_name(device))
+    known = _winners(path)
+    if key in known or torch.cuda.is_current_stream_capturing():
+        return known.get(key, config)
+    times = []
+    for candidate in _candidates(config):
+        try:
+            times.append((triton.testing.do_bench(lambda c=candidate: call(c)), candidate))
+        except triton.runtime.errors.OutOfResources:
+            continue
+    known[key] = min(times, key=lambda t: t[0])[1] if times else config
+    _write(path, known)
+    return known[key]
+
+
+def _candidates(config: Config) -> list[Config]:
+    """The default, and each with one thing changed."""
+    m, n, warps, stages = config.values()
+    tiles = [(m, n), (m // 2, n), (m * 2, n), (m, n // 2), (m, n * 2)]
+    found = [_config(*t, warps, stages) for t in tiles if min(t) >= 16]
+    return [*found, *(_config(m, n, w, s) for w, s in ((warps, stages + 1), (4, stages), (8, stages)) if w and s)]
+
+
+@functools.cache
+def _cache(gpu: str) -> Path:
+    folder = Path(__file__).parent
+    source = b"".join(
+        (folder / f"triton_{part}.py").read_bytes() for part in ("tiles", "forward", "backward", "decode", "tuning")
+    )
+    digest = hashlib.sha256(f"{gpu} {triton.__version__}".encode() + source).hexdigest()[:16]
+    root = os.environ.get("FASTLLM_CACHE_DIR") or Path.home() / ".cache" / "fastllm"
+    return Path(root) / f"attention-{digest}.json"
+
+
+@functools.cache
+def _winners(path: Path) -> dict[str, Config]:
+    try:
+        found = json.loads(path.read_text())
+        return {k: _config(*(int(n) for n in v)) for k, v in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, winners: dict[str, Config]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump({k: list(v.values()) for k, v in winners.items()}, file)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # the winner is kept in memory
