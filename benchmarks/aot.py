@@ -82,32 +82,50 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
-    def attention(dim: int, dtype: torch.dtype, every: bool) -> Callable[[], Any]:
+    def attention(dim: int, dtype: torch.dtype, every: bool = False, softcap: float = 0.0) -> Callable[[], Any]:
+        options, document, sinks, length = (0.1, True, 0, 0.0), (None, None, 0, 0), None, None
+        if every:
+            cu = torch.tensor([0, 512])
+            options, document, sinks, length = (0.1, True, 64, softcap), (cu, cu, 512, 512), torch.empty(4), cu[:1]
+
         def call() -> None:
-            q, k, lse = (
-                torch.empty(1, 512, 4, dim, dtype=dtype),
-                torch.empty(1, 512, 1, dim, dtype=dtype),
-                torch.empty(1, 4, 512),
-            )
-            ops, sinks, n = torch.ops.fastllm, torch.empty(4), torch.tensor([512])
-            plain, every_option = (0.1, True, 0, 0.0), (0.1, True, 64, 30.0)
+            q, k = torch.empty(1, 512, 4, dim, dtype=dtype), torch.empty(1, 512, 1, dim, dtype=dtype)
+            ops, lse = torch.ops.fastllm, torch.empty(1, 4, 512)
+            ops.attention_decode(q if every else q[:, :1], k, k, length, sinks, *options, "triton")
             if every:
-                ops.attention_decode(q, k, k, n, sinks, *every_option, "triton")
-                q, k, lse = q.flatten(0, 1), k.flatten(0, 1), lse[0]
-                documents = (torch.tensor([0, 512]), torch.tensor([0, 512]), 512, 512)
-                ops.attention_forward(q, k, k, sinks, *documents, *every_option, "triton")
-                ops.attention_backward(q, lse, q, k, k, q, lse, *documents, *every_option, False, "triton")
-            else:
-                ops.attention_decode(q[:, :1], k, k, None, None, *plain, "triton")
-                ops.attention_forward(q, k, k, None, None, None, 0, 0, *plain, "triton")
-                ops.attention_backward(q, None, q, k, k, q, lse, None, None, 0, 0, *plain, False, "triton")
+                q, k, lse = q[0], k[0], lse[0]
+            ops.attention_forward(q, k, k, sinks, *document, *options, "triton")
+            dlse = lse if every else None
+            ops.attention_backward(q, dlse, q, k, k, q, lse, *document, *options, False, "triton")
 
         return call
 
+    def rope(dtype: torch.dtype, interleaved: bool) -> Callable[[], Any]:
+        def call() -> None:
+            x, table = torch.empty(2, 16, 32, 128, dtype=dtype), torch.empty(64, 64)
+            torch.ops.fastllm.rope(x, table, table, torch.zeros(2, 16).long(), interleaved, False, "triton")
+
+        return call
+
+    def swiglu(dtype: torch.dtype) -> Callable[[], Any]:
+        def call() -> None:
+            x = torch.empty(16, 4096, dtype=dtype)
+            torch.ops.fastllm.swiglu_forward(x, x, "triton")
+            torch.ops.fastllm.swiglu_backward(x, x, x, "triton")
+
+        return call
+
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        yield f"rope {name}", rope(dtype, False)
+        yield f"rope {name} interleaved", rope(dtype, True)
+        yield f"swiglu {name}", swiglu(dtype)
     for dim in (64, 128, 256):
-        yield f"attention bfloat16 {dim}", attention(dim, torch.bfloat16, False)
-    yield "attention bfloat16 128 every argument", attention(128, torch.bfloat16, True)
-    yield "attention float32 128", attention(128, torch.float32, False)
+        yield f"attention bfloat16 {dim}", attention(dim, torch.bfloat16)
+    for dim in (64, 128):
+        yield f"attention float32 {dim}", attention(dim, torch.float32)
+        yield f"attention bfloat16 {dim} packed, window, sinks", attention(dim, torch.bfloat16, True)
+        yield f"attention bfloat16 {dim} packed, window, sinks, softcap", attention(dim, torch.bfloat16, True, 30.0)
     for cols in (128, 4096, 8192, 16384, 65536):
         yield f"rms_norm bfloat16 {cols}", rms_norm(cols, torch.bfloat16)
     for cols in (8192, 16384):

@@ -21,7 +21,9 @@
 #ifdef FASTLLM_CUDA
 #include "cuda/cross_entropy.h"
 #include "cuda/rms_norm.h"
+#include "cuda/rope.h"
 #include "cuda/softmax.h"
+#include "cuda/swiglu.h"
 #endif
 
 namespace py = pybind11;
@@ -66,10 +68,11 @@ SwigluBackward swiglu_backward_arguments(const RowsTuple& dout, const RowsTuple&
   return {rows_of(dout), rows_of(gate), rows_of(up), pointer(dgate), pointer(dup), rows, cols, DType(dtype)};
 }
 
-Rope rope_arguments(const RowsTuple& x, uintptr_t cos, uintptr_t sin, uintptr_t positions, uintptr_t out, int64_t rows,
-                    int64_t cols, int64_t heads, int64_t seq, int64_t half, int64_t max_seq, bool inverse, int dtype) {
-  return {rows_of(x), pointer<float>(cos), pointer<float>(sin), pointer<int64_t>(positions),
-          pointer(out), rows, cols, heads, seq, half, max_seq, inverse, DType(dtype)};
+Rope rope_arguments(const RowsTuple& x, const RowsTuple& out, uintptr_t cos, uintptr_t sin, uintptr_t positions,
+                    int64_t rows, int64_t cols, int64_t heads, int64_t seq, int64_t half, int64_t max_seq,
+                    bool interleaved, bool inverse, int dtype) {
+  return {rows_of(x), rows_of(out), pointer<float>(cos), pointer<float>(sin), pointer<int64_t>(positions), rows, cols,
+          heads, seq, half, max_seq, interleaved, inverse, DType(dtype)};
 }
 
 using HeadsTuple = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
@@ -249,6 +252,17 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   def_launch(on_cuda, "cross_entropy_backward", cross_entropy_backward_arguments,
              [](const CrossEntropyBackward& a, int device, uintptr_t stream) {
                cuda::cross_entropy_backward(a, device, pointer<CUstream_st>(stream));
+             });
+  def_launch(on_cuda, "rope", rope_arguments, [](const Rope& a, int device, uintptr_t stream) {
+    cuda::rope(a, device, pointer<CUstream_st>(stream));
+  });
+  def_launch(on_cuda, "swiglu_forward", swiglu_forward_arguments,
+             [](const SwigluForward& a, int device, uintptr_t stream) {
+               cuda::swiglu_forward(a, device, pointer<CUstream_st>(stream));
+             });
+  def_launch(on_cuda, "swiglu_backward", swiglu_backward_arguments,
+             [](const SwigluBackward& a, int device, uintptr_t stream) {
+               cuda::swiglu_backward(a, device, pointer<CUstream_st>(stream));
              });
 #endif
 }

@@ -1,8 +1,8 @@
-// Rotary position embedding of one tensor, its pairs in the two halves of the first 2 * half columns:
-//   out[i]        = x[i] * cos[p, i] - x[i + half] * sin[p, i]
-//   out[i + half] = x[i + half] * cos[p, i] + x[i] * sin[p, i]        in float32; the columns after pass
+// Rotary position embedding of one tensor, pair by pair in the first 2 * half columns; pair i is
+// (x[i], x[i + half]), or (x[2i], x[2i + 1]) where interleaved:
+//   (a, b) -> (a * cos[p, i] - b * sin[p, i], b * cos[p, i] + a * sin[p, i])    in float32; the columns after pass
 // inverse turns back (sin counts negative), which is the backward. Row r belongs to token r / heads, at
-// position p = positions[token], or token % seq without positions. out is contiguous [rows, cols].
+// position p = positions[token], or token % seq without positions. out may be x itself.
 #pragma once
 
 #include "tensor.h"
@@ -10,12 +10,11 @@
 namespace fastllm {
 
 struct Rope {
-  Rows x;
+  Rows x, out;
   const float *cos, *sin;    // [max_seq, half]
   const int64_t* positions;  // [rows / heads], or null
-  void* out;
   int64_t rows, cols, heads, seq, half, max_seq;
-  bool inverse;
+  bool interleaved, inverse;
   DType dtype;
 };
 

@@ -9,9 +9,38 @@ namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
 
 template <typename T>
+void turn_halves(const T* x, T* out, const float* cos, const float* sin, float sign, int64_t half) {
+  for_each_vector(half, [&](auto at, auto put) {
+    const vfloat c = at(cos), s = at(sin) * sign, first = at(x), second = at(x + half);
+    put(out, first * c - second * s);
+    put(out + half, second * c + first * s);
+  });
+}
+
+// Lanes 2i and 2i + 1 are a pair; a table's entries come twice, one after the other.
+template <typename T>
+void turn_neighbours(const T* x, T* out, const float* cos, const float* sin, float sign, int64_t half) {
+  float twice_cos[kLanes], twice_sin[kLanes];
+  for (int64_t i = 0; i < half; i += kLanes / 2) {
+    const int64_t pairs = half - i < kLanes / 2 ? half - i : kLanes / 2;
+    for (int64_t j = 0; j < pairs; ++j) {
+      twice_cos[2 * j] = twice_cos[2 * j + 1] = cos[i + j];
+      twice_sin[2 * j] = -sign * sin[i + j];
+      twice_sin[2 * j + 1] = sign * sin[i + j];
+    }
+    const T* from = x + 2 * i;
+    T* to = out + 2 * i;
+    for_each_vector(2 * pairs, [&](auto at, auto put) {
+      const vfloat v = at(from);
+      put(to, v * at(twice_cos) + swap_neighbours(v) * at(twice_sin));
+    });
+  }
+}
+
+template <typename T>
 void rotate(const Rope& a) {
-  T* outs = static_cast<T*>(a.out);
-  expect_large_write(outs, a.rows * a.cols * static_cast<int64_t>(sizeof(T)));
+  const bool in_place = a.x.data == a.out.data;
+  if (!in_place) expect_large_write(const_cast<void*>(a.out.data), a.rows * a.cols * static_cast<int64_t>(sizeof(T)));
   const float sign = a.inverse ? -1.f : 1.f;
   const int64_t passed = a.cols - 2 * a.half;
 #pragma omp parallel for schedule(static) if (a.rows * a.cols > kParallelElements)
@@ -19,13 +48,9 @@ void rotate(const Rope& a) {
     const int64_t token = r / a.heads, position = a.positions ? a.positions[token] : token % a.seq;
     const float *cos = a.cos + position * a.half, *sin = a.sin + position * a.half;
     const T* x = row<T>(a.x, r);
-    T* out = outs + r * a.cols;
-    for_each_vector(a.half, [&](auto at, auto put) {
-      const vfloat c = at(cos), s = at(sin) * sign, first = at(x), second = at(x + a.half);
-      put(out, first * c - second * s);
-      put(out + a.half, second * c + first * s);
-    });
-    if (passed) std::memcpy(out + 2 * a.half, x + 2 * a.half, passed * sizeof(T));
+    T* out = const_cast<T*>(row<T>(a.out, r));
+    a.interleaved ? turn_neighbours(x, out, cos, sin, sign, a.half) : turn_halves(x, out, cos, sin, sign, a.half);
+    if (passed && !in_place) std::memcpy(out + 2 * a.half, x + 2 * a.half, passed * sizeof(T));
   }
 }
 

@@ -287,6 +287,19 @@ inline float greatest(vfloat v) {
   return most;
 }
 
+// Lanes 2i and 2i + 1 change places.
+inline vfloat swap_neighbours(vfloat v) {
+#if defined(__clang__)
+  vfloat out;
+  for (int i = 0; i < kLanes; ++i) out[i] = v[i ^ 1];
+  return out;
+#else
+  vuint32 lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i ^ 1;
+  return __builtin_shuffle(v, lane);
+#endif
+}
+
 // Lanes of a and b in turn: the first halves of both, or the second.
 inline vuint32 interleave(vuint32 a, vuint32 b, bool second) {
   vuint32 lane;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,11 +10,10 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..library import differentiable_once, register
-from ..native import DTYPE_CODES, KERNELS, as_rows, place
-from . import reference
+from . import native, reference
 
 
-@backends.op("cpu")
+@backends.op("cuda", "triton", "cpu")
 def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     """``silu(gate) · up``, computed in float32 (Shazeer 2020, arXiv:2002.05202).
 
@@ -59,9 +59,7 @@ class _SwiGLU(torch.autograd.Function):
 def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     out = gate.new_empty(gate.shape)
     if out.numel():
-        gate, gate_rows = as_rows(gate)
-        up, up_rows = as_rows(up)
-        KERNELS[backend].swiglu_forward(gate_rows, up_rows, out.data_ptr(), *_size(gate), *place(gate))
+        _kernels(backend).forward(gate, up, out, backend)
     return out
 
 
@@ -72,14 +70,13 @@ def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
 def _backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     if dgate.numel():
-        dout, dout_rows = as_rows(dout)
-        gate, gate_rows = as_rows(gate)
-        up, up_rows = as_rows(up)
-        KERNELS[backend].swiglu_backward(
-            dout_rows, gate_rows, up_rows, dgate.data_ptr(), dup.data_ptr(), *_size(gate), *place(gate)
-        )
+        _kernels(backend).backward(dout, gate, up, dgate, dup, backend)
     return dgate, dup
 
 
-def _size(x: Tensor) -> tuple[int, int, int]:
-    return x.numel() // x.shape[-1], x.shape[-1], DTYPE_CODES[x.dtype]
+def _kernels(backend: str) -> ModuleType:
+    if backend == "triton":
+        from . import triton_kernels  # needs triton, which the other backends do without
+
+        return triton_kernels
+    return native

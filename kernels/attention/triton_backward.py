@@ -30,25 +30,27 @@ from .triton_tiles import (
     work_of,
 )
 
+DELTA_ROWS = 16  # tokens of a program
+
 
 @triton.jit
 def delta_kernel(
-    DOUT, OUT, DLSE, DELTA, rows, seq, heads, d_batch, d_seq, d_head,
+    DOUT, OUT, DLSE, DELTA, seq, heads, blocks, d_batch, d_seq, d_head,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """rowsum(dout · out) - dlse; a row is a token and head."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token, head = row // heads, row % heads
-    batch, at = token // seq, token % seq
-    col = tl.arange(0, BLOCK_D)[None, :]
-    inside = (row < rows)[:, None] & (col < DIM)
-    dout = tl.load(DOUT + (batch * d_batch + at * d_seq + head * d_head)[:, None] + col, inside, other=0.0)
-    out = tl.load(OUT + (row * DIM)[:, None] + col, inside, other=0.0)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    place = (batch * heads + head) * seq + at
+    """rowsum(dout · out) - dlse, of ROWS tokens of one head."""
+    item, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS
+    batch, head = tl.cast(item // heads, tl.int64), item % heads
+    DOUT += batch * d_batch + head * tl.cast(d_head, tl.int64)
+    OUT += (batch * seq * heads + head) * DIM
+    dout = load_rows(DOUT, first, d_seq, seq, True, DIM, ROWS, BLOCK_D).to(tl.float32)
+    out = load_rows(OUT, first, heads * DIM, seq, True, DIM, ROWS, BLOCK_D).to(tl.float32)
+    delta = tl.sum(dout * out, 1)
+    row = first + tl.arange(0, ROWS)
+    place = tl.cast(item, tl.int64) * seq + row
     if DLSE is not None:
-        delta -= tl.load(DLSE + place, row < rows, other=0.0)
-    tl.store(DELTA + place, delta, row < rows)
+        delta -= tl.load(DLSE + place, row < seq, other=0.0)
+    tl.store(DELTA + place, delta, row < seq)
 
 
 @triton.jit
@@ -246,14 +248,14 @@ def backward(
             *given, strides(dq, packed)[0], *lse_strides, *scales(scale, softcap), window, scale, **options, **config,
         )  # fmt: skip
 
-    rows = delta.numel()
-    shape = shape_class(sequences * heads, heads // kv_heads, max_seqlen_q, max_seqlen_k, causal, window, softcap > 0)
+    shape = shape_class(sequences * heads, heads // kv_heads, max_seqlen_q, max_seqlen_k, causal, window)
     with on_device(q):
-        if rows:
-            delta_kernel[(triton.cdiv(rows, 16),)](
-                dout, out, dlse, delta, rows, tokens, heads, *strides(dout, packed), **dims, ROWS=16
+        if delta.numel():
+            blocks = triton.cdiv(tokens, DELTA_ROWS)
+            delta_kernel[(blocks * (delta.numel() // tokens),)](
+                dout, out, dlse, delta, tokens, heads, blocks, *strides(dout, packed), **dims, ROWS=DELTA_ROWS
             )
         if sequences * max_seqlen_k:
-            triton_tuning.launch("dkdv", q, padded(dim), shape, call_dkdv)
+            triton_tuning.launch("dkdv", q, padded(dim), window > 0 or softcap > 0, shape, call_dkdv)
         if sequences * max_seqlen_q:
-            triton_tuning.launch("dq", q, padded(dim), shape, call_dq)
+            triton_tuning.launch("dq", q, padded(dim), window > 0 or softcap > 0, shape, call_dq)

@@ -134,6 +134,6 @@ def decode(
                 **dims, SPLITS=triton.next_power_of_2(splits),
             )  # fmt: skip
 
-    shape = shape_class(batch * kv_heads, rows, capacity, causal, window, softcap > 0)
+    shape = shape_class(batch * kv_heads, rows, capacity, causal, window)
     with on_device(q):
-        triton_tuning.launch("decode", q, padded(dim), shape, call)
+        triton_tuning.launch("decode", q, padded(dim), window > 0 or softcap > 0, shape, call)

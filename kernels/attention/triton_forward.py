@@ -161,6 +161,6 @@ def forward(
             DIM=dim, BLOCK_D=padded(dim), **config,
         )  # fmt: skip
 
-    shape = shape_class(total, max_seqlen_q, max_seqlen_k, causal, window, softcap > 0)
+    shape = shape_class(total, max_seqlen_q, max_seqlen_k, causal, window)
     with on_device(q):
-        triton_tuning.launch("forward", q, padded(dim), shape, call)
+        triton_tuning.launch("forward", q, padded(dim), window > 0 or softcap > 0, shape, call)

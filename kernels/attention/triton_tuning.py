@@ -28,25 +28,40 @@ def _config(m: int, n: int, warps: int, stages: int) -> Config:
 _HALF = {
     "sm_80": {
         "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
-        "dkdv": {64: (64, 64, 4, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
+        "forward with more": {64: (64, 64, 4, 3), 128: (128, 32, 8, 3)},
+        "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (16, 32, 8, 2)},
         "dq": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
-        "decode": {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (32, 32, 4, 2)},
+        "decode": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (32, 32, 4, 2)},
     },
     "sm_90": {
         "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)},
+        "forward with more": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
+        "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 3), 256: (16, 64, 8, 2)},
+        "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "decode": {64: (64, 128, 8, 3), 128: (64, 64, 8, 3), 256: (32, 64, 4, 3)},
+    },
+    "sm_100": {
+        "forward": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
         "dkdv": {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
         "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-        "decode": {64: (128, 128, 4, 3), 128: (64, 128, 4, 3), 256: (32, 64, 4, 3)},
+        "decode": {64: (64, 128, 8, 3), 128: (64, 64, 8, 3), 256: (32, 64, 4, 3)},
     },
     "gfx942": {
         "forward": {64: (128, 64, 4, 1), 128: (128, 64, 8, 1), 256: (64, 32, 8, 1)},
+        "forward with more": {64: (64, 64, 4, 1), 128: (64, 64, 8, 1)},
         "dkdv": {64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
-        "dq": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+        "dkdv with more": {128: (16, 64, 8, 1)},
+        "dq": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
         "decode": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 32, 4, 1)},
     },
 }
 # float32 has no tensor cores: small tiles.
-_FLOAT = {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)}
+_FLOAT = {
+    "forward": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+    "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 4, 1), 256: (16, 16, 8, 1)},
+    "dq": {64: (32, 32, 4, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "decode": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
+}
 _INTERPRETER = (64, 32, 4, 1)
 
 
@@ -61,29 +76,28 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def default(kernel: str, target: str, dim: int, itemsize: int) -> Config:
-    """A configuration for the padded head dimension ``dim``."""
+def default(kernel: str, target: str, dim: int, itemsize: int, more: bool) -> Config:
+    """A configuration for the padded head dimension ``dim``; ``more``: a window or softcap, which take registers."""
     if target == "cpu":
         return _config(*_INTERPRETER)
-    size = max(64, dim)
-    if itemsize == 4:
-        return _config(*_FLOAT[size])
-    return _config(*_HALF[_family(target)][kernel][size])
+    table = _FLOAT if itemsize == 4 else _HALF[_family(target)]
+    tiles = table[kernel] | (table.get(f"{kernel} with more", {}) if more else {})
+    return _config(*tiles[max(64, dim)])
 
 
 def _family(target: str) -> str:
     if target.startswith("gfx"):
         return "gfx942"
     # sm_12x has the shared memory of sm_80 (99 KiB), and mma.sync.
-    return "sm_90" if target.startswith(("sm_90", "sm_10")) else "sm_80"
+    return next((known for known in ("sm_90", "sm_100") if target.startswith(known[:-1])), "sm_80")
 
 
-def launch(kernel: str, x: torch.Tensor, dim: int, shape: str, call: Callable[[Config], None]) -> None:
+def launch(kernel: str, x: torch.Tensor, dim: int, more: bool, shape: str, call: Callable[[Config], None]) -> None:
     """Launches with the default configuration or, where the user asked for a search, with the fastest."""
     target = architecture(x.device)
-    config = default(kernel, target, dim, x.element_size())
+    config = default(kernel, target, dim, x.element_size(), more)
     if os.environ.get("FASTLLM_AUTOTUNE") == "1" and target != "cpu":
-        config = _tuned(f"{kernel} {x.dtype} {dim} {shape}", x.device, config, call)
+        config = _tuned(f"{kernel} {x.dtype} {dim} {more} {shape}", x.device, config, call)
     call(config)
 
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..library import register
-from ..native import DTYPE_CODES, KERNELS, as_rows, place, pointer
-from . import reference
+from ..native import as_rows
+from . import native, reference
 
 
-@backends.op("cpu")
+@backends.op("cuda", "triton", "cpu")
 def rope(
     q: Tensor,
     k: Tensor,
@@ -22,6 +22,7 @@ def rope(
     *,
     interleaved: bool = False,
     positions: Tensor | None = None,
+    inplace: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotary position embedding of queries and keys (Su et al. 2021, arXiv:2104.09864).
@@ -34,15 +35,18 @@ def rope(
         k: ``[..., seq, kv_heads, head_dim]``, in the dtype of q.
         cos, sin: ``[max_seq, rotary_dim / 2]``, in the dtype of q or float32.
         interleaved: pairs are neighbours (GPT-J), not the two halves (GPT-NeoX, Llama).
-        positions: ``[..., seq]`` int64 or int32, each token's row in the tables; None counts from 0.
+        positions: ``[..., seq]`` int64 or int32, each token's row in the tables; None counts from 0. Packed
+            documents count from 0 each.
+        inplace: change q and k themselves, and return them. Their gradients are as ever.
         backend: see ``explain``.
 
     Returns:
-        ``(q, k)`` turned: new tensors of the same shapes and dtype.
+        ``(q, k)`` turned: new, contiguous tensors of the same shapes and dtype, or q and k themselves.
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, or a
-            ``backend`` that can't run this call. IndexError: on a CPU, a position outside the tables.
+            ``backend`` that can't run this call. IndexError: on a CPU, a position outside the tables; on a
+            GPU such a token becomes NaN.
     """
     checks.floating("rope", "q", q, min_dim=3)
     checks.tensor("rope", "k", k)
@@ -64,14 +68,16 @@ def rope(
         raise ValueError(f"rope: cos and sin hold {cos.shape[0]} positions, q has {q.shape[-3]}")
 
     def why_not(backend: str) -> str | None:
-        if interleaved:
-            return "its kernel turns halves, not interleaved pairs"
         return "its kernel gives cos and sin no gradient" if cos.requires_grad or sin.requires_grad else None
 
     chosen = backends.select("rope", q, backend, why_not)
     if chosen == "torch":
-        return reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
-    return _Rope.apply(q, k, cos, sin, positions, False, chosen)
+        turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
+    elif inplace and not torch.compiler.is_compiling():
+        return tuple(_Rope.apply(x, cos, sin, positions, interleaved, False, True, chosen) for x in (q, k))
+    else:
+        turned = tuple(_Rope.apply(x, cos, sin, positions, interleaved, False, False, chosen) for x in (q, k))
+    return (q.copy_(turned[0]), k.copy_(turned[1])) if inplace else turned
 
 
 class _Rope(torch.autograd.Function):
@@ -80,39 +86,60 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
+        x: Tensor,
         cos: Tensor,
         sin: Tensor,
         positions: Tensor | None,
+        interleaved: bool,
         inverse: bool,
+        inplace: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin, positions)
-        ctx.inverse, ctx.backend = inverse, backend
-        turn = torch.ops.fastllm.rope
-        return turn(q, cos, sin, positions, inverse, backend), turn(k, cos, sin, positions, inverse, backend)
+        ctx.interleaved, ctx.inverse, ctx.backend = interleaved, inverse, backend
+        arguments = (x, cos, sin, positions, interleaved, inverse, backend)
+        if not inplace:
+            return torch.ops.fastllm.rope(*arguments)
+        torch.ops.fastllm.rope_(*arguments)
+        ctx.mark_dirty(x)
+        return x
 
     @staticmethod
-    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        dq, dk = _Rope.apply(dq, dk, *ctx.saved_tensors, not ctx.inverse, ctx.backend)
-        return dq, dk, None, None, None, None, None
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        dx = _Rope.apply(dx, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse, False, ctx.backend)
+        return dx, None, None, None, None, None, None, None
 
 
-@register(
-    "rope(Tensor x, Tensor cos, Tensor sin, Tensor? positions, bool inverse, str backend) -> Tensor",
-    fake=lambda x, cos, sin, positions, inverse, backend: x.new_empty(x.shape),
-)
-def _rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inverse: bool, backend: str) -> Tensor:
+_ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, str backend"
+
+
+@register(f"rope(Tensor x, {_ARGUMENTS}) -> Tensor", fake=lambda x, *_: x.new_empty(x.shape))
+def _rope(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool, backend: str
+) -> Tensor:
     out = x.new_empty(x.shape)
-    if out.numel() == 0:
-        return out
-    x, x_rows = as_rows(x)
+    _turn(x, out, cos, sin, positions, interleaved, inverse, backend)
+    return out
+
+
+@register(f"rope_(Tensor(a!) x, {_ARGUMENTS}) -> ()", fake=lambda *_: None)
+def _rope_(
+    x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool, backend: str
+) -> None:
+    rows, _ = as_rows(x)  # a copy where the rows of x can't be addressed in place
+    _turn(rows, rows, cos, sin, positions, interleaved, inverse, backend)
+    if rows is not x:
+        x.copy_(rows)
+
+
+def _turn(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *options: Any) -> None:
+    if x.numel() == 0:
+        return
     cos, sin = (t.to(torch.float32).contiguous() for t in (cos, sin))
     positions = None if positions is None else positions.to(torch.int64).contiguous()
-    (seq, heads, cols), (max_seq, half) = x.shape[-3:], cos.shape
-    KERNELS[backend].rope(
-        x_rows, cos.data_ptr(), sin.data_ptr(), pointer(positions), out.data_ptr(),
-        x.numel() // cols, cols, heads, seq, half, max_seq, inverse, DTYPE_CODES[x.dtype], *place(x),
-    )  # fmt: skip
-    return out
+    if options[-1] == "triton":
+        from . import triton_kernels  # needs triton, which the other backends do without
+
+        triton_kernels.turn(x, out, cos, sin, positions, *options[:-1])
+    else:
+        native.turn(x, out, cos, sin, positions, *options)

@@ -6,14 +6,12 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fastllm.kernels import explain, native, rope, swiglu
 from tests.numerics import DTYPES, assert_accurate, with_gradients
-
-pytestmark = pytest.mark.skipif("cpu" not in native.KERNELS, reason="no native module")
 
 
 @pytest.fixture(params=native.KERNELS["cpu"].instruction_sets() if "cpu" in native.KERNELS else [])
@@ -25,10 +23,10 @@ def instruction_set(request):
     cpu.use_instruction_set(best)
 
 
-def check(call, tensors, grads, terms=None) -> None:
+def check(call, tensors, grads, backend, terms=None) -> None:
     exact = with_gradients(partial(call, backend="torch"), tensors, grads, Tensor.double)
     eager = with_gradients(partial(call, backend="torch"), tensors, grads)
-    actual = with_gradients(partial(call, backend="cpu"), tensors, grads)
+    actual = with_gradients(partial(call, backend=backend), tensors, grads)
     for i, (a, b, c) in enumerate(zip(actual, eager, exact, strict=True)):
         assert_accurate(a, b, c, f"result {i}", None if terms is None else terms[i])
 
@@ -36,69 +34,155 @@ def check(call, tensors, grads, terms=None) -> None:
 # ---- swiglu ----
 
 
-def swiglu_terms(gate, up, dout) -> list[Tensor]:
-    """Magnitudes added up on the way: 1 + x(1 - sigmoid) cancels where the derivative of silu is 0."""
+def check_swiglu(shape, dtype, backend, spread=4.0, device="cpu") -> None:
+    gate, up, dout = (factor * torch.randn(shape, device=device) for factor in (spread, 1, 1))
+    gate, up, dout = (t.to(dtype) for t in (gate, up, dout))
     g, u, d = (t.double().abs() for t in (gate, up, dout))
-    return [g * u, d * u * (1 + g), d * g]
+    # Magnitudes added up on the way: 1 + x(1 - sigmoid) cancels where the derivative of silu is 0.
+    check(swiglu, [gate, up], [dout], backend, [g * u, d * u * (1 + g), d * g])
+
+
+SHAPES = [(1,), (7, 3), (5, 64), (2, 3, 100), (33, 129), (3, 4104), (2, 5000)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (7, 3), (5, 64), (2, 3, 100), (33, 129)])
-def test_swiglu_accuracy(instruction_set, shape, dtype):
-    tensors = [(4 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)]
-    grad = torch.randn(shape).to(dtype)
-    check(swiglu, tensors, [grad], swiglu_terms(*tensors, grad))
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_swiglu_accuracy(backend, shape, dtype):
+    check_swiglu(shape, dtype, backend)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_on_instruction_sets(instruction_set, dtype):
+    for shape in SHAPES:
+        check_swiglu(shape, dtype, "cpu")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.integers(0, 40), cols=st.integers(0, 300), dtype=st.sampled_from(DTYPES), spread=st.floats(0.01, 30))
-def test_swiglu_any_shape(rows, cols, dtype, spread):
-    tensors = [(spread * torch.randn(rows, cols)).to(dtype), torch.randn(rows, cols).to(dtype)]
-    grad = torch.randn(rows, cols).to(dtype)
-    check(swiglu, tensors, [grad], swiglu_terms(*tensors, grad))
+def test_swiglu_any_shape(backend, rows, cols, dtype, spread):
+    check_swiglu((rows, cols), dtype, backend, spread)
 
 
-def test_swiglu_far_out(instruction_set):
+def check_swiglu_far_out(backend) -> None:
     gate = torch.tensor([-1e30, -200.0, -88.5, -87.4, 0.0, 88.5, 200.0, 1e30, float("inf"), float("nan")])
-    got = swiglu(gate, torch.ones(10), backend="cpu")
+    got = swiglu(gate, torch.ones(10), backend=backend)
     expected = torch.nn.functional.silu(gate.double()).float()
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-36, equal_nan=True)
 
 
-def test_swiglu_halves_of_one_projection():
-    both = torch.randn(3, 5, 2 * 24)
-    gate, up = both.chunk(2, -1)
-    assert torch.equal(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
+def test_swiglu_far_out(backend):
+    check_swiglu_far_out(backend)
+
+
+def test_swiglu_far_out_on_instruction_sets(instruction_set):
+    check_swiglu_far_out("cpu")
+
+
+@pytest.mark.parametrize("hidden", [24, 21])
+def test_swiglu_halves_of_one_projection(backend, hidden):
+    call = partial(swiglu, backend=backend)
+    gate, up = torch.randn(3, 5, 2 * hidden).chunk(2, -1)
+    torch.testing.assert_close(call(gate, up), call(gate.contiguous(), up.contiguous()), rtol=0, atol=0)
+    grad = torch.randn(3, hidden, 5).transpose(1, 2)  # not contiguous either
+    for a, b in zip(
+        with_gradients(call, [gate, up], [grad]),
+        with_gradients(call, [gate.contiguous(), up.contiguous()], [grad.contiguous()]),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
 
 
 # ---- rope ----
 
 
-def rope_inputs(batch=2, seq=5, heads=6, kv_heads=2, dim=16, rotary=16, dtype=torch.float32):
-    q, k = torch.randn(batch, seq, heads, dim).to(dtype), torch.randn(batch, seq, kv_heads, dim).to(dtype)
-    angle = 100 * torch.randn(seq + 3, rotary // 2)
-    return [q, k], angle.cos(), angle.sin(), [torch.randn_like(q), torch.randn_like(k)]
+def rope_inputs(batch=2, seq=5, heads=6, kv_heads=2, dim=16, rotary=16, dtype=torch.float32, device="cpu"):
+    shapes = ((batch, seq, heads, dim), (batch, seq, kv_heads, dim))
+    q, k, dq, dk = (torch.randn(s, device=device).to(dtype) for s in (*shapes, *shapes))
+    angle = 100 * torch.randn(seq + 3, rotary // 2, device=device)
+    return [q, k], angle.cos(), angle.sin(), [dq, dk]
 
 
-def rope_call(cos, sin, positions=None):
-    return lambda q, k, backend: rope(q, k, cos, sin, positions=positions, backend=backend)
+def rope_call(cos, sin, **options):
+    return lambda q, k, backend: rope(q, k, cos, sin, backend=backend, **options)
+
+
+def check_rope(backend, dim, rotary, dtype, device="cpu", **sizes) -> None:
+    tensors, cos, sin, grads = rope_inputs(dim=dim, rotary=rotary, dtype=dtype, device=device, **sizes)
+    batch, seq = tensors[0].shape[:2]
+    for interleaved in (False, True):
+        for positions in (None, torch.randint(seq + 3, (batch, seq), device=device)):
+            check(rope_call(cos, sin, positions=positions, interleaved=interleaved), tensors, grads, backend)
+
+
+ROTARY = [(2, 2), (5, 2), (16, 16), (40, 24), (64, 64), (80, 80), (128, 128), (256, 64)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("dim", "rotary"), [(2, 2), (16, 16), (40, 24), (64, 64), (80, 80), (128, 128), (256, 64)])
-@pytest.mark.parametrize("positioned", [False, True])
-def test_rope_accuracy(instruction_set, dtype, dim, rotary, positioned):
-    tensors, cos, sin, grads = rope_inputs(dim=dim, rotary=rotary, dtype=dtype)
-    positions = torch.tensor([[4, 0, 7, 7, 1], [0, 1, 2, 3, 4]]) if positioned else None
-    check(rope_call(cos, sin, positions), tensors, grads)
+@pytest.mark.parametrize(("dim", "rotary"), ROTARY)
+def test_rope_accuracy(backend, dtype, dim, rotary):
+    check_rope(backend, dim, rotary, dtype)
 
 
-def test_rope_of_heads_cut_out_of_a_projection():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rope_on_instruction_sets(instruction_set, dtype):
+    for dim, rotary in ROTARY:
+        check_rope("cpu", dim, rotary, dtype)
+
+
+def test_rope_of_many_heads_and_tokens(backend):
+    check_rope(backend, 64, 64, torch.bfloat16, batch=2, seq=17, heads=37, kv_heads=1)
+
+
+def test_rope_of_heads_cut_out_of_a_projection(backend):
     x = torch.randn(2, 5, (6 + 2 + 2) * 16)
     q, k, _ = x.unflatten(-1, (10, 16)).split([6, 2, 2], dim=2)
     _, cos, sin, _ = rope_inputs()
-    for got, expected in zip(rope(q, k, cos, sin), rope(q.contiguous(), k.contiguous(), cos, sin), strict=True):
+    call = partial(rope, cos=cos, sin=sin, backend=backend)
+    for got, expected in zip(call(q, k), call(q.contiguous(), k.contiguous()), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary", [16, 8])
+def test_rope_in_place(backend, interleaved, rotary):
+    x = torch.randn(2, 5, (6 + 2 + 2) * 16)
+    before = x.clone()
+    q, k, v = x.unflatten(-1, (10, 16)).split([6, 2, 2], dim=2)
+    _, cos, sin, _ = rope_inputs(rotary=rotary)
+    call = partial(rope, cos=cos, sin=sin, interleaved=interleaved, backend=backend)
+    expected = call(q, k)
+    got = call(q, k, inplace=True)
+    assert got[0].data_ptr() == q.data_ptr() and got[1].data_ptr() == k.data_ptr()
+    for a, b, c in zip(got, expected, (q, k), strict=True):
+        assert torch.equal(a, b) and torch.equal(c, b)
+    assert torch.equal(v.flatten(-2), before[..., 8 * 16 :])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_rope_in_place_of_what_cannot_be_addressed_in_rows(backend):
+    """Copied, turned, and copied back."""
+    q, k = torch.randn(2, 5, 16, 6).transpose(2, 3), torch.randn(2, 5, 16, 6).transpose(2, 3)
+    _, cos, sin, _ = rope_inputs()
+    expected = rope(q, k, cos, sin, backend=backend)
+    rope(q, k, cos, sin, inplace=True, backend=backend)
+    assert torch.equal(q, expected[0]) and torch.equal(k, expected[1])
+
+
+def test_rope_in_place_has_its_gradients(backend):
+    (q, k), cos, sin, grads = rope_inputs()
+
+    def call(x, inplace, backend):
+        heads = (2 * x).unflatten(-1, (8, 16))
+        q, k = rope(heads[:, :, :6], heads[:, :, 6:], cos, sin, inplace=inplace, backend=backend)
+        return q, k, heads.sum((2, 3))  # what became of the projection
+
+    x = torch.cat([q, k], 2).flatten(2)
+    more = [*grads, torch.randn(2, 5)]
+    got = with_gradients(partial(call, inplace=True, backend=backend), [x], more)
+    expected = with_gradients(partial(call, inplace=True, backend="torch"), [x], more)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        rope(q.requires_grad_(), k, cos, sin, inplace=True, backend=backend)
 
 
 def test_rope_positions_outside_the_tables_raise():
@@ -106,22 +190,34 @@ def test_rope_positions_outside_the_tables_raise():
     for wrong in (8, -1):
         positions = torch.full((2, 5), wrong)
         with pytest.raises(IndexError, match=f"positions holds {wrong}, cos and sin hold 8 positions"):
-            rope(q, k, cos, sin, positions=positions)
+            rope(q, k, cos, sin, positions=positions, backend="cpu")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rope_positions_outside_the_tables_are_nan_on_gpus(backend, interleaved):
+    if backend == "cpu":
+        return
+    (q, k), cos, sin, _ = rope_inputs(rotary=8)
+    positions = torch.tensor([[0, 8, 1, -1, 2], [2**40, 3, -(2**40), 4, 5]])
+    good, outside = (positions >= 0) & (positions < 8), (positions < 0) | (positions >= 8)
+    got, _ = rope(q, k, cos, sin, positions=positions, interleaved=interleaved, backend=backend)
+    expected, _ = rope(q, k, cos, sin, positions=positions.clamp(0, 7), interleaved=interleaved, backend="torch")
+    torch.testing.assert_close(got[good], expected[good])
+    assert bool(got[outside][..., :8].isnan().all()) and torch.equal(got[outside][..., 8:], q[outside][..., 8:])
 
 
 def test_rope_says_what_its_kernel_leaves_to_pytorch():
     (q, k), cos, sin, _ = rope_inputs()
-    assert explain(rope, q, k, cos, sin).chosen == "cpu"
-    assert "interleaved" in explain(rope, q, k, cos, sin, interleaved=True).reasons["cpu"]
+    assert explain(rope, q, k, cos, sin, interleaved=True).chosen == "cpu"
     assert explain(rope, q, k, cos.requires_grad_(), sin).chosen == "torch"
 
 
-def test_rope_can_be_differentiated_twice():
+def test_rope_can_be_differentiated_twice(backend):
     (q, k), cos, sin, _ = rope_inputs()
     results = []
-    for backend in ("cpu", "torch"):
+    for b in (backend, "torch"):
         leaf = q.clone().requires_grad_()
-        (dq,) = torch.autograd.grad(rope(leaf, k, cos, sin, backend=backend)[0].pow(3).sum(), leaf, create_graph=True)
+        (dq,) = torch.autograd.grad(rope(leaf, k, cos, sin, backend=b)[0].pow(3).sum(), leaf, create_graph=True)
         results.append(torch.autograd.grad(dq.square().sum(), leaf)[0])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
@@ -129,34 +225,54 @@ def test_rope_can_be_differentiated_twice():
 # ---- both ----
 
 
-def test_no_rows():
-    assert swiglu(torch.randn(0, 8), torch.randn(0, 8), backend="cpu").shape == (0, 8)
+def test_no_rows(backend):
+    assert swiglu(torch.randn(0, 8), torch.randn(0, 8), backend=backend).shape == (0, 8)
     (q, k), cos, sin, _ = rope_inputs(batch=0)
-    assert rope(q, k, cos, sin, backend="cpu")[1].shape == k.shape
+    assert rope(q, k, cos, sin, backend=backend)[1].shape == k.shape
+    (q, k), cos, sin, _ = rope_inputs(rotary=0)
+    assert torch.equal(rope(q, k, cos, sin, backend=backend)[0], q)
 
 
-def test_double_backward_of_swiglu_raises():
+def test_order_of_threads_does_not_matter(simt):
+    gate, up, dout = (torch.randn(9, 520) for _ in range(3))
+    (q, k), cos, sin, grads = rope_inputs(seq=30)
+    results = []
+    try:
+        for seed in (0, 1, 2):
+            simt.set_seed(seed)
+            results.append(with_gradients(partial(swiglu, backend="cuda"), [gate, up], [dout]))
+            results[-1] += with_gradients(partial(rope, cos=cos, sin=sin, backend="cuda"), [q, k], grads)
+    finally:
+        simt.set_seed(0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_double_backward_of_swiglu_raises(backend):
     x = torch.randn(3, 8, requires_grad=True)
-    (dx,) = torch.autograd.grad(swiglu(x, x.detach()).square().sum(), x, create_graph=True)
+    out = swiglu(x, x.detach(), backend=backend)
+    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="swiglu: its kernels have no second derivative"):
         dx.sum().backward()
 
 
-def test_opcheck():
+def test_opcheck(backend):
     x = torch.randn(3, 8)
-    torch.library.opcheck(torch.ops.fastllm.swiglu_forward, (x, x + 1, "cpu"))
-    torch.library.opcheck(torch.ops.fastllm.swiglu_backward, (x, x + 1, x - 1, "cpu"))
+    torch.library.opcheck(torch.ops.fastllm.swiglu_forward, (x, x + 1, backend))
+    torch.library.opcheck(torch.ops.fastllm.swiglu_backward, (x, x + 1, x - 1, backend))
     (q, _), cos, sin, _ = rope_inputs()
     for positions in (None, torch.zeros(2, 5, dtype=torch.int64)):
-        torch.library.opcheck(torch.ops.fastllm.rope, (q, cos, sin, positions, False, "cpu"))
+        for op in (torch.ops.fastllm.rope, torch.ops.fastllm.rope_):
+            torch.library.opcheck(op, (q, cos, sin, positions, False, False, backend))
 
 
-def test_compile():
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compile(backend, inplace):
     torch._dynamo.reset()
 
     def layer(q, k, cos, sin):
-        q, k = rope(q * 2, k, cos, sin)
-        return swiglu(q.flatten(-2), q.flatten(-2) + 1), k
+        q, k = rope(q * 2, k * 1, cos, sin, inplace=inplace, backend=backend)
+        return swiglu(q.flatten(-2), q.flatten(-2) + 1, backend=backend), k
 
     (q, k), cos, sin, _ = rope_inputs()
     grads = [torch.randn(2, 5, 96), torch.randn_like(k)]
@@ -164,3 +280,16 @@ def test_compile():
     plain = with_gradients(lambda q, k: layer(q, k, cos, sin), [q, k], grads)
     for got, expected in zip(with_gradients(lambda q, k: compiled(q, k, cos, sin), [q, k], grads), plain, strict=True):
         torch.testing.assert_close(got, expected)
+
+
+# ---- on a GPU ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gpu_backend", ["cuda", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_on_gpus(gpu_backend, dtype):
+    for shape in [*SHAPES, (64, 14336), (4097, 11008)]:
+        check_swiglu(shape, dtype, gpu_backend, device="cuda")
+    for dim, rotary in ROTARY:
+        check_rope(gpu_backend, dim, rotary, dtype, device="cuda", batch=3, seq=70, heads=37, kv_heads=1)
