@@ -1,7 +1,8 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
 
 The module is compiled once more with both, and loaded into a Python of its own with ASan's runtime first.
-Tensors are placed at the very end of a malloc'ed block, so that one element too far is an error.
+Tensors are placed at the very end of a malloc'ed block, so that one element too far is an error. AMX, which few
+processors have, is emulated, and held against the other instruction sets.
 """
 
 from __future__ import annotations
@@ -64,10 +65,59 @@ for name in cpu.instruction_sets():
         cpu.softmax_backward(rows(dy), rows(y), dx.ctypes.data, r, n, queries, 0.5, dtype, 0, 0)
         cos, sin, positions = array(4, n // 2, dtype=0), array(4, n // 2, dtype=0), np.full(r, 3)
         for given in (0, positions.ctypes.data):
-            cpu.rope(rows(x), cos.ctypes.data, sin.ctypes.data, given, y.ctypes.data,
-                     r, n, 1, 4, n // 2, 4, extra, dtype, 0, 0)
+            for out in (y, x):  # x: in place
+                cpu.rope(rows(x), rows(out), cos.ctypes.data, sin.ctypes.data, given,
+                         r, n, 1, 4, n // 2, 4, extra, extra, dtype, 0, 0)
     x, y = array(2, 20001, dtype=0), array(2, 20001, dtype=0)  # too long to be held
     cpu.softmax_forward(rows(x), (0, 1, 1, 0, 0, 0, 0), y.ctypes.data, 2, 20001, 0, 1.0, 0, 0, 0)
+
+def normal(*shape, dtype):
+    x = np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
+    if dtype == 1:
+        return x.astype(np.float16).view(np.uint16)
+    return (x.view(np.uint32) >> 16).astype(np.uint16) if dtype else x
+
+def heads(a):  # [batch, tokens, heads, dim]; packed without the batch
+    return (a.ctypes.data, a.strides[0] // a.itemsize if a.ndim == 4 else 0,
+            a.strides[-3] // a.itemsize, a.strides[-2] // a.itemsize)
+
+def wide(a, dtype):
+    if dtype == 2:
+        return (a.astype(np.uint32) << 16).view(np.float32)
+    return a.view(np.float16).astype(np.float32) if dtype == 1 else a
+
+def attention(nq, nk, h, kv, d, dtype, packed, window, softcap):
+    lead = () if packed else (2,)
+    q, dout = normal(*lead, nq, h, d, dtype=dtype), normal(*lead, nq, h, d, dtype=dtype)
+    k, v = normal(*lead, nk, kv, d, dtype=dtype), normal(*lead, nk, kv, d, dtype=dtype)
+    out, dq, dk, dv = (np.zeros_like(t) for t in (q, q, k, k))
+    lse, delta = (np.zeros((*lead, h, nq), np.float32) for _ in range(2))
+    sinks = normal(h, dtype=0)
+    cu_q, cu_k = np.array([0, nq // 3, nq]), np.array([0, nk // 2, nk])
+    cu = (cu_q.ctypes.data, cu_k.ctypes.data) if packed else (0, 0)
+    rest = ((2, nq, nk, h, kv, d), (d**-0.5, True, window, softcap), dtype, 0, 0)
+    qkv = heads(q), heads(k), heads(v)
+    cpu.attention_forward(*qkv, sinks.ctypes.data, *cu, out.ctypes.data, lse.ctypes.data, *rest)
+    cpu.attention_backward(heads(dout), *qkv, *cu, out.ctypes.data, lse.ctypes.data, lse.ctypes.data,
+                           delta.ctypes.data, dq.ctypes.data, dk.ctypes.data, dv.ctypes.data, *rest)
+    results = [out, dq, dk, dv]
+    if not packed:
+        few, seen = np.zeros_like(q), np.array([nk, nk // 2])
+        cpu.attention_decode(*qkv, sinks.ctypes.data, seen.ctypes.data, few.ctypes.data, lse.ctypes.data, *rest)
+        results.append(few)
+    return [wide(t, dtype) for t in results]
+
+cases = [(1, 1, 1, 1, 1), (1, 130, 2, 1, 33), (37, 70, 4, 2, 40), (70, 37, 2, 2, 64), (97, 193, 2, 1, 17)]
+cases += [(5, 3, 1, 1, 256)]
+for case, dtype in itertools.product(cases, (0, 1, 2)):
+    for packed, window, softcap in ((False, 0, 0.0), (True, 20, 5.0)):
+        found = []
+        for name in cpu.instruction_sets():
+            cpu.use_instruction_set(name)
+            found.append(attention(*case, dtype, packed, window, softcap))
+        for other in found[1:]:  # the instruction sets agree
+            for a, b in zip(found[0], other):
+                assert np.allclose(a, b, rtol=0, atol=(1e-4, 4e-3, 4e-2)[dtype] * max(1, abs(a).max())), (case, dtype)
 print("clean", cpu.instruction_sets())
 if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
     x = array(1, 64, dtype=0)
@@ -78,7 +128,8 @@ if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
 @pytest.fixture(scope="module")
 def library() -> Path:
     work = ROOT / "build" / "sanitized"  # kept: ninja compiles again what has changed
-    environment = os.environ | {"FASTLLM_CUDA_ARCHS": "none", "CXXFLAGS": f"{SANITIZE} -O1 -g1"}
+    flags = f"{SANITIZE} -O1 -g1 -DFASTLLM_EMULATE_AMX"
+    environment = os.environ | {"FASTLLM_CUDA_ARCHS": "none", "CXXFLAGS": flags}
     command = ["setup.py", "-q", "build_ext", "--force", f"--build-lib={work}", f"--build-temp={work}"]
     subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
     (module,) = (work / "fastllm" / "kernels").glob("_C.*.so")
@@ -101,6 +152,7 @@ def test_clean(library):
     found = run(library)
     assert found.returncode == 0, found.stderr[-3000:]
     assert "clean" in found.stdout
+    assert ("amx" in found.stdout) == ("avx512_bf16" in found.stdout)
 
 
 def test_the_sanitizer_sees_a_row_too_many(library):
