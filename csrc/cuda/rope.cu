@@ -41,7 +41,7 @@ __device__ inline Floats<V> entries(const float* table, bool there, int64_t at) 
 }
 
 template <typename T, int V, bool kInterleaved>
-__global__ void __launch_bounds__(kMaxThreads, 1) rope_turn(const Rope a) {
+__global__ void __launch_bounds__(kThreads) rope_turn(const Rope a) {
   const int64_t groups = (a.heads + kHeads - 1) / kHeads;
   const int64_t item = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, token = item / groups;
   const int64_t row = token * a.heads + item % groups * kHeads;
@@ -79,12 +79,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rope_turn(const Rope a) {
   }
   if (a.x.data == a.out.data) return;
   for (int64_t col = 2 * a.half + threadIdx.x * V; col < a.cols; col += blockDim.x * V)
-    for (int h = 0; h < heads; ++h) store(to[h] + col, load<V>(from[h] + col));
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h)
+      if (h < heads) store(to[h] + col, load<V>(from[h] + col));
 }
 
 template <typename T, int V>
 void launch_turn(const Rope& a, cudaStream_t stream) {
-  const dim3 block = block_for(std::max(a.half, a.cols - 2 * a.half) / V, 1, kThreads);
+  const dim3 block = block_for(std::max(a.half, a.cols - 2 * a.half) / V, 1, kThreads, kThreads);
   const int64_t items = a.rows / a.heads * ceil_div(a.heads, kHeads);
   launch(a.interleaved ? rope_turn<T, V, true> : rope_turn<T, V, false>, dim3(unsigned(ceil_div(items, block.y))), block,
          0, stream, a);
