@@ -1,10 +1,14 @@
-// Attention on CPUs, forward: blocks of 64 queries pass over the keys they see, 96 at a time, with an online softmax
+// Attention on CPUs, forward: blocks of queries pass over the keys they see, kKeys at a time, with an online softmax
 // (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022, arXiv:2205.14135). Bound by the two products,
-// 4 · dim operations per score, and by one exponential per score.
+// 4 · dim operations per score, and by one exponential per score. A panel of queries goes from scores to sums while
+// its scores are in the L1 cache; the panels of a block share the keys and values that come from further away.
 #include "attention.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
+
+constexpr int kPanels = 4;  // of queries, in a block
+constexpr int kQueries = kPanels * kPanel;
 
 // Keys [kKeys, dim] and values transposed [dim, kKeys] of each block and head.
 template <typename E>
@@ -40,33 +44,48 @@ struct PackedKeys {
   }
 };
 
-// The running softmax of a block of queries: the highest score so far the sum of
-// e^(score - highest), and the sum of values weighted by those, transposed.
-template <typename E>
+// The running softmax of a panel of queries: the highest score so far and the sum of e^(score - highest), and the sum
+// of values weighted by those, transposed.
 struct Running {
-  vfloat highest[kQueries / kLanes], sum[kQueries / kLanes];
-  alignas(64) float scores[kKeys * kQueries];
-  alignas(64) E probs[kKeys * kQueries];
+  vfloat highest[2], sum[2];
+  alignas(64) float values[256 * kPanel];
 
-  // Scores of `keys` keys become probabilities, less a factor that the returned ones correct in what was summed
-  // before: B of the product with the values. `depth` rows of it are written, those after `keys` as 0.
+  // A sink is a key seen before all others, without a value.
+  void clear(const float* sink, int64_t dim) {
+    for (vfloat& x : highest) x = broadcast(sink ? *sink : -kInfinity);
+    for (vfloat& x : sum) x = broadcast(sink ? 1.f : 0.f);
+    std::memset(values, 0, dim * kPanel * sizeof(float));
+  }
+
+  void scale_values(int half, vfloat factor, int64_t dim) {
+    for (float* o = values + half * kLanes; o < values + dim * kPanel; o += kPanel) store(o, load(o) * factor);
+  }
+};
+
+// Scores of a panel of queries to some keys, which become probabilities.
+template <typename E>
+struct Scores {
+  alignas(64) float scores[kKeys * kPanel];
+  alignas(64) E probs[kKeys * kPanel];  // B of the product with the values
+
+  // `depth` rows of probs are written, those after `keys` as 0; what was summed before is scaled to the highest score.
   template <bool kMasked>
-  void add(const Attention& a, const Band& band, int64_t ahead, int64_t keys, int64_t depth, int64_t queries,
-           vfloat (&factor)[kQueries / kLanes]) {
+  void to_probs(const Attention& a, const Band& band, int64_t ahead, int64_t keys, int64_t depth, int64_t dim,
+                Running& running) {
     const float scale = a.scale;
-    for (int64_t v = 0; v < queries / kLanes; ++v) {
-      float* column = scores + v * kLanes;
+    for (int half = 0; half < 2; ++half) {
+      float* column = scores + half * kLanes;
       const auto score = [&](int64_t key) {
-        vfloat s = load(column + key * kQueries);
+        vfloat s = load(column + key * kPanel);
         s = a.softcap ? tanh(s * (a.scale / a.softcap)) * a.softcap : s * scale;
-        return kMasked ? band.select(ahead + key, v * kLanes, s, -kInfinity) : s;
+        return kMasked ? band.select(ahead + key, half * kLanes, s, -kInfinity) : s;
       };
-      vfloat top = highest[v];
+      vfloat top = running.highest[half];
       const bool kept = kMasked || a.softcap || scale < 0.f;
       if (kept) {
         for (int64_t key = 0; key < keys; ++key) {
           const vfloat s = score(key);
-          store(column + key * kQueries, s);
+          store(column + key * kPanel, s);
           top = maximum(top, s);
         }
       } else {
@@ -74,21 +93,22 @@ struct Running {
         for (vfloat& t : tops) t = load(column);
         int64_t key = 1;
         for (; key + 4 <= keys; key += 4)
-          for (int i = 0; i < 4; ++i) tops[i] = maximum(tops[i], load(column + (key + i) * kQueries));
-        for (; key < keys; ++key) tops[0] = maximum(tops[0], load(column + key * kQueries));
+          for (int i = 0; i < 4; ++i) tops[i] = maximum(tops[i], load(column + (key + i) * kPanel));
+        for (; key < keys; ++key) tops[0] = maximum(tops[0], load(column + key * kPanel));
         top = maximum(maximum(maximum(tops[0], tops[1]), maximum(tops[2], tops[3])) * scale, top);
       }
       const vfloat base = top == -kInfinity ? vfloat{} : top;
-      factor[v] = exp_nonpositive(highest[v] - base);
-      highest[v] = top;
+      const vfloat factor = exp_nonpositive(running.highest[half] - base);
+      if (any_greater(broadcast(1.f), factor)) running.scale_values(half, factor, dim);
+      running.highest[half] = top;
       const auto prob = [&](int64_t key) {
-        const vfloat s = load(column + key * kQueries);
+        const vfloat s = load(column + key * kPanel);
         const vfloat p = exp_nonpositive(kept ? s - base : s * scale - base);
-        if (kMasked) store(column + key * kQueries, p);  // for add_visible
+        if (kMasked) store(column + key * kPanel, p);  // for add_visible
         return p;
       };
-      vfloat sums[2] = {sum[v] * factor[v], vfloat{}};
-      E* out = probs + v / 2 * depth * kPanel + v % 2 * kLanes * kStep<E>;
+      vfloat sums[2] = {running.sum[half] * factor, vfloat{}};
+      E* out = probs + half * kLanes * kStep<E>;
       int64_t key = 0;
       for (; key + 2 <= keys; key += 2, out += 2 * kPanel) {
         const vfloat first = prob(key), second = prob(key + 1);
@@ -106,23 +126,23 @@ struct Running {
         sums[0] += last;
         store_steps(out, last, vfloat{});
       }
-      sum[v] = sums[0] + sums[1];
+      running.sum[half] = sums[0] + sums[1];
     }
   }
 };
 
 // What the product would give, but a value that is not finite reaches only the queries that see it.
 template <typename E>
-void add_visible(const Band& band, int64_t ahead, int64_t keys, int64_t queries, const float* probs, const E* vt,
-                 int64_t dim, float* out) {
+void add_visible(const Band& band, int64_t ahead, int64_t keys, const float* probs, const E* vt, int64_t dim,
+                 float* out) {
   for (int64_t d = 0; d < dim; ++d)
     for (int64_t key = 0; key < keys; ++key) {
       E same[kLanes];
       for (int i = 0; i < kLanes; ++i) same[i] = vt[d * kKeys + key];
       const vfloat value = load(same);
-      for (int64_t v = 0; v < queries; v += kLanes) {
-        float* o = out + d * kQueries + v;
-        store(o, load(o) + band.select(ahead + key, v, load(probs + key * kQueries + v) * value, 0.f));
+      for (int64_t v = 0; v < kPanel; v += kLanes) {
+        float* o = out + d * kPanel + v;
+        store(o, load(o) + band.select(ahead + key, v, load(probs + key * kPanel + v) * value, 0.f));
       }
     }
 }
@@ -139,65 +159,59 @@ void forward(const AttentionForward& a) {
 #pragma omp parallel
   {
     const Tiles tiles;
-    Running<E> running;
-    alignas(64) E queries_packed[kQueries * 256];
-    alignas(64) float sums[256 * kQueries];
+    Scores<E> scores;
+    Running panels[kPanels];
+    alignas(64) E packed_queries[kQueries * 256];
 
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < blocks.count() * a.heads; ++item) {
       const auto [sequence, head, block] = blocks.place(item, a.heads);
       const Sequence s(a, sequence);
-      const int64_t first = block * kQueries;
-      const int64_t count = least(kQueries, s.len_q - first), queries = round_up(count, kPanel);
+      const int64_t first = block * kQueries, count = least(kQueries, s.len_q - first);
       const T* q = token_of<T>(a, a.q, s.first_q, s.index, head) + first * a.q.token;
-      pack_columns(q, a.q.token, count, a.dim, queries_packed, queries, dim);
-      std::memset(sums, 0, dim * kQueries * sizeof(float));
-      // A sink is a key seen before all others, without a value.
-      for (vfloat& x : running.highest) x = broadcast(a.sinks ? a.sinks[head] : -kInfinity);
-      for (vfloat& x : running.sum) x = broadcast(a.sinks ? 1.f : 0.f);
+      pack_columns(q, a.q.token, count, a.dim, packed_queries, round_up(count, kPanel), dim);
+      for (Running& running : panels) running.clear(a.sinks ? a.sinks + head : nullptr, dim);
 
       const Range range = visible(a, s, first, count);
       for (int64_t j = range.begin / kKeys; j * kKeys < range.end; ++j) {
-        const int64_t keys = least(kKeys, range.end - j * kKeys);
-        const int64_t depth = round_up(keys, kDepthUnit<E>);
-        const int64_t ahead = j * kKeys - (first + s.offset());
         const int64_t tile = packed.tile(sequence, head / group, j);
         const E *k = packed.k + tile, *vt = packed.vt + tile;
-        matmul(round_up(keys, kRowUnit), queries, dim, k, dim, queries_packed, running.scores, kQueries, false);
+        for (int64_t start = 0; start < count; start += kPanel) {
+          const int64_t queries = least(kPanel, count - start);
+          const Range seen = visible(a, s, first + start, queries);
+          const int64_t keys = least(kKeys, seen.end - j * kKeys);
+          if (keys <= 0 || seen.begin >= (j + 1) * kKeys) continue;
+          Running& running = panels[start / kPanel];
+          matmul(round_up(keys, kRowUnit), kPanel, dim, k, dim, packed_queries + start * dim, scores.scores, kPanel, false);
 
-        const bool masked = !band.covers(ahead, keys, count);
-        vfloat factor[kQueries / kLanes];
-        if (masked) {
-          running.template add<true>(a, band, ahead, keys, depth, queries, factor);
-        } else {
-          running.template add<false>(a, band, ahead, keys, depth, queries, factor);
-        }
-        for (int64_t v = 0; v < queries / kLanes; ++v) {
-          if (!any_greater(broadcast(1.f), factor[v])) continue;
-          for (int64_t d = 0; d < dim; ++d) {
-            float* o = sums + d * kQueries + v * kLanes;
-            store(o, load(o) * factor[v]);
+          const int64_t ahead = j * kKeys - (first + start + s.offset()), depth = round_up(keys, kDepthUnit<E>);
+          const bool masked = !band.covers(ahead, keys, queries);
+          if (masked) {
+            scores.template to_probs<true>(a, band, ahead, keys, depth, dim, running);
+          } else {
+            scores.template to_probs<false>(a, band, ahead, keys, depth, dim, running);
           }
-        }
-        if (masked && !packed.finite[tile / (kKeys * dim)]) {
-          add_visible(band, ahead, keys, queries, running.scores, vt, a.dim, sums);
-        } else {
-          matmul(dim, queries, depth, vt, kKeys, running.probs, sums, kQueries, true);
+          if (masked && !packed.finite[tile / (kKeys * dim)]) {
+            add_visible(band, ahead, keys, scores.scores, vt, a.dim, running.values);
+          } else {
+            matmul(dim, kPanel, depth, vt, kKeys, scores.probs, running.values, kPanel, true);
+          }
         }
       }
 
       float* lse = a.lse + lse_at(a, s, head) + first;
-      for (int64_t v = 0; v < queries / kLanes; ++v) {
-        const vfloat sum = running.sum[v], inverse = sum == 0.f ? vfloat{} : 1.f / sum;
-        for (int64_t d = 0; d < dim; ++d) {
-          float* o = sums + d * kQueries + v * kLanes;
-          store(o, load(o) * inverse);
-        }
-        for (int64_t i = v * kLanes; i < least(count, (v + 1) * kLanes); ++i)
-          lse[i] = running.highest[v][i % kLanes] + __builtin_logf(sum[i % kLanes]);
-      }
       T* out = static_cast<T*>(a.out) + ((s.first_q + first) * a.heads + head) * a.dim;
-      put_transposed(sums, count, a.dim, out, a.heads * a.dim);
+      for (int64_t start = 0; start < count; start += kPanel) {
+        Running& running = panels[start / kPanel];
+        const int64_t queries = least(kPanel, count - start);
+        for (int half = 0; half < 2; ++half) {
+          const vfloat sum = running.sum[half];
+          running.scale_values(half, sum == 0.f ? vfloat{} : 1.f / sum, dim);
+          for (int64_t i = half * kLanes; i < least(queries, (half + 1) * kLanes); ++i)
+            lse[start + i] = running.highest[half][i % kLanes] + __builtin_logf(sum[i % kLanes]);
+        }
+        put_transposed(running.values, kPanel, queries, a.dim, out + start * a.heads * a.dim, a.heads * a.dim);
+      }
     }
   }
 }

@@ -14,8 +14,8 @@
 
 namespace fastllm::cpu::FASTLLM_ISA {
 
-constexpr int kQueries = 64, kKeys = 192;  // of a block: the scores, 48 KiB, stay in the L2 cache, their columns in L1
-static_assert(kQueries % kPanel == 0 && kKeys % kPanel == 0, "blocks are whole panels and tiles");
+constexpr int kKeys = 192;  // of a block
+static_assert(kKeys % kPanel == 0, "blocks are whole panels and tiles");
 constexpr float kInfinity = __builtin_inff();
 
 inline int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
@@ -186,13 +186,13 @@ inline void pack_columns(const T* x, int64_t stride, int64_t rows, int64_t cols,
       }
 }
 
-// T [rows, cols] from float32 transposed, [cols, kQueries].
+// T [rows, cols] from float32 transposed, [cols, x_stride].
 template <typename T>
-inline void put_transposed(const float* x, int64_t rows, int64_t cols, T* out, int64_t stride) {
+inline void put_transposed(const float* x, int64_t x_stride, int64_t rows, int64_t cols, T* out, int64_t stride) {
   for (int64_t r = 0; r < rows; r += kLanes)
     for (int64_t c = 0; c < cols; c += kLanes) {
       vuint32 block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = (vuint32)load(x + (c + i) * kQueries + r);
+      for (int i = 0; i < kLanes; ++i) block[i] = (vuint32)load(x + (c + i) * x_stride + r);
       transpose(block);
       for (int64_t i = 0; i < least(kLanes, rows - r); ++i) {
         T* p = out + (r + i) * stride + c;

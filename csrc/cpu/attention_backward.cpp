@@ -12,6 +12,9 @@
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
 
+constexpr int kQueries = 64;  // of a block: its scores, 48 KiB, stay in the L2 cache
+static_assert(kQueries % kPanel == 0, "blocks are whole panels");
+
 // Keys and values [kKeys, dim], and keys transposed [dim, kKeys], of each block and head.
 template <typename E>
 struct PackedKeys {
@@ -91,7 +94,7 @@ class Queries {
 
   void put_dq(const AttentionBackward& a, const Sequence& s, int64_t head) const {
     T* dq = static_cast<T*>(a.dq) + ((s.first_q + first) * a.heads + head) * a.dim;
-    put_transposed(dqt, count, a.dim, dq, a.heads * a.dim);
+    put_transposed(dqt, kQueries, count, a.dim, dq, a.heads * a.dim);
   }
 
  private:

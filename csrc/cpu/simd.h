@@ -234,16 +234,24 @@ inline vfloat exp(vfloat x) {
 #endif
 }
 
-// e^x for x <= 0, to about 1.3 units in the last place, in fewer steps than exp. -inf gives 0, and so does what lies
-// below -87.3 (with AVX-512: below -104).
+// e^x for x <= 0 in fewer steps than exp: to 1.3 units in the last place near 0, and to |x| units of it further away,
+// where e^x is small beside a sum that has 1 in it. -inf gives 0, and so does what lies below -87.3 (with AVX-512:
+// below -104).
 inline vfloat exp_nonpositive(vfloat x) {
 #if defined(__AVX512F__)
-  x = maximum(broadcast(-105.f), x);  // a NaN stays: it is second
-  const vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vfloat t = x * 1.44269504f;
+  const vfloat r = (vfloat)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // t - floor(t)
+  vfloat p = broadcast(2.1612916316e-4f);  // 2^r with minimal relative error on [0, 1], exact at 0
+  p = p * r + 1.2467845809e-3f;
+  p = p * r + 9.6754515544e-3f;
+  p = p * r + 5.5485282093e-2f;
+  p = p * r + 2.4022930861e-1f;
+  p = p * r + 6.9314706326e-1f;
+  p = p * r + 1.f;
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)t);  // 2^floor(t) times
 #else
   const vfloat shifter = broadcast(0x1.8p23f);
   const vfloat t = x * 1.44269504f + shifter, n = t - shifter;
-#endif
   const vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
   vfloat p = broadcast(1.3843465845e-3f);  // minimal relative error on [-ln 2 / 2, ln 2 / 2], exact at 0
   p = p * r + 8.3743167584e-3f;
@@ -252,9 +260,6 @@ inline vfloat exp_nonpositive(vfloat x) {
   p = p * r + 4.9999994139e-1f;
   p = p * r + 1.f;
   p = p * r + 1.f;
-#if defined(__AVX512F__)
-  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
   return x < -87.33f ? vfloat{} : (vfloat)((vuint32)p + ((vuint32)t << 23));
 #endif
 }
