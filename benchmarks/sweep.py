@@ -1,10 +1,11 @@
-"""Time and peak memory of a head with its loss, against the vocabulary and against the number of tokens.
+"""Time and peak memory along one size: of a head with its loss, and of attention.
 
     python -m benchmarks.sweep --out benchmarks/results/<device>
 
-Forward and backward of linear + cross_entropy in PyTorch (eager and torch.compile) and of fastllm's
-linear_cross_entropy, in bfloat16. Writes ``linear_cross_entropy.png`` and the numbers behind it,
-``linear_cross_entropy.json``, into DIR. Implementations take turns, so that a slow moment hits all of them.
+``linear_cross_entropy``: forward and backward of linear + cross_entropy in PyTorch (eager and torch.compile) and of
+fastllm's linear_cross_entropy, against the vocabulary and the number of tokens. ``attention``: causal attention,
+forward and backward, against the sequence length; "explicit" holds all scores. All in bfloat16. Writes NAME.png and
+the numbers behind it, NAME.json, into DIR. Implementations take turns, so that a slow moment hits all of them.
 """
 
 from __future__ import annotations
@@ -15,79 +16,136 @@ import os
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import CLOCK, DEVICE, extra_memory, stamp
-from fastllm.kernels import linear_cross_entropy
+from fastllm.kernels import flash_attention, linear_cross_entropy
 
 ON_GPU = DEVICE.type == "cuda"
+ROUNDS = 20 if ON_GPU else 3
+
 FEATURES = 4096 if ON_GPU else 256
 TOKENS = [1024, 2048, 4096, 8192, 16384] if ON_GPU else [256, 512, 1024, 2048, 4096]
 CLASSES = [8192, 16384, 32768, 65536, 131072] if ON_GPU else [4096, 8192, 16384, 32768, 65536]
 FIXED_TOKENS, FIXED_CLASSES = (8192, 32768) if ON_GPU else (1024, 16384)
-ROUNDS = 20 if ON_GPU else 3
+
+HEADS, HEAD_DIM = (16, 128) if ON_GPU else (2, 64)
+LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768] if ON_GPU else [1024, 2048, 4096, 8192, 16384]
+MOST_SCORES = 2**31  # bytes of scores that "explicit" may hold
+
+Row = dict[str, Any]
 
 
-def eager(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def measured(steps: dict[str, Callable[[], None]], **sizes: int) -> list[Row]:
+    """A row for each implementation: median and spread of the seconds, and bytes at the peak."""
+    rows = []
+    for name, step in steps.items():
+        step()
+        rows.append({"implementation": name, **sizes, "memory": extra_memory(step), "seconds": []})
+    for _ in range(ROUNDS):
+        for row in rows:
+            before = CLOCK()
+            CLOCK.timed(steps[row["implementation"]])()
+            row["seconds"].append(CLOCK() - before)
+    for row in rows:
+        times = sorted(row.pop("seconds"))
+        row |= {"seconds": statistics.median(times), "fastest": times[0], "slowest": times[-1]}
+    print(", ".join(f"{r['implementation']} {r['seconds'] * 1e3:.3g} ms" for r in rows), sizes, flush=True)
+    return rows
+
+
+def eager_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), target)
 
 
-def measured(tokens: int, classes: int) -> list[dict[str, Any]]:
-    """A row for each implementation: median and spread of the seconds, and bytes at the peak."""
+def head_and_loss(tokens: int, classes: int) -> list[Row]:
     torch._dynamo.reset()
-    losses: dict[str, Callable] = {"eager": eager, "compile": torch.compile(eager), "fastllm": linear_cross_entropy}
+    losses = {"eager": eager_loss, "compile": torch.compile(eager_loss), "fastllm": linear_cross_entropy}
     hidden = torch.randn(tokens, FEATURES, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     weight = torch.randn(classes, FEATURES, dtype=torch.bfloat16, device=DEVICE) * FEATURES**-0.5
     weight.requires_grad_()
     target = torch.randint(classes, (tokens,), device=DEVICE)
 
     def step(loss: Callable) -> None:
-        hidden.grad = weight.grad = None
         loss(hidden, weight, target).backward()
-
-    rows = []
-    for name, loss in losses.items():
-        step(loss)
         hidden.grad = weight.grad = None
-        memory = extra_memory(lambda loss=loss: step(loss))
-        rows.append({"implementation": name, "tokens": tokens, "classes": classes, "memory": memory, "seconds": []})
-    for _ in range(ROUNDS):
-        for row in rows:
-            before = CLOCK()
-            CLOCK.timed(lambda name=row["implementation"]: step(losses[name]))()
-            row["seconds"].append(CLOCK() - before)
-    for row in rows:
-        times = sorted(row.pop("seconds"))
-        row |= {"seconds": statistics.median(times), "fastest": times[0], "slowest": times[-1]}
-    return rows
+
+    return measured({name: partial(step, loss) for name, loss in losses.items()}, tokens=tokens, classes=classes)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seq = q.shape[2]
+    future = torch.ones(seq, seq, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.transpose(-1, -2) * HEAD_DIM**-0.5).masked_fill(future, float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+def attention(seq: int) -> list[Row]:
+    q, k, v, g = (torch.randn(1, seq, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE) for _ in range(4))
+    heads_first = [t.transpose(1, 2).contiguous().requires_grad_() for t in (q, k, v)]
+    heads_last = [t.requires_grad_() for t in (q, k, v)]
+    sdpa = partial(F.scaled_dot_product_attention, is_causal=True)
+
+    def step(call: Callable, inputs: list[Tensor], kernel: SDPBackend | None = None) -> None:
+        with nullcontext() if kernel is None else sdpa_kernel(kernel):
+            out = call(*inputs)
+            out.backward(g.view_as(out))
+        for t in inputs:
+            t.grad = None
+
+    steps = {"SDPA": partial(step, sdpa, heads_first), "fastllm": partial(step, flash_attention, heads_last)}
+    if ON_GPU:
+        kernels = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+        steps |= {f"SDPA, {name}": partial(step, sdpa, heads_first, kernel) for name, kernel in kernels.items()}
+    if HEADS * seq * seq * 2 <= MOST_SCORES:
+        steps["explicit"] = partial(step, explicit, heads_first)
+    return measured(steps, tokens=seq)
+
+
+# name -> (heading, what runs) of its columns
+SWEEPS: dict[str, Callable[[], dict[str, list[Row]]]] = {
+    "linear_cross_entropy": lambda: {
+        f"classes, {FIXED_TOKENS} tokens, {FEATURES} features": [
+            row for classes in CLASSES for row in head_and_loss(FIXED_TOKENS, classes)
+        ],
+        f"tokens, {FIXED_CLASSES} classes, {FEATURES} features": [
+            row for tokens in TOKENS for row in head_and_loss(tokens, FIXED_CLASSES)
+        ],
+    },
+    "attention": lambda: {
+        f"tokens, {HEADS} heads of {HEAD_DIM}": [row for seq in LENGTHS for row in attention(seq)],
+    },
+}
+
+
+def plot(name: str, facts: dict[str, str], columns: dict[str, list[Row]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter
 
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7), sharex="col", layout="constrained")
-    for column, (sweep, along) in enumerate((("vocabulary", "classes"), ("tokens", "tokens"))):
-        rows = result[sweep]
-        fixed = f"{FIXED_TOKENS} tokens" if along == "classes" else f"{FIXED_CLASSES} classes"
-        for name, marker in (("eager", "o"), ("compile", "s"), ("fastllm", "D")):
-            mine = [r for r in rows if r["implementation"] == name]
+    size = (5 * len(columns) + 1, 7)
+    figure, axes = plt.subplots(2, len(columns), figsize=size, sharex="col", squeeze=False, layout="constrained")
+    for column, (heading, rows) in enumerate(columns.items()):
+        along, _, rest = heading.partition(", ")
+        for implementation, marker in zip(dict.fromkeys(r["implementation"] for r in rows), "osD^v", strict=False):
+            mine = [r for r in rows if r["implementation"] == implementation]
             x = [r[along] for r in mine]
-            low, high = ([abs(r[end] - r["seconds"]) * 1e3 for r in mine] for end in ("fastest", "slowest"))
-            axes[0, column].errorbar(
-                x, [r["seconds"] * 1e3 for r in mine], (low, high), marker=marker, capsize=3, label=name
-            )
+            spread = [[abs(r[end] - r["seconds"]) * 1e3 for r in mine] for end in ("fastest", "slowest")]
+            times = [r["seconds"] * 1e3 for r in mine]
+            axes[0, column].errorbar(x, times, spread, marker=marker, capsize=3, label=implementation)
             if all(r["memory"] for r in mine):
-                axes[1, column].plot(x, [r["memory"] / 2**20 for r in mine], marker=marker, label=name)
-        axes[0, column].set_title(f"{fixed}, {FEATURES} features, bfloat16")
+                axes[1, column].plot(x, [r["memory"] / 2**20 for r in mine], marker=marker, label=implementation)
+        axes[0, column].set_title(f"{rest}, bfloat16")
         axes[1, column].set_xlabel(along)
         for axis in axes[:, column]:
             axis.set_xscale("log", base=2)
@@ -97,36 +155,24 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes[0, 0].set_ylabel("forward + backward, ms")
     axes[1, 0].set_ylabel("peak memory, MiB")
     axes[0, 0].legend()
-    figure.suptitle(f"A head with its loss on {result['stamp']['device']}")
+    figure.suptitle(f"{name} on {facts['device']}")
     figure.savefig(path, dpi=110)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
-    out = parser.parse_args().out
-    out.mkdir(parents=True, exist_ok=True)
-    points = {
-        "vocabulary": [(FIXED_TOKENS, classes) for classes in CLASSES],
-        "tokens": [(tokens, FIXED_CLASSES) for tokens in TOKENS],
-    }
-    result: dict[str, Any] = {"stamp": stamp()}
-    for sweep, sizes in points.items():
-        result[sweep] = []
-        for tokens, classes in sizes:
-            result[sweep] += measured(tokens, classes)
-            ours, theirs = result[sweep][-1], result[sweep][-3]
-            print(
-                f"{tokens} tokens, {classes} classes: {theirs['seconds'] / ours['seconds']:.2f} times eager "
-                f"({ours['seconds'] * 1e3:.0f} ms)",
-                flush=True,
-            )
-    path = out / "linear_cross_entropy.json"
-    written = path.with_suffix(".tmp")
-    written.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(written, path)
-    plot(result, path.with_suffix(".png"))
-    print(path.with_suffix(".png"))
+    parser.add_argument("--only", choices=SWEEPS, help="one of the two")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in [arguments.only] if arguments.only else SWEEPS:
+        facts, columns = stamp(), SWEEPS[name]()
+        path = arguments.out / f"{name}.json"
+        written = path.with_suffix(".tmp")
+        written.write_text(json.dumps({"stamp": facts, "columns": columns}, indent=1) + "\n")
+        os.replace(written, path)
+        plot(name, facts, columns, path.with_suffix(".png"))
+        print(path.with_suffix(".png"))
     return 0
 
 

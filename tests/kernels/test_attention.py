@@ -213,13 +213,17 @@ def test_nothing(kernel, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9, "softcap": 2.0}], ids=str)
 def test_packed_equals_unpacked(kernel, options, dtype):
-    """Each document as if it were alone, bit for bit, gradients too."""
     lengths = [(1, 1), (70, 70), (0, 3), (5, 40), (33, 20), (4, 0), (100, 130)]
     if kernel == "triton":
         lengths = [(1, 1), (40, 40), (0, 3), (5, 20), (13, 8), (4, 0)]
-    documents = [qkv(a, b, 4, 2, 24, dtype, batch=1) for a, b in lengths]
+    check_packed(kernel, lengths, options, dtype)
+
+
+def check_packed(kernel, lengths, options, dtype, device="cpu") -> None:
+    """Each document as if it were alone, bit for bit, gradients too."""
+    documents = [qkv(a, b, 4, 2, 24, dtype, batch=1, device=device) for a, b in lengths]
     packed = [torch.cat([d[i][0] for d in documents]).requires_grad_() for i in range(3)]
-    cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).int() for n in zip(*lengths, strict=True))
+    cu_q, cu_k = (torch.tensor([0, *n], device=device).cumsum(0).int() for n in zip(*lengths, strict=True))
     options = {"return_lse": True, "backend": kernel, **options}
     out, lse = flash_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k.long(), **options)
     grad, dlse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
@@ -492,14 +496,29 @@ def test_wide_heads_go_to_pytorch():
 # ---- on a GPU ----
 
 
+# Each head dimension, dtype and set of options is compiled anew, which takes seconds; lengths and heads are not.
+GPU_CASES = [
+    *((dim, torch.bfloat16, {}) for dim in DIMS),
+    *((64, torch.bfloat16, options) for options in OPTIONS),
+    *((dim, torch.bfloat16, {"causal": False}) for dim in (128, 256)),
+    (128, torch.bfloat16, {"window": 100, "softcap": 5.0}),
+    *((dim, dtype, {}) for dim in (59, 64, 128) for dtype in (torch.float16, torch.float32)),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_accuracy_on_gpus(lengths, dim, dtype):
-    heads = HEADS[(LENGTHS.index(lengths) + DIMS.index(dim)) % 3]
-    for options in ({}, {"causal": False}, OPTIONS[dim % len(OPTIONS)]):
-        check(qkv(*lengths, *heads, dim, dtype, batch=1, device="cuda"), "triton", **options)
+@pytest.mark.parametrize(("dim", "dtype", "options"), GPU_CASES, ids=str)
+def test_accuracy_on_gpus(dim, dtype, options):
+    for i, lengths in enumerate(LENGTHS):
+        check(qkv(*lengths, *HEADS[i % 3], dim, dtype, batch=1, device="cuda"), "triton", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"window": 150, "softcap": 2.0}], ids=str)
+def test_packed_and_sinks_on_gpus(options):
+    check_packed("triton", [(1, 1), (300, 300), (0, 3), (5, 400), (133, 70), (4, 0)], options, torch.bfloat16, "cuda")
+    inputs = [*qkv(200, 300, 4, 2, 64, torch.bfloat16, device="cuda"), torch.randn(4, device="cuda")]
+    check(inputs, "triton", **options)
 
 
 @pytest.mark.gpu
