@@ -12,7 +12,7 @@ from tests.kernels.test_attention import check, check_decode, qkv
 
 pytest.importorskip("triton")
 
-from fastllm.kernels.attention import triton_tuning as tuning  # noqa: E402
+from fastllm.kernels.attention import triton_tuning as tuning
 
 
 @pytest.mark.parametrize(
