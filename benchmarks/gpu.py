@@ -5,8 +5,8 @@
 
 Builds the native module for this GPU, runs ``pytest -m gpu``, runs compute-sanitizer on small shapes, and
 times the kernels. Writes into DIR: ``benchmarks.json`` (times, stamped with device, versions and commit),
-``README.md`` (what passed, and the table), the plot of benchmarks.sweep, and a log per step. Exits with 1 where
-a step failed.
+``README.md`` (what passed, and the table), the plots of benchmarks.sweep, ``training_step.json``, and a log per
+step. Exits with 1 where a step failed.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def steps(out: Path) -> list[Step]:
         Step("racecheck", [sanitizer, "--tool=racecheck", *sanitize], 60),
         Step("benchmarks", [*pytest, str(ROOT / "benchmarks"), *times], 300),
         Step("sweep", [python, "-m", "benchmarks.sweep", "--out", str(out)], 150),
+        Step("training", [python, "-m", "benchmarks.training_step", "--preset", "124m", "--out", str(out)], 150),
     ]
 
 

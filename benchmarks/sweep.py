@@ -11,22 +11,18 @@ the numbers behind it, NAME.json, into DIR. Implementations take turns, so that 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import CLOCK, DEVICE, extra_memory, stamp
+from benchmarks.timing import DEVICE, Row, in_turn, stamp, write
 from fastllm.kernels import flash_attention, linear_cross_entropy
 
 ON_GPU = DEVICE.type == "cuda"
@@ -40,26 +36,6 @@ FIXED_TOKENS, FIXED_CLASSES = (8192, 32768) if ON_GPU else (1024, 16384)
 HEADS, HEAD_DIM = (16, 128) if ON_GPU else (2, 64)
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16384, 32768] if ON_GPU else [1024, 2048, 4096, 8192, 16384]
 MOST_SCORES = 2**31  # bytes of scores that "explicit" may hold
-
-Row = dict[str, Any]
-
-
-def measured(steps: dict[str, Callable[[], None]], **sizes: int) -> list[Row]:
-    """A row for each implementation: median and spread of the seconds, and bytes at the peak."""
-    rows = []
-    for name, step in steps.items():
-        step()
-        rows.append({"implementation": name, **sizes, "memory": extra_memory(step), "seconds": []})
-    for _ in range(ROUNDS):
-        for row in rows:
-            before = CLOCK()
-            CLOCK.timed(steps[row["implementation"]])()
-            row["seconds"].append(CLOCK() - before)
-    for row in rows:
-        times = sorted(row.pop("seconds"))
-        row |= {"seconds": statistics.median(times), "fastest": times[0], "slowest": times[-1]}
-    print(", ".join(f"{r['implementation']} {r['seconds'] * 1e3:.3g} ms" for r in rows), sizes, flush=True)
-    return rows
 
 
 def eager_loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -78,7 +54,7 @@ def head_and_loss(tokens: int, classes: int) -> list[Row]:
         loss(hidden, weight, target).backward()
         hidden.grad = weight.grad = None
 
-    return measured({name: partial(step, loss) for name, loss in losses.items()}, tokens=tokens, classes=classes)
+    return in_turn({name: partial(step, loss) for name, loss in losses.items()}, ROUNDS, tokens=tokens, classes=classes)
 
 
 def explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -107,7 +83,7 @@ def attention(seq: int) -> list[Row]:
         steps |= {f"SDPA, {name}": partial(step, sdpa, heads_first, kernel) for name, kernel in kernels.items()}
     if HEADS * seq * seq * 2 <= MOST_SCORES:
         steps["explicit"] = partial(step, explicit, heads_first)
-    return measured(steps, tokens=seq)
+    return in_turn(steps, ROUNDS, tokens=seq)
 
 
 # name -> (heading, what runs) of its columns
@@ -168,9 +144,7 @@ def main() -> int:
     for name in [arguments.only] if arguments.only else SWEEPS:
         facts, columns = stamp(), SWEEPS[name]()
         path = arguments.out / f"{name}.json"
-        written = path.with_suffix(".tmp")
-        written.write_text(json.dumps({"stamp": facts, "columns": columns}, indent=1) + "\n")
-        os.replace(written, path)
+        write(path, {"stamp": facts, "columns": columns})
         plot(name, facts, columns, path.with_suffix(".png"))
         print(path.with_suffix(".png"))
     return 0
