@@ -11,6 +11,7 @@ from torch import Tensor
 from fastllm.config import PRESETS, ModelConfig
 from fastllm.kernels import use_backend
 from fastllm.model import GPT, KVCache, count_parameters
+from tests.conftest import GPU
 
 SMALL = ModelConfig(vocab_size=300, context=32, dim=64, layers=3, heads=4, kv_heads=2, hidden_dim=96)
 SHAPES = [SMALL, replace(SMALL, tie_embeddings=False), replace(SMALL, qk_norm=True, kv_heads=1)]
@@ -98,9 +99,16 @@ def test_more_tokens_than_the_context():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_are_as_near_to_float64_as_pytorch_is(dtype):
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_kernels_are_as_near_to_float64_as_pytorch_is(dtype, backend, request):
+    """Loss and gradients. On a CPU the GPU's kernels run in Triton's interpreter and in the emulator."""
+    if GPU and backend != "cpu":
+        pytest.skip("the interpreter is off where there is a GPU")
+    if backend == "cuda":
+        request.getfixturevalue("simt")
     model, tokens = awake(SHAPES[2]).to(dtype), some_tokens(SMALL, 4)
-    kernels = gradients(model, tokens)
+    with use_backend(backend):
+        kernels = gradients(model, tokens)
     with use_backend("torch"):
         eager = gradients(model, tokens)
         exact = gradients(model.double(), tokens)
