@@ -62,11 +62,20 @@ struct Running {
   }
 };
 
-// Scores of a panel of queries to some keys, which become probabilities.
+// Scores of a panel of queries to some keys, which become probabilities: B of the product with the values. In float32
+// that is laid out like the scores and takes their place.
 template <typename E>
 struct Scores {
   alignas(64) float scores[kKeys * kPanel];
-  alignas(64) E probs[kKeys * kPanel];  // B of the product with the values
+  alignas(64) bfloat16 packed[sizeof(E) == 2 ? kKeys * kPanel : 1];
+
+  E* probs() {
+    if constexpr (sizeof(E) == 2) {
+      return packed;
+    } else {
+      return scores;
+    }
+  }
 
   // `depth` rows of probs are written, those after `keys` as 0; what was summed before is scaled to the highest score.
   template <bool kMasked>
@@ -108,7 +117,7 @@ struct Scores {
         return p;
       };
       vfloat sums[2] = {running.sum[half] * factor, vfloat{}};
-      E* out = probs + half * kLanes * kStep<E>;
+      E* out = probs() + half * kLanes * kStep<E>;
       int64_t key = 0;
       for (; key + 2 <= keys; key += 2, out += 2 * kPanel) {
         const vfloat first = prob(key), second = prob(key + 1);
@@ -194,7 +203,7 @@ void forward(const AttentionForward& a) {
           if (masked && !packed.finite[tile / (kKeys * dim)]) {
             add_visible(band, ahead, keys, scores.scores, vt, a.dim, running.values);
           } else {
-            matmul(dim, kPanel, depth, vt, kKeys, scores.probs, running.values, kPanel, true);
+            matmul(dim, kPanel, depth, vt, kKeys, scores.probs(), running.values, kPanel, true);
           }
         }
       }

@@ -64,6 +64,9 @@ inline __attribute__((always_inline)) void matmul_block(const E* a, int64_t lda,
   const E* rows[(kRows + 2) / 3];  // a pointer for three rows: x86 addresses them as p, p + lda, p + 2 lda
 #pragma GCC unroll 4
   for (int g = 0; g < (kRows + 2) / 3; ++g) rows[g] = a + 3 * g * lda;
+  if (accumulate && sizeof(E) == 4)  // C may lie in the L3 cache; bfloat16 is done before it could come
+    for (int r = 0; r < kRows; ++r)
+      for (int v = 0; v < 2; ++v) __builtin_prefetch(c + r * ldc + v * kLanes, 1);
   for (int64_t from = 0; from < depth; from += kChain<E>) {
     vfloat sums[kRows][2] = {};
     for (int64_t k = from; k < depth && k < from + kChain<E>; k += kStep<E>) {
