@@ -26,6 +26,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if item not in gpu]
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """A test draws the same numbers whichever others ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def mended_interpreter():
     if GPU:
