@@ -12,35 +12,16 @@ constexpr int kQueries = kPanels * kPanel;
 
 // Keys [kKeys, dim] and values transposed [dim, kKeys] of each block and head.
 template <typename E>
-struct PackedKeys {
-  int64_t dim, heads;
-  Blocks blocks;
+struct PackedKeys : KeyTiles {
   Buffer<E> k, vt;
   Buffer<bool> finite;  // whether a block's values are
 
   template <typename T>
-  PackedKeys(const Attention& a, T)
-      : dim(round_up(a.dim, kPanel)),
-        heads(a.kv_heads),
-        blocks(a, &Sequence::len_k, kKeys),
-        k(blocks.count() * heads * kKeys * dim),
-        vt(blocks.count() * heads * kKeys * dim),
-        finite(blocks.count() * heads) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < blocks.count() * heads; ++i) {
-      const auto [sequence, head, block] = blocks.place(i, heads);
-      const Sequence s(a, sequence);
-      const int64_t first = block * kKeys, rows = least(kKeys, s.len_k - first), at = tile(sequence, head, block);
-      const int64_t filled = round_up(rows, kPanel);
-      const T* ks = token_of<T>(a, a.k, s.first_k, s.index, head) + first * a.k.token;
-      const T* vs = token_of<T>(a, a.v, s.first_k, s.index, head) + first * a.v.token;
+  PackedKeys(const Attention& a, T) : KeyTiles(a), k(size()), vt(size()), finite(count()) {
+    pack_each<T>(a, [&](int64_t at, const T* ks, const T* vs, int64_t rows, int64_t filled) {
       copy_rows(ks, a.k.token, rows, a.dim, k + at, filled, dim);
       finite[at / (kKeys * dim)] = copy_transposed(vs, a.v.token, rows, a.dim, vt + at, filled, dim);
-    }
-  }
-
-  int64_t tile(int64_t s, int64_t head, int64_t block) const {
-    return ((blocks.first(s) + block) * heads + head) * kKeys * dim;
+    });
   }
 };
 

@@ -231,4 +231,33 @@ class Blocks {
   Buffer<int64_t> first_;
 };
 
+// The key blocks of all sequences and heads, packed into tiles of [kKeys, dim] in whatever order of their elements.
+struct KeyTiles {
+  int64_t dim, heads;
+  Blocks blocks;
+
+  explicit KeyTiles(const Attention& a)
+      : dim(round_up(a.dim, kPanel)), heads(a.kv_heads), blocks(a, &Sequence::len_k, kKeys) {}
+
+  int64_t count() const { return blocks.count() * heads; }
+  int64_t size() const { return count() * kKeys * dim; }
+  int64_t tile(int64_t s, int64_t head, int64_t block) const {
+    return ((blocks.first(s) + block) * heads + head) * kKeys * dim;
+  }
+
+  // Calls pack(tile, k, v, rows, filled) for each: there are `rows` keys, to be filled up with 0.
+  template <typename T, typename Pack>
+  void pack_each(const Attention& a, Pack&& pack) const {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < count(); ++i) {
+      const auto [sequence, head, block] = blocks.place(i, heads);
+      const Sequence s(a, sequence);
+      const int64_t first = block * kKeys, rows = least(kKeys, s.len_k - first);
+      const T* k = token_of<T>(a, a.k, s.first_k, s.index, head) + first * a.k.token;
+      const T* v = token_of<T>(a, a.v, s.first_k, s.index, head) + first * a.v.token;
+      pack(tile(sequence, head, block), k, v, rows, round_up(rows, kPanel));
+    }
+  }
+};
+
 }  // namespace fastllm::cpu::FASTLLM_ISA
