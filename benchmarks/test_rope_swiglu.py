@@ -30,6 +30,10 @@ def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def copies(*tensors: Tensor) -> list[Tensor]:
+    return [t.clone() for t in tensors]
+
+
 def eager_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """As models write it (transformers' Llama); cos and sin repeated for both halves, in the dtype."""
 
@@ -55,7 +59,7 @@ def test_rope(measure: Any, dtype: torch.dtype, name: str) -> None:
     angle = torch.randn(seq, dim // 2, device=DEVICE)
     backend, _, in_place = name.partition(", ")
     if name == "copy":
-        call = lambda: (q.clone(), k.clone())  # noqa: E731
+        call = partial(copies, q, k)
     elif name in ("eager", "compile"):
         tables = [t.to(dtype).repeat(1, 2).unsqueeze(1) for t in (angle.cos(), angle.sin())]
         call = partial(pick(name, eager_rope, rope), q, k, *tables)
@@ -75,7 +79,7 @@ def test_swiglu(measure: Any, dtype: torch.dtype, backward: bool, name: str) -> 
     gate, up, g = (torch.randn(shape, dtype=dtype, device=DEVICE) for _ in range(3))
     size = gate.numel() * gate.element_size()
     if name == "copy":
-        call, moved = ((lambda: (gate.clone(), up.clone(), g.clone())), 6) if backward else (gate.clone, 2)
+        call, moved = (partial(copies, gate, up, g), 6) if backward else (gate.clone, 2)
     else:
         op, moved = pick(name, lambda a, b: F.silu(a) * b, swiglu), 8 if backward else 3
         gate.requires_grad_(backward)

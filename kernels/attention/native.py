@@ -13,11 +13,9 @@ from .options import Options
 Heads = tuple[int, int, int, int]
 
 
-def as_heads(x: Tensor) -> tuple[Tensor, Heads]:
-    """``x``, which must be kept alive, and its address and strides (csrc/attention.h); a copy for a last stride > 1."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
-    return x, (x.data_ptr(), x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
+def _heads(x: Tensor) -> Heads:
+    """Address and strides of ``x``, whose last dimension is contiguous (csrc/attention.h)."""
+    return (x.data_ptr(), x.stride(0) if x.dim() == 4 else 0, x.stride(-3), x.stride(-2))
 
 
 def _index(x: Tensor | None) -> Tensor | None:
@@ -42,10 +40,9 @@ def forward(
     options: Options,
     backend: str,
 ) -> None:
-    (q, q_heads), (k, k_heads), (v, v_heads) = map(as_heads, (q, k, v))
     cu_q, cu_k = _index(cu_seqlens_q), _index(cu_seqlens_k)
     KERNELS[backend].attention_forward(
-        q_heads, k_heads, v_heads, pointer(sinks), pointer(cu_q), pointer(cu_k), out.data_ptr(), lse.data_ptr(),
+        _heads(q), _heads(k), _heads(v), pointer(sinks), pointer(cu_q), pointer(cu_k), out.data_ptr(), lse.data_ptr(),
         *_rest(q, k, cu_q, options),
     )  # fmt: skip
 
@@ -67,10 +64,9 @@ def backward(
     options: Options,
     backend: str,
 ) -> None:
-    (dout, do_heads), (q, q_heads), (k, k_heads), (v, v_heads) = map(as_heads, (dout, q, k, v))
     cu_q, cu_k = _index(cu_seqlens_q), _index(cu_seqlens_k)
     KERNELS[backend].attention_backward(
-        do_heads, q_heads, k_heads, v_heads, pointer(cu_q), pointer(cu_k), out.data_ptr(), lse.data_ptr(),
+        _heads(dout), _heads(q), _heads(k), _heads(v), pointer(cu_q), pointer(cu_k), out.data_ptr(), lse.data_ptr(),
         pointer(dlse), delta.data_ptr(), dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), *_rest(q, k, cu_q, options),
     )  # fmt: skip
 
@@ -86,9 +82,8 @@ def decode(
     options: Options,
     backend: str,
 ) -> None:
-    (q, q_heads), (k, k_heads), (v, v_heads) = map(as_heads, (q, k, v))
     seen = _index(seqlens_k)
     KERNELS[backend].attention_decode(
-        q_heads, k_heads, v_heads, pointer(sinks), pointer(seen), out.data_ptr(), lse.data_ptr(),
+        _heads(q), _heads(k), _heads(v), pointer(sinks), pointer(seen), out.data_ptr(), lse.data_ptr(),
         *_rest(q, k, None, options),
     )  # fmt: skip

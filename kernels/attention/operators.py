@@ -38,12 +38,12 @@ def _forward(
     """``sinks`` are float32; a max_seqlen of 0 is unknown."""
     check_documents(q, k, cu_seqlens_q, cu_seqlens_k)
     out, lse = _outputs(q)
+    q, k, v = map(in_rows, (q, k, v))
     options = Options(scale, causal, window, softcap)
     if backend == "triton":
         from . import triton_forward
 
         lengths = longest(q, cu_seqlens_q, max_seqlen_q), longest(k, cu_seqlens_k, max_seqlen_k)
-        q, k, v = map(_rows, (q, k, v))
         triton_forward.forward(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *lengths, out, lse, *options)
     else:
         from . import native
@@ -84,12 +84,12 @@ def _backward(
     """``delta``, like lse, is ``dout · out - dlse``: less the gradient of a constant added to a query's scores."""
     grads = _gradients(q, k, v, lse)
     options = Options(scale, causal, window, softcap)
+    dout, q, k, v = map(in_rows, (dout, q, k, v))
     dlse = None if dlse is None else dlse.contiguous()
     if backend == "triton":
         from . import triton_backward
 
         lengths = longest(q, cu_seqlens_q, max_seqlen_q), longest(k, cu_seqlens_k, max_seqlen_k)
-        dout, q, k, v = map(_rows, (dout, q, k, v))
         triton_backward.backward(
             dout, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, *lengths, *grads, *options, deterministic
         )
@@ -118,11 +118,11 @@ def _decode(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(q)
+    q, k, v = map(in_rows, (q, k, v))
     options = Options(scale, causal, window, softcap)
     if backend == "triton":
         from . import triton_decode
 
-        q, k, v = map(_rows, (q, k, v))
         triton_decode.decode(q, k, v, seqlens_k, sinks, out, lse, *options)
     else:
         from . import native
@@ -131,5 +131,6 @@ def _decode(
     return out, lse
 
 
-def _rows(x: Tensor) -> Tensor:
+def in_rows(x: Tensor) -> Tensor:
+    """``x`` itself where its last dimension is contiguous, as kernels want it, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
