@@ -14,6 +14,9 @@ _HOME = {
     "ModelConfig": "config",
     "Tokenizer": "tokenizer",
     "load_run": "checkpoint",
+    "patch": "dropin",
+    "patched": "dropin",
+    "unpatch": "dropin",
 }
 
 __all__ = [*_HOME, "__version__"]
