@@ -4,14 +4,16 @@ transformers asks a registered implementation for two things: a mask, once in a 
 in each layer. Our mask is one of
 
 - None: a query sees all keys up to its own (in its window);
-- int32 ``[2, documents + 1]``: cu_seqlens of queries and of keys. Padding and packed sequences are both documents
-  that don't see each other: a padded row is a document of padding and one of text;
+- int32 ``[2, documents + 1]``: cu_seqlens of queries and of keys, for padding and for packed sequences;
 - bool or floating ``[batch, 1 or heads, queries, keys]``: anything else (a static cache, masks made by the user, and
   under torch.compile, which can't look at values, any mask at all).
+
+The hidden states of padding itself are of no use, and not those of other implementations.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..kernels import flash_attention, softmax
-from .finding import Change, Finding, class_forward, names_in
+from .finding import Change, Finding, class_forward, names_in, replaced_forward, taken
 
 NAME = "fastllm"
 
@@ -48,6 +50,8 @@ def attention_forward(
     if dropout:
         raise ValueError(f"fastllm's attention has no dropout, it is {dropout}: set the model's attention dropout to 0")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None and attention_mask.numel() == 0:
+        attention_mask = None  # from without_mask
     if query.dtype != value.dtype:  # under autocast rotary positions may have made float32 of queries and keys
         query, key = query.to(value.dtype), key.to(value.dtype)
     if kwargs.get("output_attentions"):
@@ -164,7 +168,7 @@ def _padded(seen: Tensor, q_length: int, dense: Callable[[], Tensor]) -> Tensor 
         return dense()  # text on both sides of padding
     if q_length == seen.shape[1] and seen[:, 0].all():
         return None  # padding on the right is in the future of all text
-    return _documents(begins, q_length)
+    return _documents(begins, q_length, ~seen)
 
 
 def _packed(
@@ -182,17 +186,22 @@ def _packed(
     return _documents(F.pad(begins, (1, 0), value=True), q_length) if begins.any() else None
 
 
-def _documents(begins: Tensor, q_length: int) -> Tensor:
+def _documents(begins: Tensor, q_length: int, padding: Tensor | None = None) -> Tensor:
     """cu_seqlens ``[2, documents + 1]`` from where documents of keys begin, bool ``[batch, keys]``.
 
-    The queries are the last ``q_length`` of each row; a document that has none of them is one of no queries.
+    The queries are the last ``q_length`` of each row; a document may have none of them. Padding is two documents, one
+    of its queries and one of its keys: it is not seen and sees nothing.
     """
     batch, keys = begins.shape
     row, column = begins.nonzero(as_tuple=True)
     cu_q = row * q_length + (column - (keys - q_length)).clamp(min=0)
-    cu = torch.stack([cu_q, row * keys + column])
-    ends = torch.tensor([[batch * q_length], [batch * keys]], device=cu.device)
-    return torch.cat([cu, ends], 1).to(torch.int32)
+    starts = torch.stack([cu_q, row * keys + column])
+    ends = torch.tensor([[batch * q_length], [batch * keys]], device=begins.device)
+    if padding is not None:
+        between = torch.stack([torch.cat([starts[0, 1:], ends[0]]), starts[1]])
+        kept = torch.stack([torch.ones_like(row, dtype=torch.bool), padding[row, column]], 1).flatten()
+        starts = torch.stack([starts, between], 2).flatten(1)[:, kept]
+    return torch.cat([starts, ends], 1).to(torch.int32)
 
 
 # ---- the registry, and who asks it ----
@@ -214,6 +223,8 @@ def find_attention(name: str, module: nn.Module, owner: PreTrainedModel | None) 
         return Finding("attention", name, kind, why_not)
     view = as_fastllm(module.config)
     changes = (Change(module, "config", view), Change(owner, "config", view))
+    if not taken(owner):
+        changes += (replaced_forward(owner, without_mask(class_forward(owner))),)
     return Finding("attention", name, kind, f"flash_attention (was {module.config._attn_implementation})", changes)
 
 
@@ -234,6 +245,28 @@ def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) 
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         return "this transformers is too old (before 5.24)"
     return None
+
+
+@functools.cache
+def without_mask(original: Callable) -> Callable:
+    """``original``, the forward of a decoder, that makes no mask under torch.compile where none is needed.
+
+    transformers would look for packed sequences in the positions that it counts itself, which under torch.compile it
+    can do with a mask of all pairs only. A mask that is 4-dimensional already it hands on as it is.
+    """
+    names = tuple(inspect.signature(original).parameters)[1:]
+    hints = ("attention_mask", "position_ids", "cache", "past_key_values")
+
+    @functools.wraps(original)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            kwargs |= zip(names, args, strict=False)
+            args = ()
+            if all(kwargs.get(hint) is None for hint in hints):
+                kwargs["attention_mask"] = torch.empty(0, 0, 0, 0)
+        return original(self, *args, **kwargs)
+
+    return forward
 
 
 def as_fastllm(config: Any) -> Any:
