@@ -22,18 +22,16 @@ from .finding import Finding, class_forward, names_in, replaced_forward, same, s
 
 def find_norm(name: str, module: nn.Module) -> Finding | None:
     kind = type(module).__name__
-    if "norm" not in kind.lower() or module._modules:
-        return None
-    why_not = taken(module)
-    if not why_not:
-        eps = next((e for e in (getattr(module, a, None) for a in ("variance_epsilon", "eps")) if e is not None), None)
-        parameters = {k for k, p in module._parameters.items() if p is not None}
-        candidates = [_norm_forward(eps, offset) for offset in (0.0, 1.0)] if eps and parameters <= {"weight"} else []
-        forward = next((f for f in candidates if _agrees_on_norm(module, f)), None)
-        if forward is not None:
-            return Finding("norm", name, kind, "rms_norm", (replaced_forward(module, forward),))
+    eps = next((e for e in (getattr(module, a, None) for a in ("variance_epsilon", "eps")) if e is not None), None)
+    alone = not module._modules and {k for k, p in module._parameters.items() if p is not None} <= {"weight"}
+    candidates = [_norm_forward(eps, offset) for offset in (0.0, 1.0)] if alone and eps is not None else []
+    forward = next((f for f in candidates if _agrees_on_norm(module, f)), None)
+    if forward is None:
         why_not = "it is no RMSNorm with a weight (or a weight plus 1) and an eps"
-    return Finding("norm", name, kind, why_not)
+        return Finding("norm", name, kind, why_not) if "norm" in kind.lower() and not module._modules else None
+    why_not = taken(module)
+    changes = () if why_not else (replaced_forward(module, forward),)
+    return Finding("norm", name, kind, why_not or "rms_norm", changes)
 
 
 @functools.cache
@@ -63,20 +61,18 @@ _SEPARATE, _JOINED = {"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "do
 
 def find_mlp(name: str, module: nn.Module) -> Finding | None:
     kind, children = type(module).__name__, set(module._modules) - _ACTIVATIONS
-    if not (kind.endswith("MLP") or children in (_SEPARATE, _JOINED)):
-        return None
-    why_not = taken(module)
-    if not why_not and children not in (_SEPARATE, _JOINED):
+    if children not in (_SEPARATE, _JOINED):
         why_not = "it is no gated MLP of the projections gate, up and down alone"
-    if not why_not:
-        forward = _separate_mlp if children == _SEPARATE else _joined_mlp
-        if not _agrees_on_mlp(module, forward):
-            acts = (getattr(module, a, None) for a in sorted(_ACTIVATIONS))
-            act = next((type(a).__name__ for a in acts if a is not None), "no SiLU")
-            why_not = f"it does not compute down(silu(gate) · up), its activation is {act}"
-    if why_not:
-        return Finding("mlp", name, kind, why_not)
-    return Finding("mlp", name, kind, "swiglu", (replaced_forward(module, forward),))
+        return Finding("mlp", name, kind, why_not) if kind.endswith("MLP") else None
+    forward = _separate_mlp if children == _SEPARATE else _joined_mlp
+    why_not = taken(module)
+    if not why_not and not _agrees_on_mlp(module, forward):
+        act = next(
+            (type(a).__name__ for a in (getattr(module, a, None) for a in _ACTIVATIONS) if a is not None), "none"
+        )
+        why_not = f"it does not compute down(silu(gate) · up); its activation is {act}"
+    changes = () if why_not else (replaced_forward(module, forward),)
+    return Finding("mlp", name, kind, why_not or "swiglu", changes)
 
 
 def _separate_mlp(self: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -119,10 +115,8 @@ def find_rotary(name: str, module: nn.Module) -> Finding | None:
     if function is None:
         return None
     why_not = taken(module) or _rotary_differs(function)
-    if why_not:
-        return Finding("rotary", name, kind, why_not)
-    change = replaced_forward(module, _with_rope(forward))
-    return Finding("rotary", name, kind, "rope", (change,))
+    changes = () if why_not else (replaced_forward(module, _with_rope(forward)),)
+    return Finding("rotary", name, kind, why_not or "rope", changes)
 
 
 def _rotary_function(forward: Callable) -> Callable | None:
