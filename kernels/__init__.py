@@ -8,31 +8,36 @@ swiglu. ``explain(op, ...)`` tells which backend a call runs on and why; ``use_b
 environment variable FASTLLM_BACKEND prefer one.
 """
 
-from .activation import swiglu
-from .attention import flash_attention, flash_decode
-from .backends import BACKENDS, Explanation, explain, use_backend
-from .loss import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
-from .modules import CausalSelfAttention, CrossEntropyLoss, LinearCrossEntropyLoss, RMSNorm, SwiGLU
-from .norm import rms_norm
-from .rotary import rope
+if __name__ == "kernels":
+    # In a checkout's folder transformers finds this one where it looks for Hugging Face's package of that name.
+    # Our operators can be registered once only, and not under two names: there is nothing here by that one.
+    __all__ = []
+else:
+    from .activation import swiglu
+    from .attention import flash_attention, flash_decode
+    from .backends import BACKENDS, Explanation, explain, use_backend
+    from .loss import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
+    from .modules import CausalSelfAttention, CrossEntropyLoss, LinearCrossEntropyLoss, RMSNorm, SwiGLU
+    from .norm import rms_norm
+    from .rotary import rope
 
-__all__ = [
-    "BACKENDS",
-    "CausalSelfAttention",
-    "CrossEntropyLoss",
-    "Explanation",
-    "LinearCrossEntropyLoss",
-    "RMSNorm",
-    "SwiGLU",
-    "cross_entropy",
-    "explain",
-    "flash_attention",
-    "flash_decode",
-    "linear_cross_entropy",
-    "linear_log_prob",
-    "rms_norm",
-    "rope",
-    "softmax",
-    "swiglu",
-    "use_backend",
-]
+    __all__ = [
+        "BACKENDS",
+        "CausalSelfAttention",
+        "CrossEntropyLoss",
+        "Explanation",
+        "LinearCrossEntropyLoss",
+        "RMSNorm",
+        "SwiGLU",
+        "cross_entropy",
+        "explain",
+        "flash_attention",
+        "flash_decode",
+        "linear_cross_entropy",
+        "linear_log_prob",
+        "rms_norm",
+        "rope",
+        "softmax",
+        "swiglu",
+        "use_backend",
+    ]

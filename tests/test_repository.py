@@ -58,6 +58,17 @@ def test_kernels_do_not_import_the_rest():
         assert "from fastllm" not in text.replace(">>> from fastllm.kernels import", ""), path
 
 
+def test_transformers_finds_no_kernels_package_here():
+    """In this folder transformers looks for Hugging Face's `kernels` and finds ours, which must do no harm."""
+    code = """
+import transformers.utils, fastllm.kernels, kernels
+assert not transformers.utils.is_kernels_available()
+assert kernels is not fastllm.kernels and not kernels.__all__
+"""
+    found = run(sys.executable, "-c", code)
+    assert found.returncode == 0, found.stderr
+
+
 def test_installs_without_a_compiler(tmp_path):
     """The wheel builds, holds every module, and says what is missing."""
     wheel = run(
