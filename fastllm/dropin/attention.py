@@ -243,7 +243,7 @@ def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) 
     if "position_bias" in names:
         return "the kernel takes no bias of positions"
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
-        return "this transformers is too old (before 5.24)"
+        return "this transformers is too old (before 5.8)"
     return None
 
 

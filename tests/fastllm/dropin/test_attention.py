@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ PADDED[0, :7] = 0  # on the left
 PADDED[1, 20:] = 0  # on the right
 HOLED = PADDED.clone()
 HOLED[2, 5:9] = 0  # in between
+# transformers 5.24 calls past_key_values so
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 PACKED = torch.cat([torch.arange(n) for n in (10, 1, 13)]).expand(3, -1)
 
 
@@ -85,7 +88,7 @@ def test_a_prompt_in_pieces(family):
     with fastllm.patched(model):
         cache, pieces = DynamicCache(config=model.config), []
         for piece in TOKENS.split([9, 1, 12, 2], 1):
-            pieces.append(model(piece, cache=cache, use_cache=True).logits)
+            pieces.append(model(piece, use_cache=True, **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
 
 
@@ -118,7 +121,8 @@ def test_masks_take_the_memory_of_a_line():
         for create in (create_causal_mask, create_sliding_window_causal_mask):
 
             def mask(padding: Tensor | None, positions: Tensor | None = None, create=create) -> Tensor | None:
-                return create(config, TOKENS.float().unsqueeze(-1), padding, None, position_ids=positions)
+                embedded = TOKENS.float().unsqueeze(-1)
+                return create(config, embedded, padding, position_ids=positions, **{CACHE: None})
 
             assert mask(None) is None
             assert mask(torch.ones_like(TOKENS)) is None
