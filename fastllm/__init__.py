@@ -13,6 +13,8 @@ _HOME = {
     "Config": "config",
     "ModelConfig": "config",
     "Tokenizer": "tokenizer",
+    "export": "pretrained",
+    "from_pretrained": "pretrained",
     "load_run": "checkpoint",
     "patch": "dropin",
     "patched": "dropin",

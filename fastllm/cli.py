@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from . import __version__
 from . import config as configs
@@ -82,7 +83,7 @@ def _generate(
     """Print text from a trained model, as it comes.
 
     Args:
-        run: the run folder that `fastllm train` made.
+        run: the run folder that `fastllm train` made, or a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3.
         prompt: the text to go on from.
         max_tokens: end after this many tokens, if the model doesn't end the text before.
         temperature: below 1 the likely tokens get likelier; 0 takes the likeliest each time.
@@ -121,6 +122,29 @@ def _generate(
     return 0
 
 
+def export(argv: list[str]) -> int:
+    import tyro
+
+    return tyro.cli(_export, prog="fastllm export", args=argv)
+
+
+def _export(run: Path, out: Path, /, dtype: Literal["as it is", "float32", "bfloat16", "float16"] = "as it is") -> int:
+    """Write a trained model as a Hugging Face folder, for transformers and vLLM.
+
+    Args:
+        run: the run folder that `fastllm train` made.
+        out: the folder to make.
+        dtype: of the weights.
+    """
+    import torch
+
+    from .pretrained import export
+
+    export(run, out, dtype=None if dtype == "as it is" else getattr(torch, dtype))
+    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    return 0
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand: the function that takes its arguments, what it does in a line, and examples."""
@@ -145,6 +169,11 @@ COMMANDS = {
         generate,
         "print text from a trained model",
         ('fastllm generate runs/gpt2 --prompt "def "',),
+    ),
+    "export": Command(
+        export,
+        "write a trained model as a Hugging Face folder",
+        ("fastllm export runs/gpt2 gpt2-hf --dtype bfloat16",),
     ),
 }
 

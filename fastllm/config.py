@@ -22,6 +22,9 @@ def _check_positive(section: str, config: Any, *names: str) -> None:
         _check(value > 0, f"{section}.{name} must be greater than 0, it is {value}")
 
 
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the GPT."""
@@ -32,10 +35,16 @@ class ModelConfig:
     layers: int = 2
     heads: int = 2  # query heads; a head has dim / heads features
     kv_heads: int = 1  # key/value heads, a divisor of heads
+    attention_dim: int = 0  # features of all query heads together; 0: dim
     hidden_dim: int = 352  # features inside the MLP
+    window: int = 0  # a token sees this many latest ones, itself included; 0: all
     rope_theta: float = 10_000.0  # base of the rotary frequencies
+    rope_scaling: RopeScaling = "none"  # how they were stretched to a longer context
+    rope_factor: float = 1.0  # by how much
+    rope_original_context: int = 0  # the context that they were made for (llama3 and yarn)
     norm_eps: float = 1e-6  # added to the mean of squares in RMSNorm
     qk_norm: bool = False  # normalise queries and keys, as Qwen3 does
+    qkv_bias: bool = False  # add a bias to queries, keys and values, as Qwen2 does
     tie_embeddings: bool = True  # the head shares the embedding's weight
 
     def __post_init__(self) -> None:
@@ -49,15 +58,28 @@ class ModelConfig:
             self.heads % self.kv_heads == 0,
             f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})",
         )
+        for name in ("attention_dim", "window"):
+            _check(getattr(self, name) >= 0, f"model.{name} must not be negative, it is {getattr(self, name)}")
+        name, width = ("attention_dim", self.attention_dim) if self.attention_dim else ("dim", self.dim)
         _check(
-            self.dim % (2 * self.heads) == 0,
-            f"model.dim ({self.dim}) must be a multiple of 2 * model.heads ({self.heads}): rotary pairs",
+            width % (2 * self.heads) == 0,
+            f"model.{name} ({width}) must be a multiple of 2 * model.heads ({self.heads}): rotary pairs",
         )
-        _check(self.head_dim <= 256, f"model.dim / model.heads ({self.head_dim}) must be at most 256")
+        _check(self.head_dim <= 256, f"model.{name} / model.heads ({self.head_dim}) must be at most 256")
+        _check(
+            self.rope_scaling in get_args(RopeScaling),
+            f"model.rope_scaling must be one of {', '.join(get_args(RopeScaling))}, it is {self.rope_scaling!r}",
+        )
+        _check(self.rope_factor >= 1, f"model.rope_factor must be at least 1, it is {self.rope_factor}")
+        _check(
+            self.rope_original_context > 0 or self.rope_scaling not in ("llama3", "yarn"),
+            f"model.rope_scaling {self.rope_scaling!r} needs model.rope_original_context",
+        )
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.heads
+        """Features of a head."""
+        return (self.attention_dim or self.dim) // self.heads
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def generate(
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     ids, begun = unfinished(tokenizer, ids)
     for token in sample(model, ids, max_tokens, allowed(tokenizer, begun), temperature, top_k, top_p, generator):
-        if token == tokenizer.end:
+        if token in tokenizer.ends:
             break
         piece, begun = tokenizer.token_bytes(token)[len(begun) :], b""
         yield decoder.decode(piece)

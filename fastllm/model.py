@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .kernels import CausalSelfAttention, RMSNorm, SwiGLU, linear_cross_entropy
+from .rotary import rotary_tables
 
 
 class LayerCache:
@@ -45,8 +46,9 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = CausalSelfAttention(
-            config.dim, config.heads, config.kv_heads, qk_norm=config.qk_norm, eps=config.norm_eps
-        )
+            config.dim, config.heads, config.kv_heads, config.head_dim, bias=config.qkv_bias, qk_norm=config.qk_norm,
+            eps=config.norm_eps, window=config.window or None,
+        )  # fmt: skip
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config.dim, config.hidden_dim)
 
@@ -77,7 +79,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        cos, sin = rotary_tables(config.context, config.head_dim, config.rope_theta)
+        cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
@@ -97,21 +99,24 @@ class Decoder(nn.Module):
 class GPT(nn.Module):
     """A language model; parameter names are those of Hugging Face's Llama.
 
-    Built on the CPU with weights that depend on ``seed`` and their names only.
+    Built on the CPU with weights that depend on ``seed`` and their names only; None leaves them as they are allocated.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
         self.model = Decoder(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.init_weights(seed)
+        if seed is not None:
+            self.init_weights(seed)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Normal, 1/sqrt(features); zero where a layer writes to the residual stream: each begins as the identity."""
         for name, p in self.named_parameters():
             if p.dim() < 2:
+                if name.endswith("bias"):
+                    p.zero_()
                 continue  # norms start at one
             # One generator per name: a weight does not depend on which others there are.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
@@ -138,17 +143,11 @@ class GPT(nn.Module):
         return nn.functional.linear(self.model(tokens, cache)[:, -1], self.head_weight)
 
 
-def rotary_tables(context: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """``cos, sin`` ``[context, head_dim / 2]``, float32."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.outer(torch.arange(context, dtype=torch.float64), frequencies)
-    return angles.cos().float(), angles.sin().float()
-
-
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, and in all (a tied head counts nothing)."""
-    kv_dim = config.kv_heads * config.head_dim
-    attention = 2 * config.dim * config.dim + 2 * config.dim * kv_dim + (2 * config.head_dim if config.qk_norm else 0)
+    q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    attention = 2 * config.dim * (q_dim + kv_dim) + (2 * config.head_dim if config.qk_norm else 0)
+    attention += q_dim + 2 * kv_dim if config.qkv_bias else 0
     parts = {
         "embedding": config.vocab_size * config.dim,
         "attention": config.layers * attention,

@@ -24,11 +24,14 @@ SPLIT = (
 class Tokenizer:
     """Text to token ids and back, exactly: every text is a sequence of bytes, and all 256 bytes are tokens."""
 
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, ends: tuple[int, ...] = ()) -> None:
+        """``ends``: the tokens that end a text, by default the one named END; the first also stands for no text."""
         self.backend = backend
         self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        self.end: int = backend.token_to_id(END)
+        self.ends: tuple[int, ...] = ends or (backend.token_to_id(END),)
+        self.end: int = self.ends[0]
         self.vocab_size: int = backend.get_vocab_size()
+        self._special = {t: added.content.encode() for t, added in backend.get_added_tokens_decoder().items()}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -49,16 +52,18 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: str | Path, ends: tuple[int, ...] = ()) -> Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(Path(path).read_text("utf-8"))
         except OSError as error:
             raise UserError(f"can't read the tokenizer {path}: {error.strerror}") from None
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer: {error}") from None
-        if backend.token_to_id(END) is None:
+        if not ends and backend.token_to_id(END) is None:
             raise UserError(f"the tokenizer {path} has no token {END}")
-        return cls(backend)
+        if "ByteLevel" not in str(backend.decoder):
+            raise UserError(f"the tokenizer {path} is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are")
+        return cls(backend, ends)
 
     def save(self, path: str | Path) -> None:
         write_atomic(path, self.backend.to_str(pretty=True).encode())
@@ -77,8 +82,10 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        text = self.backend.id_to_token(token)
-        return text.encode() if token == self.end else bytes(BYTE_OF[c] for c in text)
+        """Nothing for a number that is no token: models round their vocabulary up."""
+        if token in self._special:
+            return self._special[token]
+        return bytes(BYTE_OF[c] for c in self.backend.id_to_token(token) or "")
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text that each token stands for, int64 ``[vocab_size]``; 0 for the end-of-text token."""

@@ -33,6 +33,7 @@ from .files import write_atomic
 from .generate import generate
 from .model import GPT, count_parameters
 from .tokenizer import Tokenizer
+from .weights import save_weights
 
 
 def train(config: Config, out: Path | None = None) -> int:
@@ -87,7 +88,7 @@ def train(config: Config, out: Path | None = None) -> int:
     with process_group(device), StopSignals() as stop:
         model = shard(GPT(config.model, config.train.seed).to(device), precision, device)
         result = run_loop(model, config, tokens, held_out, device, stop, out / "log.jsonl")
-        checkpoint.save_weights(out / checkpoint.WEIGHTS, full_state(model))
+        save_weights(out / checkpoint.WEIGHTS, full_state(model))
     meta |= {"status": "interrupted" if stop.caught else "finished", **dataclasses.asdict(result)}
     meta |= {"unigram_loss": held_out.unigram_loss, "seconds": round(time.perf_counter() - began, 1)}
     checkpoint.save_meta(out, meta)

@@ -12,6 +12,7 @@ from fastllm.errors import UserError
 from fastllm.files import atomic, write_atomic
 from fastllm.model import GPT
 from fastllm.tokenizer import Tokenizer
+from fastllm.weights import load_weights, save_weights
 
 TOKENIZER = Tokenizer.train(["some text " * 10], 270)
 SMALL = ModelConfig(vocab_size=TOKENIZER.vocab_size, context=32, dim=32, layers=2, heads=2, kv_heads=1, hidden_dim=48)
@@ -20,20 +21,19 @@ SMALL = ModelConfig(vocab_size=TOKENIZER.vocab_size, context=32, dim=32, layers=
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load(tied, tmp_path):
     config = replace(SMALL, tie_embeddings=tied)
-    model, other = GPT(config), GPT(config, seed=1)
-    checkpoint.save_weights(tmp_path / "w.safetensors", model.state_dict())
-    checkpoint.load_weights(other, tmp_path / "w.safetensors")
+    model = GPT(config)
+    save_weights(tmp_path / "w.safetensors", model.state_dict())
+    other = load_weights(config, tmp_path / "w.safetensors")
     assert ("lm_head.weight" in load_file(tmp_path / "w.safetensors")) is not tied
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path):
     path, state = tmp_path / "w.safetensors", GPT(SMALL).state_dict()
-    model = GPT(SMALL)
 
     def load(tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, path)
-        checkpoint.load_weights(model, path)
+        load_weights(SMALL, path)
 
     with pytest.raises(UserError, match=r"lacks model\.norm\.weight and has the unknown extra"):
         load({"extra": torch.ones(1), **{k: v for k, v in state.items() if k != "model.norm.weight"}})
@@ -43,9 +43,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         load({"model.norm.weight": torch.ones(32)})
     path.write_bytes(b"not safetensors")
     with pytest.raises(UserError, match="can't read the weights"):
-        checkpoint.load_weights(model, path)
+        load_weights(SMALL, path)
     with pytest.raises(UserError, match="can't read the weights"):
-        checkpoint.load_weights(model, tmp_path / "none")
+        load_weights(SMALL, tmp_path / "none")
 
 
 def test_a_run_that_is_not_whole(tmp_path):
@@ -60,7 +60,7 @@ def test_a_run_that_is_not_whole(tmp_path):
     checkpoint.save_meta(run, {"status": "training"})
     with pytest.raises(UserError, match=r"has no model\.safetensors: its training has not finished"):
         checkpoint.load_run(run)
-    checkpoint.save_weights(run / "model.safetensors", GPT(SMALL).state_dict())
+    save_weights(run / "model.safetensors", GPT(SMALL).state_dict())
     assert checkpoint.load_run(run)[2] == {"status": "training"}
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

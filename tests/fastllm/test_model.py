@@ -14,8 +14,14 @@ from fastllm.model import GPT, KVCache, count_parameters
 from tests.conftest import GPU
 
 SMALL = ModelConfig(vocab_size=300, context=32, dim=64, layers=3, heads=4, kv_heads=2, hidden_dim=96)
-SHAPES = [SMALL, replace(SMALL, tie_embeddings=False), replace(SMALL, qk_norm=True, kv_heads=1)]
-shapes = pytest.mark.parametrize("config", SHAPES, ids=["tied", "untied", "qk_norm"])
+STRETCHED = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8}
+SHAPES = [
+    SMALL,
+    replace(SMALL, tie_embeddings=False),
+    replace(SMALL, qk_norm=True, kv_heads=1),
+    replace(SMALL, qkv_bias=True, attention_dim=96, window=7, **STRETCHED),
+]
+shapes = pytest.mark.parametrize("config", SHAPES, ids=["tied", "untied", "qk_norm", "bias, window, yarn"])
 
 
 def some_tokens(config: ModelConfig, batch: int = 2, seq: int = 32) -> Tensor:
