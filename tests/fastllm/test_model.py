@@ -34,7 +34,7 @@ def awake(config: ModelConfig) -> GPT:
     with torch.no_grad():
         for p in model.parameters():
             if not p.any():
-                p.normal_(0.0, p.shape[1] ** -0.5, generator=generator)
+                p.normal_(0.0, p.shape[-1] ** -0.5, generator=generator)
     return model
 
 
