@@ -1,61 +1,198 @@
-"""From pytest-benchmark's JSON to a Markdown table: implementations side by side.
-
-python -m benchmarks.report RESULT.json
-"""
+"""From a result to Markdown: the report of a device, and the README's part about all of them."""
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from .cases import COMPILED, COPY, OURS, PER_UNIT, PYTORCH
+from .peaks import DATASHEET
+from .record import Error, Result, Row, best, committed, find
+
+BEGIN, END = "<!-- measured: begin (python -m benchmarks --readme) -->", "<!-- measured: end -->"
+README = Path(__file__).resolve().parent.parent / "README.md"
+LADDER, DROP_IN = "training step", "drop-in"
+BASE = {DROP_IN: "transformers"}  # what times are ratios to, where it is not PyTorch
+PLOTS = {
+    "speedup": "times as fast as PyTorch",
+    "attention": "time and memory of attention by length",
+    "linear_cross_entropy": "time and memory of a head with its loss",
+    "rms_norm": "bandwidth of RMSNorm by columns",
+    "ladder": "the training step, one change after another",
+}
 
 
-def markdown(entries: list[dict[str, Any]]) -> str:
-    """One table; per case the medians (with half the interquartile range) and how they compare."""
-    cases: dict[str, list[dict[str, Any]]] = {}
-    for entry in entries:
-        cases.setdefault(entry["extra_info"]["case"], []).append(entry)
-    lines = [
-        "| case | implementation | median ms | ± | times eager | rate | share of copy | memory MiB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+def report(result: Result, plots: Iterable[str]) -> str:
+    """All that a run found."""
+    stamp = result.stamp
+    lines = [f"# {stamp['device']}", "", ", ".join(f"{k} {v}" for k, v in stamp.items() if k != "device"), ""]
+    lines += [_limits(result), ""]
+    lines += [
+        "Times are medians; ± is half the range between the quartiles. Implementations of a case took turns. The rate",
+        "is the least that must be done (benchmarks/*.py say what) over the time; its share is of the copy bandwidth or",
+        "of the matrix rate above. Memory is the peak of a call beyond its inputs, gradients included.",
+        "",
     ]
-    for case, group in cases.items():
-        rates = {e["extra_info"]["implementation"]: _rate(e) for e in group}
-        eager = next((_median(e) for e in group if e["extra_info"]["implementation"] == "eager"), None)
-        for entry in group:
-            name, rate = entry["extra_info"]["implementation"], _rate(entry)
-            speed = f"{eager / _median(entry):.2f}" if eager and name != "copy" else ""
-            share = f"{rate / rates['copy']:.0%}" if rate and rates.get("copy") else ""
-            unit, memory = entry["extra_info"].get("unit", "GB/s"), entry["extra_info"].get("memory")
-            size = f"{memory / 2**20:.0f}" if memory else ""
-            lines.append(
-                f"| {case} | {name} | {_median(entry) * 1e3:.3f} | {float(entry['stats']['iqr']) * 500:.3f} "
-                f"| {speed} | {f'{rate:.3g} {unit}' if rate else ''} | {share} | {size} |"
-            )
-            case = ""
+    ops: dict[str, list[list[Row]]] = {}
+    for rows in result.by_case().values():
+        ops.setdefault(rows[0].op, []).append(rows)
+    for op, cases in ops.items():
+        lines += [f"## {op}", "", *_table(cases, result.peaks), ""]
+    for name in plots:
+        lines += [f"![{PLOTS[name]}]({name}.png)", ""]
+    if result.errors:
+        lines += ["## Errors against float64", "", *_errors(result.errors), ""]
     return "\n".join(lines)
 
 
-def _median(entry: dict[str, Any]) -> float:
-    return float(entry["stats"]["median"])
+def _limits(result: Result) -> str:
+    p = result.peaks
+    if not p:
+        return "The machine's own limits were not measured in this run."
+    text = f"This machine copies {p['copy']:.0f} GB/s (read and written) and multiplies matrices at "
+    text += f"{p['bfloat16']:.3g} TFLOP/s in bfloat16, {p['float32']:.3g} in float32, as PyTorch does it."
+    if result.stamp.get("gpu") in DATASHEET:
+        bandwidth, rate = DATASHEET[result.stamp["gpu"]]
+        text += f" Its data sheet says {bandwidth:.0f} GB/s and {rate:.0f} TFLOP/s."
+    return text
 
 
-def _rate(entry: dict[str, Any]) -> float | None:
-    """GB/s, or whatever per second the benchmark counts in its ``amount``."""
-    facts = entry["extra_info"]
-    amount = facts["bytes"] / 1e9 if "bytes" in facts else facts.get("amount")
-    return amount / _median(entry) if amount else None
+def _table(cases: list[list[Row]], peaks: dict[str, float]) -> list[str]:
+    lines = [
+        "| case | implementation | median ms | ± | times | rate | share | memory MiB | rounds |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for rows in cases:
+        base = find(rows, BASE.get(rows[0].op, PYTORCH))
+        case = f"{rows[0].direction} {rows[0].size} {rows[0].dtype}"
+        for row in rows:
+            if row.error:
+                lines.append(f"| {case} | {row.implementation} | {row.error.replace('|', '/')} | | | | | | |")
+            else:
+                times = (
+                    f"{base.seconds / row.seconds:.2f}" if base and row.implementation not in (COPY, "products") else ""
+                )
+                share = f"{_share(row, peaks):.0%}" if _share(row, peaks) else ""
+                memory = "" if row.memory is None else f"{row.memory / 2**20:.1f}"
+                lines.append(
+                    f"| {case} | {row.implementation} | {_ms(row)} | {(row.high - row.low) * 500:.2g} | {times} "
+                    f"| {_rate(row)} | {share} | {memory} | {row.rounds} |"
+                )
+            case = ""
+    return lines
 
 
-def read(path: Path) -> str:
-    """A result file as Markdown, headed by where it comes from."""
-    result = json.loads(path.read_text())
-    facts = ", ".join(f"{k} {v}" for k, v in result["machine_info"].items())
-    return f"{facts}\n\n{markdown(result['benchmarks'])}\n"
+def _ms(row: Row | None) -> str:
+    return "" if row is None else f"{row.seconds * 1e3:.3g}"
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.report RESULT.json")
-    print(read(Path(sys.argv[1])))
+def _rate(row: Row) -> str:
+    rate = row.work / row.seconds / PER_UNIT[row.unit]
+    return f"{rate:,.0f} {row.unit}" if rate >= 100 else f"{rate:.3g} {row.unit}"
+
+
+def _share(row: Row, peaks: dict[str, float]) -> float:
+    limit = {"GB/s": peaks.get("copy"), "TFLOP/s": peaks.get(row.dtype)}.get(row.unit)
+    return row.work / row.seconds / PER_UNIT[row.unit] / limit if limit and row.implementation != COPY else 0.0
+
+
+def _errors(errors: list[Error]) -> list[str]:
+    lines = [
+        "The largest error of each output and gradient, and PyTorch's own in the same dtype.",
+        "",
+        "| op | dtype | backend | " + "errors (PyTorch's) | within the rule |",
+        "|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, str, str], list[Error]] = {}
+    for e in errors:
+        groups.setdefault((e.op, e.dtype, e.backend), []).append(e)
+    for (op, dtype, backend), found in groups.items():
+        text = ", ".join(f"{e.output} {e.error:.1e} ({e.pytorch:.1e})" for e in found)
+        lines.append(f"| {op} | {dtype} | {backend} | {text} | {'yes' if all(e.within for e in found) else '**no**'} |")
+    return lines
+
+
+# ---- the README ----
+
+
+def readme() -> str:
+    """The text between the README's marks, from all committed results."""
+    parts = []
+    for folder, result in committed():
+        parts.append(_device(folder, result))
+    return f"{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}"
+
+
+def update_readme() -> bool:
+    """Write it. Whether anything changed."""
+    text = README.read_text("utf-8")
+    start, end = text.index(BEGIN.split(" (")[0]), text.index(END) + len(END)
+    new = text[:start] + readme() + text[end:]
+    if new != text:
+        README.write_text(new, "utf-8")
+    return new != text
+
+
+def _device(folder: Path, result: Result) -> str:
+    where = f"benchmarks/results/{folder.name}"
+    stamp = result.stamp
+    kernels = f", {stamp['cpu kernels']}" if "cpu kernels" in stamp else ""
+    lines = [f"### {stamp['device']}{kernels}, torch {stamp['torch']}", ""]
+    lines += [
+        "| (ms) | PyTorch | torch.compile | fastllm | times PyTorch | share of the limit |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for rows in result.by_case().values():
+        if rows[0].op not in (LADDER, DROP_IN):
+            lines += _headline(rows, result.peaks)
+    lines += ["", *_ladder(result), *_drop_in(result)]
+    if result.errors:
+        within = sum(e.within for e in result.errors)
+        lines += [
+            f"Of {len(result.errors)} outputs and gradients checked against float64, {within} are within the rule: "
+            "at most twice PyTorch's own error, plus one rounding step.",
+            "",
+        ]
+    lines += [f"All of it, with the spread, errors and memory: [{where}]({where}/report.md).", ""]
+    shown = [name for name in ("speedup", "attention", "linear_cross_entropy") if (folder / f"{name}.png").exists()]
+    lines += [f"![{PLOTS[name]}]({where}/{name}.png)" for name in shown]
+    return "\n".join(lines).rstrip()
+
+
+def _headline(rows: list[Row], peaks: dict[str, float]) -> list[str]:
+    ours, base = best(rows, OURS), best(rows, PYTORCH)
+    if ours is None or base is None:
+        return []
+    first = rows[0]
+    share = f"{_share(ours, peaks):.0%}" if _share(ours, peaks) else ""
+    case = f"`{first.op}` {first.direction} {first.size} {first.dtype}"
+    times = f"{base.seconds / ours.seconds:.2f}"
+    return [f"| {case} | {_ms(base)} | {_ms(find(rows, COMPILED))} | {_ms(ours)} | {times} | {share} |"]
+
+
+def _ladder(result: Result) -> list[str]:
+    lines = []
+    for rows in result.by_case().values():
+        if rows[0].op == LADDER:
+            lines += [f"The training step of the {rows[0].size} tokens ({rows[0].dtype}), one change a row:", ""]
+            lines += _speeds(rows, PYTORCH)
+    return lines
+
+
+def _drop_in(result: Result) -> list[str]:
+    lines = []
+    for rows in result.by_case().values():
+        if rows[0].op == DROP_IN:
+            lines += [f"`fastllm.patch` on a {rows[0].size} ({rows[0].dtype}):", "", *_speeds(rows, "transformers")]
+    return lines
+
+
+def _speeds(rows: list[Row], base_name: str) -> list[str]:
+    lines = ["| | tokens/s | times | memory MiB |", "|---|---:|---:|---:|"]
+    base = find(rows, base_name)
+    for row in rows:
+        if not row.error:
+            times = f"{base.seconds / row.seconds:.2f}" if base else ""
+            memory = "" if row.memory is None else f"{row.memory / 2**20:.0f}"
+            lines.append(f"| {row.implementation} | {row.work / row.seconds:,.0f} | {times} | {memory} |")
+    return [*lines, ""]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -56,36 +54,6 @@ class Clock:
 
 CLOCK = Clock()
 
-Row = dict[str, Any]
-
-
-def in_turn(steps: dict[str, Callable[[], None]], rounds: int, **sizes: int) -> list[Row]:
-    """A row for each implementation: median and spread of the seconds, and bytes at the peak.
-
-    They take turns, so that a slow moment of the machine hits all of them.
-    """
-    rows = []
-    for name, step in steps.items():
-        step()
-        rows.append({"implementation": name, **sizes, "memory": extra_memory(step), "seconds": []})
-    for _ in range(rounds):
-        for row in rows:
-            before = CLOCK()
-            CLOCK.timed(steps[row["implementation"]])()
-            row["seconds"].append(CLOCK() - before)
-    for row in rows:
-        times = sorted(row.pop("seconds"))
-        row |= {"seconds": statistics.median(times), "fastest": times[0], "slowest": times[-1]}
-    print(", ".join(f"{r['implementation']} {r['seconds'] * 1e3:.3g} ms" for r in rows), sizes, flush=True)
-    return rows
-
-
-def write(path: Path, result: dict[str, Any]) -> None:
-    """As JSON, whole or not at all."""
-    written = path.with_suffix(".tmp")
-    written.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(written, path)
-
 
 def device_name() -> str:
     """The GPU's or the processor's name as a folder of benchmarks/results/ can bear it."""
@@ -119,6 +87,7 @@ def stamp() -> dict[str, str]:
     if DEVICE.type == "cuda":
         found |= {
             "cuda": str(torch.version.cuda),
+            "gpu": torch.cuda.get_device_name(DEVICE),
             "sms": str(torch.cuda.get_device_properties(DEVICE).multi_processor_count),
         }
     else:

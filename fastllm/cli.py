@@ -145,6 +145,12 @@ def _export(run: Path, out: Path, /, dtype: Literal["as it is", "float32", "bflo
     return 0
 
 
+def bench(argv: list[str]) -> int:
+    from .benchmarks.__main__ import main
+
+    return main(argv)
+
+
 @dataclass(frozen=True)
 class Command:
     """A subcommand: the function that takes its arguments, what it does in a line, and examples."""
@@ -174,6 +180,11 @@ COMMANDS = {
         export,
         "write a trained model as a Hugging Face folder",
         ("fastllm export runs/gpt2 gpt2-hf --dtype bfloat16",),
+    ),
+    "bench": Command(
+        bench,
+        "measure the kernels and the training step on this machine, beside PyTorch",
+        ("fastllm bench --quick                          two minutes on two CPU cores",),
     ),
 }
 

@@ -23,11 +23,9 @@ from typing import Any
 import torch
 
 from . import native
+from .measured import MEASURED_FASTER
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
-
-# (op, kind of GPU) -> the backend that a result in benchmarks/results/ shows to be the fastest there.
-MEASURED_FASTER: dict[tuple[str, str], str] = {}
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -29,7 +29,7 @@ def test_lint(command):
 def test_every_package_is_installed():
     """A new folder of kernels must be named in pyproject.toml, or an installed fastllm lacks it."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {"fastllm", "fastllm.kernels"}
+    found = {"fastllm", "fastllm.benchmarks", "fastllm.kernels"}
     found |= {f"fastllm.kernels.{p.parent.name}" for p in (ROOT / "kernels").glob("*/__init__.py")}
     found |= {f"fastllm.{p.parent.name}" for p in (ROOT / "fastllm").glob("*/__init__.py")}
     assert set(listed) == found

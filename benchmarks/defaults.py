@@ -1,0 +1,58 @@
+"""The backend that is the default on each kind of GPU: kernels/measured.py, from the committed results."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+
+from fastllm.kernels import backends
+
+from .cases import OURS
+from .record import Result, committed
+
+FILE = Path(__file__).resolve().parent.parent / "kernels" / "measured.py"
+
+
+def fastest(result: Result) -> dict[str, str]:
+    """Op -> the backend whose times, forward and backward, have the least geometric mean over the cases that all of
+    its backends ran."""
+    logs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for rows in result.by_case().values():
+        ours = {r.implementation.removeprefix(f"{OURS} "): r for r in rows if r.implementation.startswith(f"{OURS} ")}
+        ours = {backend: r for backend, r in ours.items() if backend in backends.BACKENDS}
+        if rows[0].op in backends.OPS and len(ours) > 1 and not any(r.error for r in ours.values()):
+            for backend, row in ours.items():
+                logs[row.op][backend].append(math.log(row.seconds))
+    return {op: min(times, key=lambda b: sum(times[b]) / len(times[b])) for op, times in sorted(logs.items())}
+
+
+def text() -> str:
+    """The module's source."""
+    lines = [
+        '"""Which backend was measured to be the fastest for an op on a kind of GPU.',
+        "",
+        "Written by `python -m benchmarks --defaults` from benchmarks/results/.",
+        '"""',
+        "",
+        "# (op, name of the GPU) -> backend",
+    ]
+    entries = [
+        f'    ("{op}", "{result.stamp["gpu"]}"): "{backend}",'
+        for _, result in committed()
+        if "gpu" in result.stamp
+        for op, backend in fastest(result).items()
+    ]
+    body = ["MEASURED_FASTER: dict[tuple[str, str], str] = {", *entries, "}"] if entries else [
+        "MEASURED_FASTER: dict[tuple[str, str], str] = {}"
+    ]  # fmt: skip
+    return "\n".join([*lines, *body]) + "\n"
+
+
+def write() -> bool:
+    """Whether anything changed."""
+    new = text()
+    changed = not FILE.exists() or FILE.read_text() != new
+    if changed:
+        FILE.write_text(new)
+    return changed

@@ -1,0 +1,37 @@
+"""What this machine can do at all: the rates that a kernel's share is taken of."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from .timing import CLOCK, DEVICE
+
+# Data sheets: GB/s and dense bfloat16 TFLOP/s.
+DATASHEET = {"NVIDIA H100 80GB HBM3": (3350.0, 989.0), "NVIDIA H200": (4800.0, 989.0)}
+
+
+def measure(seconds: float = 1.0) -> dict[str, float]:
+    """Copy bandwidth in GB/s, read and written, and matrix rates in TFLOP/s by dtype, each over ``seconds``."""
+    on_gpu = DEVICE.type == "cuda"
+    source = torch.ones(2**30 if on_gpu else 2**27, dtype=torch.int8, device=DEVICE)
+    target = torch.empty_like(source)
+    found = {"copy": 2 * source.numel() / 1e9 / _median(lambda: target.copy_(source), seconds)}
+    n = 8192 if on_gpu else 1536
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = (torch.randn(n, n, dtype=dtype, device=DEVICE) for _ in range(2))
+        found[str(dtype).removeprefix("torch.")] = 2 * n**3 / 1e12 / _median(lambda: torch.mm(a, b), seconds)  # noqa: B023
+    return found
+
+
+def _median(call: object, seconds: float) -> float:
+    timed, times = CLOCK.timed(call), []
+    timed()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or len(times) < 5:
+        before = CLOCK()
+        timed()
+        times.append(CLOCK() - before)
+    return statistics.median(times)

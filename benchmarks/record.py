@@ -1,0 +1,115 @@
+"""A result file: rows of times, errors against float64, the machine's limits, and where all of it comes from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+FILE = "results.json"
+FOLDER = Path(__file__).parent / "results"
+
+
+@dataclass
+class Row:
+    """One implementation of one case. Seconds are of a call: the median, and the quartiles about it."""
+
+    op: str
+    size: str
+    direction: str
+    dtype: str
+    implementation: str
+    work: float  # bytes, operations or tokens, as ``unit`` says
+    unit: str
+    seconds: float = 0.0  # 0: it failed, with ``error``
+    low: float = 0.0
+    high: float = 0.0
+    rounds: int = 0
+    memory: int | None = None  # bytes at the peak, beyond what was there before
+    error: str = ""
+    sweep: str = ""
+    at: int = 0
+    commit: str = ""  # where it is not that of the file
+
+    @property
+    def case(self) -> tuple[str, str, str, str, str]:
+        return self.op, self.size, self.direction, self.dtype, self.sweep
+
+
+@dataclass
+class Error:
+    """The largest error of one output against float64, of a backend and of PyTorch in the same dtype."""
+
+    op: str
+    dtype: str
+    backend: str
+    output: str
+    error: float
+    pytorch: float
+    within: bool  # at most twice PyTorch's, plus one rounding step of the dtype
+
+
+@dataclass
+class Result:
+    """All that one run found."""
+
+    stamp: dict[str, str]
+    peaks: dict[str, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    errors: list[Error] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"version": VERSION, **_short(asdict(self))}, indent=1) + "\n")
+        os.replace(part, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        found = json.loads(path.read_text())
+        if found.get("version") != VERSION:
+            raise ValueError(f"{path} is no result file of version {VERSION}")
+        rows = [Row(**{k: v for k, v in row.items() if k in _ROW}) for row in found["rows"]]
+        return cls(found["stamp"], found["peaks"], rows, [Error(**error) for error in found["errors"]])
+
+    def by_case(self, *, sweep: bool = False) -> dict[tuple[str, ...], list[Row]]:
+        """Rows of a case together, those of the curves or the others."""
+        cases: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.rows:
+            if bool(row.sweep) == sweep:
+                cases.setdefault(row.case, []).append(row)
+        return cases
+
+
+_ROW = {f.name for f in fields(Row)}
+
+
+def _short(result: dict[str, Any]) -> dict[str, Any]:
+    """Without what says nothing, and times to four digits more than their spread tells."""
+    rows = []
+    for row in result["rows"]:
+        row = {k: v for k, v in row.items() if v not in ("", None) and (k, v) != ("at", 0)}
+        rows.append({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()})
+    return {**result, "rows": rows}
+
+
+def committed() -> Iterator[tuple[Path, Result]]:
+    """Each device's folder in benchmarks/results/, and what it holds."""
+    for path in sorted(FOLDER.glob(f"*/{FILE}")):
+        yield path.parent, Result.read(path)
+
+
+def find(rows: Iterable[Row], implementation: str) -> Row | None:
+    return next((r for r in rows if r.implementation == implementation and not r.error), None)
+
+
+def best(rows: Iterable[Row], start: str) -> Row | None:
+    """The fastest of those whose implementation begins so."""
+    return min(
+        (r for r in rows if r.implementation.startswith(start) and not r.error), key=lambda r: r.seconds, default=None
+    )
