@@ -71,7 +71,7 @@ def _default_out() -> Path:
 
 
 def measure(out: Path, scale: Scale, only: tuple[str, ...]) -> None:
-    result, began = Result(stamp()), time.monotonic()
+    result, began = Result(stamp() | {"timed": "in turns"}), time.monotonic()
     cases = list(every_case(scale, only))
     if not cases:
         ops = dict.fromkeys(case.op for case in every_case(scale))

@@ -17,7 +17,9 @@ from .timing import DEVICE
 ON_GPU = DEVICE.type == "cuda"
 # Backends with kernels that run here at a speed worth timing: Triton's interpreter is no such.
 KERNELS = tuple(
-    b for b in ("triton", "cuda", "cpu") if not backends.device_limit(b, DEVICE) and not backends.TRITON_INTERPRET
+    b
+    for b in ("triton", "cuda", "cpu")
+    if not backends.device_limit(b, DEVICE) and not (b == "triton" and backends.TRITON_INTERPRET)
 )
 PYTORCH, COMPILED, COPY, OURS = "PyTorch", "torch.compile", "copy", "fastllm"
 

@@ -1,19 +1,22 @@
-"""All that needs a GPU, in one command, or step by step where a machine is lent for ten minutes at a time.
+"""All that needs a GPU, in one command of at most eight minutes, or step by step.
 
     python -m benchmarks.gpu --out benchmarks/results/<device>
     python -m benchmarks.gpu --out benchmarks/results/<device> --steps build tests
 
-Builds the native module for this GPU, runs ``pytest -m gpu``, runs compute-sanitizer on small shapes, and
-times the kernels. Writes into DIR: ``benchmarks.json`` (times, stamped with device, versions and commit),
-``README.md`` (what passed, and the table), the plots of benchmarks.sweep, ``training_step.json``, and a log per
-step. Exits with 1 where a step failed.
+Builds the native module for this GPU, runs ``pytest -m gpu``, writes the report of ``python -m benchmarks``, and runs
+compute-sanitizer's memcheck and racecheck on small shapes. Last, the backends that were the fastest become the
+defaults on this kind of GPU (kernels/measured.py). Writes into DIR: report.md, results.json, plots, steps.md (what
+passed), and a log per step. A step that runs out of time is stopped, and the next one runs. Exits with 1 where a step
+failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -43,46 +46,52 @@ def steps(out: Path) -> list[Step]:
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     sanitize = ["--error-exitcode=9", python, "-m", "benchmarks.small_shapes"]
     install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-v", "-e", str(ROOT)]
-    pytest = [python, "-m", "pytest", "-q"]
-    times = ["--benchmark-only", f"--benchmark-json={out / 'benchmarks.json'}"]
+    tests = [python, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=20", str(ROOT / "tests")]
     return [
-        Step("build", install, 100),
-        Step("tests", [*pytest, "-m", "gpu", "--maxfail=20", str(ROOT / "tests")], 300),
-        Step("memcheck", [sanitizer, "--tool=memcheck", *sanitize], 60),
-        Step("racecheck", [sanitizer, "--tool=racecheck", *sanitize], 60),
-        Step("benchmarks", [*pytest, str(ROOT / "benchmarks"), *times], 300),
-        Step("sweep", [python, "-m", "benchmarks.sweep", "--out", str(out)], 150),
-        Step("training", [python, "-m", "benchmarks.training_step", "--preset", "124m", "--out", str(out)], 150),
+        Step("build", install, 80),
+        Step("tests", tests, 130),
+        Step("report", [python, "-m", "benchmarks", "--seconds", "0.5", "--out", str(out)], 160),
+        Step("memcheck", [sanitizer, "--tool=memcheck", *sanitize], 50),
+        Step("racecheck", [sanitizer, "--tool=racecheck", *sanitize], 50),
+        Step("defaults", [python, "-m", "benchmarks", "--defaults"], 10),
     ]
 
 
 def run(step: Step, out: Path) -> Outcome:
+    """Out of time, a step is interrupted first, as by Ctrl-C: the report then has what was measured."""
     start = time.monotonic()
     log = out / f"{step.name}.log"
     with log.open("wb") as file:
         try:
-            code = subprocess.run(
-                step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=step.seconds
-            ).returncode
-            verdict = "passed" if code == 0 else f"FAILED (exit {code})"
-        except subprocess.TimeoutExpired:
-            verdict = f"FAILED (not done in {step.seconds} s)"
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
         except OSError as error:
-            verdict = f"FAILED ({error})"
+            return Outcome(step.name, f"FAILED ({error})", 0.0, "")
+        code = _wait(process, step.seconds)
+    verdict = f"FAILED (exit {code})" if code else "passed"
+    verdict = f"FAILED (not done in {step.seconds} s)" if code is None else verdict
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return Outcome(step.name, verdict, time.monotonic() - start, lines[-1].strip() if lines else "")
 
 
-def summary(outcomes: list[Outcome], out: Path) -> str:
-    from benchmarks import report, timing
+def _wait(process: subprocess.Popen, seconds: float) -> int | None:
+    for number, patience in ((signal.SIGINT, seconds - 8), (signal.SIGKILL, 8), (None, None)):
+        try:
+            code = process.wait(patience)
+            return code if patience == seconds - 8 else None
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, number)
+    return None
 
-    facts = timing.stamp()
+
+def summary(outcomes: list[Outcome]) -> str:
+    from .timing import stamp
+
+    facts = stamp()
     lines = [f"# {facts['device']}", "", ", ".join(f"{k} {v}" for k, v in facts.items()), ""]
     lines += ["| step | verdict | seconds | last line |", "|---|---|---:|---|"]
-    lines += [f"| {o.step} | {o.verdict} | {o.seconds:.0f} | {o.last_line[:120]} |" for o in outcomes]
-    results = out / "benchmarks.json"
-    if results.exists():
-        lines += ["", report.read(results)]
+    lines += [f"| {o.step} | {o.verdict} | {o.seconds:.0f} | {o.last_line[:120].replace('|', '/')} |" for o in outcomes]
     return "\n".join(lines) + "\n"
 
 
@@ -112,8 +121,8 @@ def main() -> int:
         print(f"{step.name}: {outcome.verdict} in {outcome.seconds:.0f} s: {outcome.last_line}", flush=True)
         # after each step: an end midway loses nothing
         done.write_text(json.dumps([asdict(o) for o in outcomes.values()], indent=1) + "\n")
-        (out / "README.md").write_text(summary(list(outcomes.values()), out))
-    print((out / "README.md").read_text())
+        (out / "steps.md").write_text(summary(list(outcomes.values())))
+    print((out / "steps.md").read_text())
     return 0 if all(o.verdict == "passed" for o in outcomes.values()) else 1
 
 

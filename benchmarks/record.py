@@ -109,7 +109,6 @@ def find(rows: Iterable[Row], implementation: str) -> Row | None:
 
 
 def best(rows: Iterable[Row], start: str) -> Row | None:
-    """The fastest of those whose implementation begins so."""
-    return min(
-        (r for r in rows if r.implementation.startswith(start) and not r.error), key=lambda r: r.seconds, default=None
-    )
+    """The fastest of those whose implementation begins so and which leave their inputs as they are."""
+    those = (r for r in rows if r.implementation.startswith(start) and not r.error)
+    return min((r for r in those if "in place" not in r.implementation), key=lambda r: r.seconds, default=None)

@@ -28,9 +28,9 @@ def report(result: Result, plots: Iterable[str]) -> str:
     lines = [f"# {stamp['device']}", "", ", ".join(f"{k} {v}" for k, v in stamp.items() if k != "device"), ""]
     lines += [_limits(result), ""]
     lines += [
-        "Times are medians; ± is half the range between the quartiles. Implementations of a case took turns. The rate",
-        "is the least that must be done (benchmarks/*.py say what) over the time; its share is of the copy bandwidth or",
-        "of the matrix rate above. Memory is the peak of a call beyond its inputs, gradients included.",
+        f"Times are medians; ± is half the range between the quartiles. Implementations were timed {stamp['timed']}.",
+        "The rate is the least that must be done (benchmarks/*.py say what) over the time; its share is of the copy",
+        "bandwidth or of the matrix rate above. Memory is the peak of a call beyond its inputs, gradients included.",
         "",
     ]
     ops: dict[str, list[list[Row]]] = {}
@@ -83,7 +83,10 @@ def _table(cases: list[list[Row]], peaks: dict[str, float]) -> list[str]:
 
 
 def _ms(row: Row | None) -> str:
-    return "" if row is None else f"{row.seconds * 1e3:.3g}"
+    if row is None:
+        return ""
+    ms = row.seconds * 1e3
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def _rate(row: Row) -> str:
@@ -142,8 +145,10 @@ def _device(folder: Path, result: Result) -> str:
         "| (ms) | PyTorch | torch.compile | fastllm | times PyTorch | share of the limit |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for rows in result.by_case().values():
-        if rows[0].op not in (LADDER, DROP_IN):
+    cases = result.by_case()
+    for (op, size, direction, dtype, _), rows in cases.items():
+        more = direction == "forward" and (op, size, "forward+backward", dtype, "") in cases
+        if op not in (LADDER, DROP_IN) and not more:
             lines += _headline(rows, result.peaks)
     lines += ["", *_ladder(result), *_drop_in(result)]
     if result.errors:
