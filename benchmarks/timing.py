@@ -64,6 +64,7 @@ def device_name() -> str:
         text = info.read_text() if info.exists() else ""
         model = re.search(r"^model name\s*: (.*)$", text, re.MULTILINE)
         name = f"{model.group(1) if model else platform.machine()} {os.cpu_count()} cores"
+    name = re.sub(r"\((R|TM)\)", "", name)
     return "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
 
 

@@ -16,20 +16,22 @@ import fastllm
 from tests.fastllm.dropin.models import make, trained
 
 SIZE = 2
-# Name -> the family, and what becomes an FSDP unit of its own beside each block and the root.
-CASES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "llama": ("llama", ()),
-    "gemma2, tied": ("gemma2", ()),
-    "qwen3, head by itself": ("qwen3", ("lm_head",)),
+# Name -> the family, what becomes an FSDP unit of its own beside each block and the root, and whether the model is
+# patched before it is sharded.
+CASES: dict[str, tuple[str, tuple[str, ...], bool]] = {
+    "llama": ("llama", (), True),
+    "gemma2, tied": ("gemma2", (), True),
+    "qwen3, head by itself": ("qwen3", ("lm_head",), True),
+    "llama, patched last": ("llama", ("lm_head",), False),
 }
 
 
 def run(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=SIZE)
-    for case, (family, units) in CASES.items():
+    for case, (family, units, first) in CASES.items():
         try:
-            results = _trained(make(family), units)
+            results = _trained(make(family), units, first)
             if rank == 0:
                 torch.save(results, Path(folder, f"{case}.pt"))
         except Exception:
@@ -38,9 +40,12 @@ def run(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _trained(model: Any, units: tuple[str, ...]) -> list[torch.Tensor]:
-    fastllm.patch(model)
+def _trained(model: Any, units: tuple[str, ...], first: bool) -> list[torch.Tensor]:
+    if first:
+        fastllm.patch(model)
     parts: list[nn.Module] = [*model.model.layers, *(model.get_submodule(unit) for unit in units), model]
     for part in parts:
         fully_shard(part)
+    if not first:
+        fastllm.patch(model)
     return [t.full_tensor() if isinstance(t, DTensor) else t for t in trained(model)]
