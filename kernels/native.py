@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch  # before _C, so that both share torch's OpenMP threads
@@ -24,6 +25,12 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 def cpu_missing() -> str | None:
     """Why the CPU kernels can't be called, or None."""
     return None if "cpu" in KERNELS else _MISSING
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16 (and PyTorch uses them)."""
+    return "cpu" in KERNELS and KERNELS["cpu"].instruction_set() in ("avx512_bf16", "amx")
 
 
 def cuda_missing(device: torch.device) -> str | None:
