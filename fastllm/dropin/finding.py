@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +46,8 @@ def stand_in(module: nn.Module, **parts: nn.Parameter | nn.Module) -> nn.Module:
 
     Small parts on the CPU make trying cheap, wherever the module's own parameters are: on a GPU, sharded, on meta.
     """
-    twin = copy.copy(module)
+    twin = object.__new__(type(module))  # not copy.copy: what FSDP has wrapped makes itself anew
+    twin.__dict__.update(module.__dict__)
     for store in ("_parameters", "_modules"):
         twin.__dict__[store] = dict(module.__dict__[store])
     for name, part in parts.items():

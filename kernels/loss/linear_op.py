@@ -334,7 +334,8 @@ def _run(
         kernels.cross_entropy_backward(*shared, lse[part], *upstream, logits, options, backend)
         if dhidden.numel():
             out = dhidden.view(-1, features)[part]
-            torch.mm(logits, head, out=out) if out.dtype == dtype else out.copy_(torch.mm(logits, head))
+            wide = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
+            out.copy_(torch.mm(logits, head, out=wide))  # onto itself: nothing; without out= autocast would narrow it
         if dweight.numel():
             weight_sum.add(logits, h)
         if dbias.numel():
