@@ -2,7 +2,7 @@
 
     python -m benchmarks                          all of it, into benchmarks/results/<device>/
     python -m benchmarks --quick                  two minutes on two CPU cores
-    python -m benchmarks --only rms_norm rope     some ops
+    python -m benchmarks --only rms_norm rope     some ops; the others' results in DIR are kept
     python -m benchmarks --compare A.json B.json  what got slower; exits with 1 if something of ours did
     python -m benchmarks --readme                 write the README's tables from the committed results
     python -m benchmarks --defaults               write kernels/measured.py from the committed results
@@ -76,6 +76,8 @@ def measure(out: Path, scale: Scale, only: tuple[str, ...]) -> None:
     if not cases:
         ops = dict.fromkeys(case.op for case in every_case(scale))
         sys.exit(f"benchmarks: nothing to measure in {', '.join(only)}; choose from {', '.join(ops)}")
+    if only and (out / FILE).exists():
+        result.keep(Result.read(out / FILE), only)
     if DEVICE.type == "cpu":
         _back_memory()
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=20), bars.MofNCompleteColumn(),
@@ -87,7 +89,7 @@ def measure(out: Path, scale: Scale, only: tuple[str, ...]) -> None:
             for case in cases:
                 display.update(task, advance=1, description=case.title)
                 rows = run(case, scale.seconds)
-                result.rows += rows
+                result.add(rows)
                 result.write(out / FILE)
                 console.print(f"{time.monotonic() - began:5.0f} s  {case.title}: {_summary(rows)}")
             if not only:
@@ -101,6 +103,7 @@ def measure(out: Path, scale: Scale, only: tuple[str, ...]) -> None:
 
 def finish(result: Result, out: Path) -> None:
     """Write the result, its pictures and its report."""
+    result.rows.sort(key=lambda row: result.ops.index(row.op))
     result.write(out / FILE)
     drawn = plots.draw(result, out)
     part = out / ".report.part"

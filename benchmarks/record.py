@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,19 @@ class Result:
     peaks: dict[str, float] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
     errors: list[Error] = field(default_factory=list)
+    ops: list[str] = field(default_factory=list)  # in their order
+
+    def __post_init__(self) -> None:
+        self.ops = list(dict.fromkeys([*self.ops, *(row.op for row in self.rows)]))
+
+    def keep(self, earlier: Result, but: tuple[str, ...]) -> None:
+        """What an earlier run found of other ops than ``but``, with the commit that it ran on."""
+        commit, self.ops, self.errors = earlier.stamp["commit"], earlier.ops, earlier.errors
+        self.rows += [replace(row, commit=row.commit or commit) for row in earlier.rows if row.op not in but]
+
+    def add(self, rows: list[Row]) -> None:
+        self.rows += rows
+        self.ops = list(dict.fromkeys([*self.ops, *(row.op for row in rows)]))
 
     def write(self, path: Path) -> None:
         """Whole or not at all."""
@@ -75,7 +88,7 @@ class Result:
         if found.get("version") != VERSION:
             raise ValueError(f"{path} is no result file of version {VERSION}")
         rows = [Row(**{k: v for k, v in row.items() if k in _ROW}) for row in found["rows"]]
-        return cls(found["stamp"], found["peaks"], rows, [Error(**error) for error in found["errors"]])
+        return cls(found["stamp"], found["peaks"], rows, [Error(**error) for error in found["errors"]], found["ops"])
 
     def by_case(self, *, sweep: bool = False) -> dict[tuple[str, ...], list[Row]]:
         """Rows of a case together, those of the curves or the others."""

@@ -26,6 +26,8 @@ def report(result: Result, plots: Iterable[str]) -> str:
     """All that a run found."""
     stamp = result.stamp
     lines = [f"# {stamp['device']}", "", ", ".join(f"{k} {v}" for k, v in stamp.items() if k != "device"), ""]
+    commits = sorted({row.commit for row in result.rows if row.commit})
+    lines += [f"Some rows are of other commits: {', '.join(commits)} (results.json says which).", ""] if commits else []
     lines += [_limits(result), ""]
     lines += [
         f"Times are medians; ± is half the range between the quartiles. Implementations were timed {stamp['timed']}.",

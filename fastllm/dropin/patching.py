@@ -75,8 +75,8 @@ def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS) -> PatchReport:
     Returns:
         A report of what was replaced and what was left, and why.
 
-    Patch before ``torch.compile``; ``fully_shard`` and peft may come before or after. :func:`unpatch` restores the model
-    exactly, :func:`patched` does both around a block.
+    Patch before ``torch.compile``; ``fully_shard`` and peft may come before or after. :func:`unpatch` restores the
+    model exactly, :func:`patched` does both around a block.
 
     Raises:
         UserError: transformers is not installed, ``model`` holds no transformers model, is patched already, or a part

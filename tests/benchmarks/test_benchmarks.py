@@ -201,6 +201,22 @@ def test_a_run_from_end_to_end(small, tmp_path):
     assert set(result["stamp"]) >= {"device", "commit", "torch", "triton", "python", "threads", "timed"}
 
 
+def test_some_ops_again_keep_the_others(small, tmp_path, monkeypatch):
+    old = [*rows(BEFORE), replace(rows({PYTORCH: 3.0})[0], op="rope")]
+    Result({"commit": "before"}, rows=old, errors=[accuracy.Error("a", "b", "c", "d", 1.0, 2.0, True)]).write(
+        tmp_path / "results.json"
+    )
+    again = case_of({PYTORCH: lambda: None, "fastllm cpu": lambda: None})
+    monkeypatch.setattr(command, "every_case", lambda scale, only=(): [again])
+    command.measure(tmp_path, Scale(True, 0.01), ("rms_norm",))
+    result = Result.read(tmp_path / "results.json")
+    assert [(r.op, r.implementation, r.commit) for r in result.rows] == [
+        ("rms_norm", PYTORCH, ""), ("rms_norm", "fastllm cpu", ""), ("rope", PYTORCH, "before"),
+    ]  # fmt: skip
+    assert len(result.errors) == 1
+    assert "Some rows are of other commits: before" in (tmp_path / "report.md").read_text()
+
+
 def test_an_interrupted_run_keeps_what_it_has(small, tmp_path, monkeypatch):
     first = case_of({PYTORCH: lambda: None, "fastllm cpu": lambda: None})
 
