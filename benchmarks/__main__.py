@@ -26,10 +26,11 @@ from rich.console import Console
 from fastllm.train import keep_freed_memory, process_group
 
 from . import accuracy, defaults, peaks, plots, report
-from .cases import OURS, PYTORCH, Scale, every_case
+from .cases import OURS, PYTORCH, Scale
 from .compare import compare, table
 from .record import FILE, FOLDER, Result, Row, best, find
 from .runner import run
+from .suite import every_case
 from .timing import DEVICE, device_name, stamp
 
 console = Console(highlight=False, markup=False, soft_wrap=True)

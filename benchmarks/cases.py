@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -96,13 +96,3 @@ def step_of(op: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor | None
         out.backward(grad.view_as(out))
 
     return call
-
-
-def every_case(scale: Scale, ops: tuple[str, ...] = ()) -> Iterator[Case]:
-    """In the order of the report; ``ops`` limits them."""
-    from . import attention, losses, norm, pointwise, steps
-
-    for family in (norm, losses, attention, pointwise, steps):
-        for case in family.cases(scale):
-            if not ops or case.op in ops:
-                yield case

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import Case, Scale, every_case
+from .cases import Case, Scale
+from .suite import every_case
 from .timing import CLOCK
 
 EACH = [(case, name) for case in every_case(Scale()) for name in case.implementations]

@@ -13,7 +13,7 @@ _HOME = {
     "Config": "config",
     "ModelConfig": "config",
     "Tokenizer": "tokenizer",
-    "export": "pretrained",
+    "export": "exporting",
     "from_pretrained": "pretrained",
     "load_run": "checkpoint",
     "patch": "dropin",

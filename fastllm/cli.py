@@ -138,7 +138,7 @@ def _export(run: Path, out: Path, /, dtype: Literal["as it is", "float32", "bflo
     """
     import torch
 
-    from .pretrained import export
+    from .exporting import export
 
     export(run, out, dtype=None if dtype == "as it is" else getattr(torch, dtype))
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")

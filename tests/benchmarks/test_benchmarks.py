@@ -17,12 +17,13 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import accuracy, defaults, report
-from benchmarks.cases import COPY, OURS, PYTORCH, Case, Scale, every_case
+from benchmarks.cases import COPY, OURS, PYTORCH, Case, Scale
 from benchmarks.compare import compare, table
 from benchmarks.gpu import Step, steps
 from benchmarks.gpu import run as run_step
 from benchmarks.record import Result, Row, best
 from benchmarks.runner import FEWEST, run
+from benchmarks.suite import every_case
 
 ROOT = Path(__file__).resolve().parents[2]
 

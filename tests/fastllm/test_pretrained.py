@@ -18,9 +18,10 @@ from fastllm import checkpoint
 from fastllm.cli import main
 from fastllm.config import Config, ModelConfig, dump
 from fastllm.errors import UserError
+from fastllm.exporting import layout
 from fastllm.generate import generate
 from fastllm.model import GPT
-from fastllm.pretrained import layout, model_config
+from fastllm.pretrained import model_config
 from fastllm.tokenizer import Tokenizer
 from fastllm.weights import save_weights
 from tests.numerics import assert_accurate
