@@ -20,7 +20,9 @@ import fastllm.kernels.modules as modules
 import fastllm.model
 from fastllm.config import PRESETS, Config
 from fastllm.model import GPT
-from fastllm.train import make_optimizer, pick_precision, shard
+from fastllm.optim import make_optimizers
+from fastllm.optim import step as update
+from fastllm.train import pick_precision, shard
 
 from .cases import COMPILED, OURS, PYTORCH, Call, Case, Scale
 from .timing import DEVICE
@@ -87,13 +89,12 @@ def only(brought_in: tuple[str, ...]) -> Iterator[None]:
 def _step(
     model: nn.Module, config: Config, loss: Callable[[], Tensor], within: Callable[[], AbstractContextManager]
 ) -> Call:
-    optimizer = make_optimizer(model, config.optim)
+    optimizers = make_optimizers(model, config.optim)
 
     def step() -> None:
         with within():
             loss().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        update(optimizers, config.optim.lr)
 
     return step
 

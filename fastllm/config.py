@@ -93,13 +93,20 @@ class DataConfig:
         _check(0 < self.validation < 1, f"data.validation must be between 0 and 1, it is {self.validation}")
 
 
+Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["wsd", "linear", "cosine"]
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate: warm-up, constant, linear decay to zero."""
+    """The optimizer and its learning rate."""
 
+    optimizer: Optimizer = "adamw"  # or muon, for the matrices of the blocks
     lr: float = 4e-3  # peak learning rate
+    schedule: Schedule = "wsd"  # after the warm-up: constant and then a line down, a line down, or half a cosine
     warmup: float = 0.02  # share of the run in which the learning rate rises
-    decay: float = 0.8  # share of the run in which it falls to zero
+    decay: float = 0.8  # share of the run in which it falls, with wsd
+    final: float = 0.0  # the learning rate at the end, as a share of the peak
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1  # on matrices only
@@ -110,6 +117,10 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"optim.{name} must be at least 0 and less than 1, it is {value}")
+        for name, choices in (("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule))):
+            value = getattr(self, name)
+            _check(value in choices, f"optim.{name} must be one of {', '.join(choices)}, it is {value!r}")
+        _check(0 <= self.final <= 1, f"optim.final must be between 0 and 1, it is {self.final}")
         _check(self.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {self.weight_decay}")
         _check(
             self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1,

@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from . import __version__, checkpoint, data, report
+from . import __version__, checkpoint, data, optim, report
 from . import config as configs
-from .config import Config, OptimConfig
+from .config import Config
 from .errors import UserError
 from .files import write_atomic
 from .generate import generate
@@ -123,7 +123,7 @@ def run_loop(
     settings = config.train
     sequences = settings.batch_tokens // config.model.context
     batches = data.Batches(tokens, config.model.context, settings.seed)
-    optimizer = make_optimizer(model, config.optim)
+    optimizers = optim.make_optimizers(model, config.optim)
     start = logged_at = time.perf_counter()
     evaluating = 0.0  # seconds, left out of the speed
     step, logged_step, loss_sum = 0, 0, torch.zeros((), device=device)
@@ -131,9 +131,7 @@ def run_loop(
 
     with report.Progress(settings.steps) as display, open_log(log) as write:
         while progress < 1 and not stop.caught:
-            lr = learning_rate(config.optim, progress + 0.5 / settings.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            lr = optim.learning_rate(config.optim, progress + 0.5 / settings.steps)
             for first in range(0, sequences, settings.micro_batch):
                 count = min(settings.micro_batch, sequences - first)
                 model.set_requires_gradient_sync(first + count == sequences)
@@ -142,8 +140,7 @@ def run_loop(
                 loss.backward()
                 loss_sum += loss.detach()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            optim.step(optimizers, lr)
             step += 1
             progress = step / settings.steps
             if settings.seconds:
@@ -270,23 +267,6 @@ def full(tensor: Tensor) -> Tensor:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: full(tensor) for name, tensor in model.state_dict().items()}
-
-
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW, with weight decay on matrices only."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-
-
-def learning_rate(config: OptimConfig, progress: float) -> float:
-    """At ``progress``, from 0 to 1, through the run."""
-    rising = progress / config.warmup if config.warmup else 1.0
-    falling = (1.0 - progress) / config.decay if config.decay else 1.0
-    return config.lr * max(0.0, min(1.0, rising, falling))
 
 
 class StopSignals:
