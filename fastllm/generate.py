@@ -70,10 +70,12 @@ def sample(
 ) -> Iterator[int]:
     """Up to ``max_tokens`` tokens that follow ``ids``; ``first`` limits the choice of the first."""
     context, device = model.config.context, model.head_weight.device
-    cache, new = KVCache(model), ids[-context:]
+    new = ids[-context:]
+    size = min(context, len(new) + max_tokens)
+    cache = KVCache(model, size=size)
     for _ in range(max_tokens):
-        if cache.length + len(new) > context:  # full: go on with the latest half
-            cache, new = KVCache(model), ids[-(context // 2) :]
+        if cache.length + len(new) > size:  # full: go on with the latest half
+            cache, new = KVCache(model), ids[-max(context // 2, 1) :]
         logits = model.next_logits(torch.tensor([new], device=device), cache)[0].float()
         if first is not None:
             mask = torch.full_like(logits, float("-inf"))

@@ -13,10 +13,10 @@ from .rotary import rotary_tables
 
 
 class LayerCache:
-    """The keys and values of one layer, ``[batch, context, kv_heads, head_dim]``, filled from the front."""
+    """The keys and values of one layer, ``[batch, size, kv_heads, head_dim]``, filled from the front."""
 
-    def __init__(self, config: ModelConfig, batch: int, like: Tensor) -> None:
-        shape = (batch, config.context, config.kv_heads, config.head_dim)
+    def __init__(self, config: ModelConfig, batch: int, size: int, like: Tensor) -> None:
+        shape = (batch, size, config.kv_heads, config.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
         self.length = 0
 
@@ -28,10 +28,14 @@ class LayerCache:
 
 
 class KVCache:
-    """A :class:`LayerCache` for each layer of a GPT, for ``batch`` sequences of one length."""
+    """A :class:`LayerCache` for each layer of a GPT, for ``batch`` sequences of one length.
 
-    def __init__(self, model: GPT, batch: int = 1) -> None:
-        self.layers = [LayerCache(model.config, batch, model.head_weight) for _ in range(model.config.layers)]
+    ``size``: the tokens that it has room for in each of them; None: the context.
+    """
+
+    def __init__(self, model: GPT, batch: int = 1, size: int | None = None) -> None:
+        config, size = model.config, size or model.config.context
+        self.layers = [LayerCache(config, batch, size, model.head_weight) for _ in range(config.layers)]
 
     @property
     def length(self) -> int:
