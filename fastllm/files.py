@@ -18,13 +18,17 @@ def atomic(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
+        _to_disk(part)
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
@@ -34,12 +38,14 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into; at the end of the block it gets its name ``path``, which is free or an empty folder."""
+    """A folder to write files into; at the end it gets its name ``path``, which is free or an empty folder."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         yield part
+        for file in part.iterdir():
+            _to_disk(file)
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
