@@ -128,19 +128,19 @@ def export(argv: list[str]) -> int:
     return tyro.cli(_export, prog="fastllm export", args=argv)
 
 
-def _export(run: Path, out: Path, /, dtype: Literal["as it is", "float32", "bfloat16", "float16"] = "as it is") -> int:
+def _export(run: Path, out: Path, /, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> int:
     """Write a trained model as a Hugging Face folder, for transformers and vLLM.
 
     Args:
         run: the run folder that `fastllm train` made.
         out: the folder to make.
-        dtype: of the weights.
+        dtype: of the weights; None: as they are.
     """
     import torch
 
     from .exporting import export
 
-    export(run, out, dtype=None if dtype == "as it is" else getattr(torch, dtype))
+    export(run, out, dtype=dtype and getattr(torch, dtype))
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
     return 0
 

@@ -233,11 +233,12 @@ def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
             if key not in hints:
                 raise UserError(f"{path}: unknown key {key!r} in [{section}]{did_you_mean(key, hints)}")
             values[key] = _typed(value, hints[key], f"{path}: {section}.{key}")
-        sections[section] = _built(path, replace, old, **values)
-    return _built(path, replace, base, **sections)
+        sections[section] = built(path, replace, old, **values)
+    return built(path, replace, base, **sections)
 
 
-def _built(path: str | Path, make: Any, *args: Any, **kwargs: Any) -> Any:
+def built(path: str | Path, make: Any, *args: Any, **kwargs: Any) -> Any:
+    """``make(...)``, whose errors name the file."""
     try:
         return make(*args, **kwargs)
     except UserError as error:

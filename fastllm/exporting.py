@@ -25,7 +25,7 @@ def export(
     """Write a trained model as a Hugging Face folder, which transformers' Auto classes and vLLM load.
 
     Args:
-        run: the run folder (or a Hugging Face folder, to write it anew).
+        run: the run folder.
         out: the folder to make; it appears whole or not at all.
         dtype: of the weights; None: as they are, float32 after training.
         max_shard_size: weights beyond it are split into several files.
@@ -34,20 +34,20 @@ def export(
         ``out``.
 
     Raises:
-        UserError: ``out`` is not empty, ``run`` is not a whole run, or no layout has what the model has.
+        UserError: ``out`` is not empty, ``run`` is not a whole run or is such a folder itself, or no layout has what
+            the model has.
     """
     from huggingface_hub import save_torch_state_dict  # slow to import
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and not empty; choose another folder")
+    if (Path(run) / CONFIG).is_file():
+        raise UserError(f"{run} is a Hugging Face folder already")
     model, tokenizer, _ = load_run(run)
     model = model if dtype is None else model.to(dtype)
     kept = str(model.head_weight.dtype).removeprefix("torch.")
-    end = {
-        "bos_token_id": tokenizer.end,
-        "eos_token_id": tokenizer.ends[0] if len(tokenizer.ends) == 1 else tokenizer.ends,
-    }
+    end = {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
     config = {**layout(model.config), "torch_dtype": kept, **end}
     text = tokenizer.backend.id_to_token(tokenizer.end)
     described = {
@@ -66,7 +66,9 @@ def layout(config: ModelConfig) -> dict[str, Any]:
     """The config.json of the layout that has what ``config`` has, in keys that transformers 4 and 5 and vLLM know."""
     if config.qk_norm and config.qkv_bias:
         raise UserError("no Hugging Face layout has both model.qk_norm and model.qkv_bias")
-    kind = "mistral" if config.window else "llama"
+    if config.attention_dim not in (0, config.dim) and config.qkv_bias:
+        raise UserError("no Hugging Face layout has model.qkv_bias with a model.attention_dim that isn't model.dim")
+    kind = "mistral" if config.window or config.dim % config.heads else "llama"  # Llama's must divide
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else kind
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     rope: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
@@ -91,8 +93,8 @@ def layout(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
     }
-    if kind == "mistral" or config.window:
-        keys["sliding_window"] = config.window
+    if kind != "llama":
+        keys["sliding_window"] = config.window or None
     if kind in ("qwen2", "qwen3"):
         keys |= {"use_sliding_window": bool(config.window), "max_window_layers": 0 if config.window else config.layers}
     return keys

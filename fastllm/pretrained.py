@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .config import ModelConfig
+from .config import ModelConfig, built
 from .errors import UserError
 from .model import GPT
 from .rotary import attention_factor
@@ -21,7 +21,13 @@ from .weights import load_weights
 
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
-LAYOUTS = ("llama", "mistral", "qwen2", "qwen3")
+# The layouts, and what transformers takes for keys that their config.json leaves out, where they don't agree.
+ABSENT: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
 
 
 def from_pretrained(
@@ -94,10 +100,11 @@ def _json(path: Path) -> dict[str, Any]:
 
 def model_config(path: Path) -> ModelConfig:
     """The GPT's configuration for a config.json, of transformers 5 or older."""
-    given = {key: value for key, value in _json(path).items() if value is not None}
-    kind = given.get("model_type")
-    if kind not in LAYOUTS:
-        raise UserError(f"{path}: model_type is {kind!r}; fastllm's GPT reads {', '.join(LAYOUTS)}")
+    content = _json(path)
+    kind = content.get("model_type")
+    if kind not in ABSENT:
+        raise UserError(f"{path}: model_type is {kind!r}; fastllm's GPT reads {', '.join(ABSENT)}")
+    given = {key: value for key, value in {**ABSENT[kind], **content}.items() if value is not None}
 
     def must(key: str, *allowed: Any) -> None:
         if given.get(key, allowed[0]) not in allowed:
@@ -107,15 +114,20 @@ def model_config(path: Path) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         must(key, False)
     must("partial_rotary_factor", 1.0)
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [key for key in needed if key not in given]
+    needed = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "max_position_embeddings",
+    )  # fmt: skip
+    missing = [key for key in needed if type(given.get(key)) is not int or given[key] < 1]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
+        raise UserError(f"{path} must say how large these are: {', '.join(missing)}")
     heads, dim = given["num_attention_heads"], given["hidden_size"]
-    head_dim = given.get("head_dim", 128 if kind == "qwen3" else dim // heads)
-    return ModelConfig(
+    head_dim = given.get("head_dim", dim // heads)
+    return built(
+        path,
+        ModelConfig,
         vocab_size=given["vocab_size"],
-        context=given.get("max_position_embeddings", 2048),
+        context=given["max_position_embeddings"],
         dim=dim,
         layers=given["num_hidden_layers"],
         heads=heads,
@@ -167,15 +179,16 @@ def _rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{path}: rope_type is {kind!r}; fastllm's GPT has {', '.join(ROPE_FIXED)}")
     if rope.pop("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"{path}: partial_rotary_factor is not 1, which fastllm's GPT does not have")
-    if kind == "default":
-        return {"rope_theta": theta}
-    fields = {"rope_theta": theta, "rope_scaling": kind, "rope_factor": rope.pop("factor", 1.0)}
-    original = rope.pop("original_max_position_embeddings", given.get("max_position_embeddings", 2048))
-    if kind != "linear":
-        fields["rope_original_context"] = original
-    fixed = dict(ROPE_FIXED[kind])
+    fields, fixed = {"rope_theta": theta}, dict(ROPE_FIXED[kind])
+    if kind != "default":
+        if "factor" not in rope:
+            raise UserError(f"{path}: rope scaling {kind!r} lacks its factor")
+        fields |= {"rope_scaling": kind, "rope_factor": rope.pop("factor")}
+    if kind in ("llama3", "yarn"):
+        original = rope.pop("original_max_position_embeddings", given["max_position_embeddings"])
+        fields["rope_original_context"] = given.get("original_max_position_embeddings", original)
     if kind == "yarn":
-        fixed["attention_factor"] = attention_factor(ModelConfig(**fields))
+        fixed["attention_factor"] = attention_factor(built(path, ModelConfig, **fields))
     for key, value in rope.items():
         if key not in fixed or abs(value - fixed[key]) > 1e-6:
             raise UserError(f"{path}: {key} of rope scaling {kind!r} is {value}, which fastllm's GPT does not have")

@@ -41,6 +41,7 @@ def load_weights(config: ModelConfig, *paths: str | Path, dtype: torch.dtype | N
     own, path = model.state_dict(), paths[0] if len(paths) == 1 else Path(paths[0]).parent
     if model.lm_head is None:
         tensors.pop("lm_head.weight", None)  # some files hold a tied head once more
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files' tables
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
         parts = [f"lacks {_some(missing)}"] * bool(missing) + [f"has the unknown {_some(unknown)}"] * bool(unknown)
@@ -51,6 +52,9 @@ def load_weights(config: ModelConfig, *paths: str | Path, dtype: torch.dtype | N
                 f"{path} does not fit the model: {name} is {list(tensor.shape)}, "
                 f"the configuration makes it {list(own[name].shape)}"
             )
+    dtypes = sorted({str(t.dtype) for t in tensors.values()})
+    if len(dtypes) > 1:
+        raise UserError(f"{path} holds weights of several dtypes ({', '.join(dtypes)}): pass dtype to choose one")
     model.load_state_dict(tensors, assign=True)
     return model
 

@@ -1,115 +1,28 @@
-"""Hugging Face folders in and out, against transformers itself on small random models."""
+"""Models from Hugging Face folders, against transformers itself on small random models."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tokenizers import decoders, models, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import fastllm
 from fastllm import checkpoint
-from fastllm.cli import main
-from fastllm.config import Config, ModelConfig, dump
 from fastllm.errors import UserError
-from fastllm.exporting import layout
 from fastllm.generate import generate
-from fastllm.model import GPT
 from fastllm.pretrained import model_config
-from fastllm.tokenizer import Tokenizer
+from fastllm.tokenizer import END
 from fastllm.weights import save_weights
-from tests.numerics import assert_accurate
 
-SIZES = {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 96, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0, "original_max_position_embeddings": 24}
-LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# Configuration class, and what it is given beyond SIZES.
-THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama, tied": ("Llama", {"tie_word_embeddings": True}),
-    "llama, wide heads": ("Llama", {"head_dim": 32}),
-    "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}),
-    "llama, llama3": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama, yarn": ("Llama", {"rope_parameters": YARN}),
-    "mistral": ("Mistral", {"sliding_window": 8}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"head_dim": 32}),
-    "qwen3, window": ("Qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
-}
+from .hugging_face import LLAMA3, SIZES, THEIRS, TOKENIZER, YARN, assert_same_logits, their_model
+
 theirs = pytest.mark.parametrize("name", THEIRS)
-TOKENS = torch.randint(0, 300, (2, 80), generator=torch.Generator().manual_seed(0))
-TOKENIZER = Tokenizer.train(["def add(a, b):\n    return a + b\n" * 20], 300)
-SMALL = ModelConfig(vocab_size=TOKENIZER.vocab_size, context=96, dim=64, layers=2, heads=4, kv_heads=2, hidden_dim=96)
-OURS = {
-    "llama": SMALL,
-    "llama, untied, yarn": replace(
-        SMALL, tie_embeddings=False, rope_scaling="yarn", rope_factor=4.0, rope_original_context=24
-    ),
-    "llama, llama3": replace(SMALL, rope_scaling="llama3", rope_factor=4.0, rope_original_context=24),
-    "mistral": replace(SMALL, window=8, rope_scaling="linear", rope_factor=2.0),
-    "qwen2": replace(SMALL, qkv_bias=True),
-    "qwen3": replace(SMALL, qk_norm=True, attention_dim=128),
-    "qwen3, window": replace(SMALL, qk_norm=True, window=8),
-}
-ours = pytest.mark.parametrize("name", OURS)
-
-
-@torch.no_grad()
-def randomised(model: Any) -> Any:
-    """Every weight counts, norms and biases too."""
-    generator = torch.Generator().manual_seed(1)
-    for p in model.parameters():
-        p.add_(torch.randn(p.shape, generator=generator) * (0.2 if p.dim() == 1 else p.shape[-1] ** -0.5))
-    return model.eval()
-
-
-def their_model(name: str, **more: Any) -> PreTrainedModel:
-    kind, given = THEIRS[name]
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **given, **more})
-    return randomised(AutoModelForCausalLM.from_config(config))
-
-
-@torch.no_grad()
-def assert_same_logits(gpt: GPT, model: PreTrainedModel) -> None:
-    """The GPT's error against float64 is at most twice that of transformers, plus a rounding step.
-
-    The reference is the GPT, once it is seen to be transformers' model, whose angles are float32 even in float64.
-    """
-    tokens = TOKENS % gpt.config.vocab_size
-    logits, eager = gpt(tokens), model(tokens).logits
-    exact = gpt.double()(tokens)
-    torch.testing.assert_close(model.double()(tokens).logits, exact, rtol=1e-4, atol=1e-4)
-    assert_accurate(logits, eager, exact)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[[ModelConfig], Path]:
-    """Makes a run folder with random weights."""
-
-    def make(config: ModelConfig) -> Path:
-        folder = tmp_path / "run"
-        folder.mkdir()
-        (folder / "config.toml").write_text(
-            dump(replace(Config(), model=config, train=replace(Config().train, batch_tokens=96)))
-        )
-        TOKENIZER.save(folder / "tokenizer.json")
-        save_weights(folder / "model.safetensors", randomised(GPT(config)).state_dict())
-        checkpoint.save_meta(folder, {"status": "finished"})
-        return folder
-
-    return make
-
-
-# ---- in ----
 
 
 @theirs
@@ -135,6 +48,47 @@ def test_older_configurations(name, tmp_path):
         config["head_dim"] = None
     path.write_text(json.dumps(config))
     assert model_config(path) == expected
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_keys_that_are_left_out(kind, tmp_path):
+    """They are what transformers takes them to be."""
+    config = {key: SIZES[key] for key in list(SIZES)[:4]} | {"num_attention_heads": 32, "use_sliding_window": True}
+    path, theirs = tmp_path / "config.json", getattr(transformers, f"{kind}Config")(**config, max_window_layers=0)
+    path.write_text(json.dumps(config | {"model_type": kind.lower(), "max_window_layers": 0}))
+    own = model_config(path)
+    assert own.context == theirs.max_position_embeddings
+    assert own.kv_heads == theirs.num_key_value_heads
+    assert own.head_dim == getattr(theirs, "head_dim", 64 // 32)
+    assert own.window == (getattr(theirs, "sliding_window", None) or 0)
+    assert own.norm_eps == theirs.rms_norm_eps
+    assert own.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert own.tie_embeddings is theirs.tie_word_embeddings
+    path.write_text(json.dumps(config | {"model_type": kind.lower(), "num_key_value_heads": None}))
+    assert model_config(path).kv_heads == 32
+
+
+def test_the_original_context_beside_the_scaling(tmp_path):
+    """As transformers has it: this key goes before that of the scaling."""
+    their_model("llama, yarn").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"original_max_position_embeddings": 12}))
+    assert model_config(path).rope_original_context == 12
+    assert_same_logits(fastllm.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_older_weights_and_mixed_ones(tmp_path):
+    """Tables of angles in the file are not needed; weights of two dtypes are brought to one, which the caller names."""
+    model = their_model("llama")
+    model.save_pretrained(tmp_path)
+    tensors = {name: t.detach() for name, t in model.state_dict().items()}
+    file, norm = tmp_path / "model.safetensors", "model.norm.weight"
+    save_weights(file, tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    assert_same_logits(fastllm.from_pretrained(tmp_path), model)
+    save_weights(file, {name: t.float() if name == norm else t.bfloat16() for name, t in tensors.items()})
+    with pytest.raises(UserError, match=r"of several dtypes \(torch\.bfloat16, torch\.float32\): pass dtype"):
+        fastllm.from_pretrained(tmp_path)
+    assert fastllm.from_pretrained(tmp_path, dtype=torch.bfloat16).model.norm.weight.dtype == torch.bfloat16
 
 
 def test_sharded_files(tmp_path):
@@ -163,17 +117,21 @@ def test_a_shorter_context(tmp_path):
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
-        ({"hidden_size": None}, "lacks hidden_size"),
+        ({"hidden_size": None, "max_position_embeddings": 0}, "how large these are: hidden_size, max_position_"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}, "low_freq_factor of rope scaling 'llama3' is 2"),
         ({"rope_parameters": YARN | {"attention_factor": 1.0}}, "attention_factor of rope scaling 'yarn' is 1"),
         ({"rope_parameters": YARN | {"mscale": 1.0}}, "mscale of rope scaling 'yarn' is 1"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"rope_parameters": {"full_attention": LLAMA3}}, "full_attention of rope scaling 'default' is {"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope scaling 'linear' lacks its factor"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, "config.json: model.rope_factor must be at least 1"),
         (
             {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
             "some layers have a window and some have none",
         ),
-        ({"num_attention_heads": 3}, "must be a multiple of"),
+        ({"num_attention_heads": 3}, "config.json: model.heads (3) must be a multiple of"),
     ],
 )  # fmt: skip
 def test_what_the_gpt_does_not_have(change, words, tmp_path):
@@ -214,86 +172,43 @@ def test_folders_that_are_not_whole(tmp_path):
         fastllm.from_pretrained(tmp_path)
 
 
-# ---- out ----
+@pytest.fixture
+def their_folder(tmp_path: Path) -> Path:
+    """A model and its tokenizer, which puts a token before each text, as Llama 3's does, and ends in another."""
+    tokenizer = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str().replace(END, "<|end|>"))
+    tokenizer.add_special_tokens(["<|begin|>"])
+    begin, end = tokenizer.token_to_id("<|begin|>"), tokenizer.token_to_id("<|end|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|begin|>", eos_token="<|end|>")
+    wrapped.save_pretrained(tmp_path / "theirs")
+    ids = {"vocab_size": tokenizer.get_vocab_size(), "bos_token_id": begin, "eos_token_id": end}
+    their_model("llama", **ids).save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
 
 
-@ours
-def test_export(name, run, tmp_path):
-    config, out = OURS[name], tmp_path / "out"
-    assert fastllm.export(run(config), out) == out
-    assert layout(config)["model_type"] == name.split(",")[0]
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.config.tie_word_embeddings is config.tie_embeddings
-    gpt, _, _ = checkpoint.load_run(tmp_path / "run")
-    again = fastllm.from_pretrained(out)
-    assert again.config == config
-    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), gpt.parameters(), strict=True))
-    assert_same_logits(gpt, model)
-
-
-def test_export_in_shards_and_in_bfloat16(run, tmp_path):
-    out = fastllm.export(run(SMALL), tmp_path / "out", dtype=torch.bfloat16, max_shard_size="50KB")
-    assert (out / "model.safetensors.index.json").is_file()
-    model = AutoModelForCausalLM.from_pretrained(out)
-    assert model.dtype == torch.bfloat16
-    assert_same_logits(fastllm.from_pretrained(out), model)
-
-
-def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
-    folder = run(SMALL)
-    out = fastllm.export(folder, tmp_path / "out")
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    prompt = "def add(a, b):\n    naïve = 日本"
-    assert tokenizer(prompt).input_ids == TOKENIZER.encode(prompt)
-    assert tokenizer.decode(TOKENIZER.encode(prompt)) == prompt
-    assert tokenizer.eos_token_id == TOKENIZER.end
+def test_text_of_their_folder(their_folder):
+    tokenizer, prompt = AutoTokenizer.from_pretrained(their_folder), "def add(a, b):\n    naïve = 日本"
+    model, own, _ = checkpoint.load_run(their_folder)
     inputs = tokenizer(prompt, return_tensors="pt")
-    made = AutoModelForCausalLM.from_pretrained(out).generate(
+    assert own.encode(prompt) == inputs.input_ids[0].tolist()
+    assert own.encode("") == [tokenizer.bos_token_id]
+    assert own.ends == (tokenizer.eos_token_id,)
+    made = AutoModelForCausalLM.from_pretrained(their_folder).generate(
         **inputs, max_new_tokens=12, do_sample=False, pad_token_id=0
     )
-    text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-    for place in (folder, out):
-        model, tokens, _ = checkpoint.load_run(place)
-        assert "".join(generate(model, tokens, prompt, max_tokens=12, temperature=0)) == text
+    text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :])
+    assert "".join(generate(model, own, prompt, max_tokens=12, temperature=0)) == text.removesuffix("<|end|>")
 
 
-def test_several_ends(run, tmp_path):
-    out = fastllm.export(run(SMALL), tmp_path / "out")
-    model, tokenizer, _ = checkpoint.load_run(out)
-    first = "".join(generate(model, tokenizer, "def", max_tokens=1, temperature=0))
-    (end,) = tokenizer.encode(first)
-    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.end, end]}))
-    model, tokenizer, _ = checkpoint.load_run(out)
-    assert tokenizer.ends == (TOKENIZER.end, end)
-    assert "".join(generate(model, tokenizer, "def", max_tokens=9, temperature=0)) == ""
-
-
-def test_no_layout():
-    with pytest.raises(UserError, match=r"both model\.qk_norm and model\.qkv_bias"):
-        layout(replace(SMALL, qk_norm=True, qkv_bias=True))
-
-
-def test_nothing_is_overwritten_or_left_half(run, tmp_path, monkeypatch):
-    folder, out = run(SMALL), tmp_path / "out"
-    out.mkdir()
-    (out / "file").touch()
-    with pytest.raises(UserError, match="there already and not empty"):
-        fastllm.export(folder, out)
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("huggingface_hub.save_torch_state_dict", full)
-    with pytest.raises(UserError, match="No space left on device"):
-        fastllm.export(folder, tmp_path / "deep" / "other")
-    assert not list((tmp_path / "deep").iterdir())
-
-
-def test_command_line(run, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["export", str(run(SMALL)), str(out), "--dtype", "bfloat16"]) == 0
-    assert "model.safetensors" in capsys.readouterr().out
-    assert main(["generate", str(out), "--prompt", "def", "--max-tokens", "5"]) == 0
-    assert capsys.readouterr().out.startswith("def")
-    assert main(["export", str(tmp_path / "none"), str(tmp_path / "o")]) == 2
-    assert "there is no run folder" in capsys.readouterr().err
+def test_tokenizers_that_are_not_of_bytes(their_folder):
+    sentences = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
+    sentences.add_special_tokens(["<|end|>"])
+    sentences.decoder = decoders.Metaspace()
+    sentences.save(str(their_folder / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer\.json is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are"):
+        checkpoint.load_run(their_folder)
+    (their_folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json"):
+        checkpoint.load_run(their_folder)
