@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastllm.kernels import flash_attention, flash_decode
 
 from . import peers
-from .cases import ON_GPU, OURS, PYTORCH, Call, Case, Scale, ours, short
+from .cases import OURS, PYTORCH, Call, Case, Scale, ours, short
 from .timing import DEVICE
 
 # PyTorch's own choice, and each that it can be made to take here.
@@ -41,7 +41,7 @@ def cases(scale: Scale) -> Iterator[Case]:
         [(1, 12, 1024, 64)],
     )
     for shape in shapes:
-        for dtype in (torch.bfloat16,) if ON_GPU else scale.dtypes:
+        for dtype in scale.dtypes:
             for backward in scale.directions:
                 yield _causal(*shape, dtype, backward)
     yield _windowed(*scale.pick((2, 16, 8192, 128, 1024), (1, 8, 4096, 64, 512), (1, 4, 1024, 64, 128)))

@@ -21,7 +21,8 @@ KERNELS = tuple(
     for b in ("triton", "cuda", "cpu")
     if not backends.device_limit(b, DEVICE) and not (b == "triton" and backends.TRITON_INTERPRET)
 )
-PYTORCH, COMPILED, COPY, OURS = "PyTorch", "torch.compile", "copy", "fastllm"
+PYTORCH, COMPILED, COPY, PRODUCTS, OURS = "PyTorch", "torch.compile", "copy", "products", "fastllm"
+LADDER, DROP_IN = "training step", "drop-in"
 
 Call = Callable[[], Any]
 Unit = Literal["GB/s", "TFLOP/s", "tokens/s"]
@@ -60,12 +61,22 @@ class Scale:
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        return (torch.bfloat16,) if self.quick else (torch.bfloat16, torch.float32)
+        """On a GPU the one that models are trained in."""
+        return (torch.bfloat16,) if self.quick or ON_GPU else (torch.bfloat16, torch.float32)
 
     @property
     def directions(self) -> tuple[bool, ...]:
         """Whether backward too."""
         return (True,) if self.quick else (False, True)
+
+
+def is_ours(implementation: str) -> bool:
+    return OURS in implementation
+
+
+def is_theirs(implementation: str) -> bool:
+    """Not ours, and does the whole of the work."""
+    return not is_ours(implementation) and implementation not in (COPY, PRODUCTS)
 
 
 def short(dtype: torch.dtype) -> str:

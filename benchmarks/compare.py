@@ -6,7 +6,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from .cases import OURS
+from .cases import is_ours
 from .record import Result, Row
 
 LEAST = 0.05  # a change of fewer per cent is not worth a word
@@ -45,11 +45,11 @@ def compare(earlier: Result, later: Result) -> list[Change]:
             pairs.setdefault((row.case, row.at), []).append((old, row))
     changes = []
     for case in pairs.values():
-        control = [(_change(*pair), _error(*pair)) for pair in case if OURS not in pair[1].implementation]
+        control = [(_change(*pair), _error(*pair)) for pair in case if not is_ours(pair[1].implementation)]
         drift = statistics.median(c for c, _ in control) if control else 0.0
         scatter = max((abs(c - drift) for c, _ in control), default=0.0) + max((e for _, e in control), default=0.0)
         for old, row in case:
-            if OURS in row.implementation:
+            if is_ours(row.implementation):
                 noise = 3 * math.hypot(_error(old, row), scatter / 2)
                 changes.append(Change(row, math.exp(_change(old, row) - drift), noise, math.exp(drift)))
     return changes

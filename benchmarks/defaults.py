@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
+from fastllm.files import write_atomic
 from fastllm.kernels import backends
 
 from .cases import OURS
@@ -15,10 +16,15 @@ FILE = Path(__file__).resolve().parent.parent / "kernels" / "measured.py"
 
 
 def fastest(result: Result) -> dict[str, str]:
-    """Op -> the backend whose times, forward and backward, have the least geometric mean over the cases that all of
-    its backends ran."""
+    """Op -> the backend whose times have the least geometric mean over the cases that all of its backends ran.
+
+    Cases of forward and backward; of forward alone, where an op has no others.
+    """
     logs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    trained = {row.op for row in result.rows if row.direction == "forward+backward"}
     for rows in result.by_case().values():
+        if rows[0].op in trained and rows[0].direction == "forward":
+            continue
         ours = {r.implementation.removeprefix(f"{OURS} "): r for r in rows if r.implementation.startswith(f"{OURS} ")}
         ours = {backend: r for backend, r in ours.items() if backend in backends.BACKENDS}
         if rows[0].op in backends.OPS and len(ours) > 1 and not any(r.error for r in ours.values()):
@@ -54,5 +60,5 @@ def write() -> bool:
     new = text()
     changed = not FILE.exists() or FILE.read_text() != new
     if changed:
-        FILE.write_text(new)
+        write_atomic(FILE, new.encode())
     return changed

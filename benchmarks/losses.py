@@ -18,7 +18,7 @@ from torch import Tensor
 from fastllm.kernels import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
 
 from . import peers
-from .cases import COPY, OURS, PYTORCH, Call, Case, Scale, baselines, ours, short, step_of
+from .cases import COPY, OURS, PRODUCTS, PYTORCH, Call, Case, Scale, baselines, ours, short, step_of
 from .timing import DEVICE
 
 
@@ -142,11 +142,11 @@ def _head(tokens: int, features: int, classes: int, dtype: torch.dtype, sweep: s
         calls = {
             name: step_of(lambda h, w, op=op: op(h, w, target), [hidden, weight], grad) for name, op in ops.items()
         }
-        return {"products": products} | calls
+        return {PRODUCTS: products} | calls
 
     return Case(
         "linear_cross_entropy", f"{tokens}×{features}×{classes}", "forward+backward", short(dtype),
-        6 * tokens * features * classes, "TFLOP/s", ("products", *ops), build, sweep, at,
+        6 * tokens * features * classes, "TFLOP/s", (PRODUCTS, *ops), build, sweep, at,
     )  # fmt: skip
 
 

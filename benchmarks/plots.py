@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .cases import OURS, PER_UNIT, PYTORCH
+from fastllm.files import atomic
+
+from .cases import DROP_IN, LADDER, OURS, PER_UNIT, PYTORCH, is_ours, is_theirs
 from .record import Result, Row, best, find
-from .report import DROP_IN, LADDER
 
 COLOURS = {OURS: "#0b7a75", PYTORCH: "#9aa5b1", "other": ("#d9822b", "#6c5b7b", "#4a90d9", "#c0392b", "#7f8c4d")}
 
@@ -24,9 +25,8 @@ def draw(result: Result, out: Path) -> list[str]:
         if plot(result, figure):
             figure.text(0.99, 0.01, _stamp(result), ha="right", va="bottom", fontsize=7, color="#667")
             figure.get_layout_engine().set(rect=(0, 0.025, 1, 0.975))
-            part = out / f".{name}.part"
-            figure.savefig(part, format="png", facecolor="white")
-            part.replace(out / f"{name}.png")
+            with atomic(out / f"{name}.png") as part:
+                figure.savefig(part, format="png", facecolor="white")
             drawn.append(name)
     return drawn
 
@@ -36,31 +36,35 @@ def _stamp(result: Result) -> str:
 
 
 def _speedup(result: Result, figure: Any) -> bool:
-    """Bars: how many times as fast as PyTorch our fastest backend is, in each case."""
+    """Bars from PyTorch's time to our fastest backend's, and a mark for the fastest of all that is not ours."""
     bars = []
     for rows in result.by_case().values():
-        ours, base = best(rows, OURS), find(rows, PYTORCH)
-        if ours and base and rows[0].op not in (LADDER, DROP_IN):
+        ours, base, theirs = best(rows, is_ours), find(rows, PYTORCH), best(rows, is_theirs)
+        if ours and base and theirs and rows[0].op not in (LADDER, DROP_IN):
             label = f"{rows[0].op}  {rows[0].size}  {rows[0].dtype}{'' if 'back' in rows[0].direction else ', forward'}"
-            bars.append((label, base.seconds / ours.seconds))
+            bars.append((label, base.seconds / ours.seconds, base.seconds / theirs.seconds))
     if not bars:
         return False
     figure.set_size_inches(9, 1.2 + 0.24 * len(bars))
     axis = figure.subplots()
-    labels, values = zip(*reversed(bars), strict=True)
-    axis.barh(labels, values, color=COLOURS[OURS], height=0.72)
-    for at, value in enumerate(values):
-        axis.text(value * 1.03, at, f"{value:.1f}×", va="center", fontsize=8)
+    labels, values, others = zip(*reversed(bars), strict=True)
+    colours = [COLOURS[OURS] if value >= 1 else COLOURS["other"][0] for value in values]
+    axis.barh(labels, [value - 1 for value in values], left=1, color=colours, height=0.72)
+    for at, (value, other) in enumerate(zip(values, others, strict=True)):
+        axis.text(max(value, other, 1.0) * 1.04, at, f"{value:.2f}", va="center", fontsize=8)
+    axis.scatter(others, labels, marker="|", s=90, linewidths=2, color="#111", zorder=3,
+                 label="the fastest of PyTorch, torch.compile and others")  # fmt: skip
     axis.axvline(1, color="#333", linewidth=1)
     axis.set_xscale("log")
-    axis.set_xlim(min(0.8, *values) * 0.9, max(values) * 1.6)
+    axis.set_xlim(min(0.9, *values) * 0.9, max(*values, *others) * 1.4)
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}×")
     axis.xaxis.set_minor_formatter(lambda v, _: "")
     axis.tick_params(axis="y", labelsize=8)
     axis.margins(y=0.01)
     axis.grid(axis="x", alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title("times as fast as PyTorch")
+    axis.set_title("fastllm: times as fast as PyTorch")
     return True
 
 
@@ -83,6 +87,7 @@ def _curves(op: str, sweeps: dict[str, str]) -> Callable[[Result, Any], bool]:
                 at = [r.at for r in mine]
                 style = {"color": colour, "marker": "o", "markersize": 4, "label": name}
                 style |= {"linewidth": 2.2 if name.startswith(OURS) else 1.3}
+                style |= {"linestyle": "--", "zorder": 3} if name == PYTORCH else {}  # others may lie on it
                 spread = [[(r.seconds - r.low) * 1e3 for r in mine], [(r.high - r.seconds) * 1e3 for r in mine]]
                 axes[0, column].errorbar(at, [r.seconds * 1e3 for r in mine], spread, capsize=2, **style)
                 if all(r.memory for r in mine):

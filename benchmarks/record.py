@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from fastllm.errors import UserError
+from fastllm.files import write_atomic
 
 VERSION = 1
 FILE = "results.json"
@@ -42,15 +44,18 @@ class Row:
 
 @dataclass
 class Error:
-    """The largest error of one output against float64, of a backend and of PyTorch in the same dtype."""
+    """The largest error of one output against float64, of a backend and of PyTorch in the same dtype.
+
+    None: the call failed, and ``output`` is its message.
+    """
 
     op: str
     dtype: str
     backend: str
     output: str
-    error: float
-    pytorch: float
-    within: bool  # at most twice PyTorch's, plus one rounding step of the dtype
+    error: float | None
+    pytorch: float | None
+    within: bool  # the rule of accuracy.py
 
 
 @dataclass
@@ -68,7 +73,8 @@ class Result:
 
     def keep(self, earlier: Result, but: tuple[str, ...]) -> None:
         """What an earlier run found of other ops than ``but``, with the commit that it ran on."""
-        commit, self.ops, self.errors = earlier.stamp["commit"], earlier.ops, earlier.errors
+        commit, self.ops = earlier.stamp["commit"], earlier.ops
+        self.errors += [error for error in earlier.errors if error.op not in but]
         self.rows += [replace(row, commit=row.commit or commit) for row in earlier.rows if row.op not in but]
 
     def add(self, rows: list[Row]) -> None:
@@ -78,15 +84,19 @@ class Result:
     def write(self, path: Path) -> None:
         """Whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"version": VERSION, **_short(asdict(self))}, indent=1) + "\n")
-        os.replace(part, path)
+        text = json.dumps({"version": VERSION, **_short(asdict(self))}, indent=1) + "\n"
+        write_atomic(path, text.encode())
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        found = json.loads(path.read_text())
-        if found.get("version") != VERSION:
-            raise ValueError(f"{path} is no result file of version {VERSION}")
+        try:
+            found = json.loads(path.read_text())
+        except OSError as error:
+            raise UserError(f"can't read {path}: {error.strerror}") from error
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("version") != VERSION:
+            raise UserError(f"{path} is no result file of version {VERSION}")
         rows = [Row(**{k: v for k, v in row.items() if k in _ROW}) for row in found["rows"]]
         return cls(found["stamp"], found["peaks"], rows, [Error(**error) for error in found["errors"]], found["ops"])
 
@@ -121,7 +131,7 @@ def find(rows: Iterable[Row], implementation: str) -> Row | None:
     return next((r for r in rows if r.implementation == implementation and not r.error), None)
 
 
-def best(rows: Iterable[Row], start: str) -> Row | None:
-    """The fastest of those whose implementation begins so and which leave their inputs as they are."""
-    those = (r for r in rows if r.implementation.startswith(start) and not r.error)
-    return min((r for r in those if "in place" not in r.implementation), key=lambda r: r.seconds, default=None)
+def best(rows: Iterable[Row], kind: Callable[[str], bool]) -> Row | None:
+    """The fastest implementation of a kind that leaves its inputs as they are."""
+    those = (r for r in rows if kind(r.implementation) and not r.error and "in place" not in r.implementation)
+    return min(those, key=lambda r: r.seconds, default=None)

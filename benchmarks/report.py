@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from .cases import COMPILED, COPY, OURS, PER_UNIT, PYTORCH
+from fastllm.files import write_atomic
+
+from .cases import COMPILED, COPY, DROP_IN, LADDER, PER_UNIT, PYTORCH, is_ours, is_theirs
 from .peaks import DATASHEET
 from .record import Error, Result, Row, best, committed, find
 
 BEGIN, END = "<!-- measured: begin (python -m benchmarks --readme) -->", "<!-- measured: end -->"
 README = Path(__file__).resolve().parent.parent / "README.md"
-LADDER, DROP_IN = "training step", "drop-in"
 BASE = {DROP_IN: "transformers"}  # what times are ratios to, where it is not PyTorch
 PLOTS = {
     "speedup": "times as fast as PyTorch",
@@ -28,10 +29,10 @@ def report(result: Result, plots: Iterable[str]) -> str:
     lines = [f"# {stamp['device']}", "", ", ".join(f"{k} {v}" for k, v in stamp.items() if k != "device"), ""]
     commits = sorted({row.commit for row in result.rows if row.commit})
     lines += [f"Some rows are of other commits: {', '.join(commits)} (results.json says which).", ""] if commits else []
-    lines += [_limits(result), ""]
+    lines += [_machine(result), ""]
     lines += [
         f"Times are medians; ± is half the range between the quartiles. Implementations were timed {stamp['timed']}.",
-        "The rate is the least that must be done (benchmarks/*.py say what) over the time; its share is of the copy",
+        "The rate is the least that must be done (benchmarks/*.py say what) over the time; its shares are of the copy",
         "bandwidth or of the matrix rate above. Memory is the peak of a call beyond its inputs, gradients included.",
         "",
     ]
@@ -39,7 +40,7 @@ def report(result: Result, plots: Iterable[str]) -> str:
     for rows in result.by_case().values():
         ops.setdefault(rows[0].op, []).append(rows)
     for op, cases in ops.items():
-        lines += [f"## {op}", "", *_table(cases, result.peaks), ""]
+        lines += [f"## {op}", "", *_table(cases, _limits(result)), ""]
     for name in plots:
         lines += [f"![{PLOTS[name]}]({name}.png)", ""]
     if result.errors:
@@ -47,7 +48,15 @@ def report(result: Result, plots: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-def _limits(result: Result) -> str:
+def _limits(result: Result) -> dict[str, dict[str, float]]:
+    """What shares are taken of, by the column's title."""
+    limits = {"share": result.peaks}
+    if result.stamp.get("gpu") in DATASHEET:
+        limits["of the data sheet"] = dict(zip(("copy", "bfloat16"), DATASHEET[result.stamp["gpu"]], strict=True))
+    return limits
+
+
+def _machine(result: Result) -> str:
     p = result.peaks
     if not p:
         return "The machine's own limits were not measured in this run."
@@ -59,26 +68,27 @@ def _limits(result: Result) -> str:
     return text
 
 
-def _table(cases: list[list[Row]], peaks: dict[str, float]) -> list[str]:
+def _table(cases: list[list[Row]], limits: dict[str, dict[str, float]]) -> list[str]:
     lines = [
-        "| case | implementation | median ms | ± | times | rate | share | memory MiB | rounds |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| case | implementation | median ms | ± | times | rate | {' | '.join(limits)} | memory MiB | rounds |",
+        f"|---|---|---:|---:|---:|---:|{'---:|' * len(limits)}---:|---:|",
     ]
     for rows in cases:
         base = find(rows, BASE.get(rows[0].op, PYTORCH))
         case = f"{rows[0].direction} {rows[0].size} {rows[0].dtype}"
         for row in rows:
             if row.error:
-                lines.append(f"| {case} | {row.implementation} | {row.error.replace('|', '/')} | | | | | | |")
-            else:
-                times = (
-                    f"{base.seconds / row.seconds:.2f}" if base and row.implementation not in (COPY, "products") else ""
+                lines.append(
+                    f"| {case} | {row.implementation} | {row.error.replace('|', '/')} {'| ' * (5 + len(limits))}|"
                 )
-                share = f"{_share(row, peaks):.0%}" if _share(row, peaks) else ""
+            else:
+                whole = is_ours(row.implementation) or is_theirs(row.implementation)
+                times = f"{base.seconds / row.seconds:.2f}" if base and whole else ""
+                shares = " | ".join(_share(row, limit) for limit in limits.values())
                 memory = "" if row.memory is None else f"{row.memory / 2**20:.1f}"
                 lines.append(
                     f"| {case} | {row.implementation} | {_ms(row)} | {(row.high - row.low) * 500:.2g} | {times} "
-                    f"| {_rate(row)} | {share} | {memory} | {row.rounds} |"
+                    f"| {_rate(row)} | {shares} | {memory} | {row.rounds} |"
                 )
             case = ""
     return lines
@@ -96,25 +106,33 @@ def _rate(row: Row) -> str:
     return f"{rate:,.0f} {row.unit}" if rate >= 100 else f"{rate:.3g} {row.unit}"
 
 
-def _share(row: Row, peaks: dict[str, float]) -> float:
-    limit = {"GB/s": peaks.get("copy"), "TFLOP/s": peaks.get(row.dtype)}.get(row.unit)
-    return row.work / row.seconds / PER_UNIT[row.unit] / limit if limit and row.implementation != COPY else 0.0
+def _share(row: Row, limits: dict[str, float]) -> str:
+    limit = {"GB/s": limits.get("copy"), "TFLOP/s": limits.get(row.dtype)}.get(row.unit)
+    return f"{row.work / row.seconds / PER_UNIT[row.unit] / limit:.0%}" if limit and row.implementation != COPY else ""
 
 
 def _errors(errors: list[Error]) -> list[str]:
     lines = [
-        "The largest error of each output and gradient, and PyTorch's own in the same dtype.",
+        "The largest error of each output and gradient, PyTorch's own in the same dtype, and their ratio. The rule: at",
+        "most twice PyTorch's, plus one rounding step (benchmarks/accuracy.py).",
         "",
-        "| op | dtype | backend | " + "errors (PyTorch's) | within the rule |",
+        "| op | dtype | backend | error / PyTorch's = ratio | within the rule |",
         "|---|---|---|---|---|",
     ]
     groups: dict[tuple[str, str, str], list[Error]] = {}
     for e in errors:
         groups.setdefault((e.op, e.dtype, e.backend), []).append(e)
     for (op, dtype, backend), found in groups.items():
-        text = ", ".join(f"{e.output} {e.error:.1e} ({e.pytorch:.1e})" for e in found)
+        text = ", ".join(_error(e) for e in found)
         lines.append(f"| {op} | {dtype} | {backend} | {text} | {'yes' if all(e.within for e in found) else '**no**'} |")
     return lines
+
+
+def _error(e: Error) -> str:
+    if e.error is None:
+        return e.output.replace("|", "/")
+    ratio = f" = {e.error / e.pytorch:.2f}" if e.pytorch else ""
+    return f"{e.output} {e.error:.1e} / {e.pytorch:.1e}{ratio}"
 
 
 # ---- the README ----
@@ -122,9 +140,9 @@ def _errors(errors: list[Error]) -> list[str]:
 
 def readme() -> str:
     """The text between the README's marks, from all committed results."""
-    parts = []
-    for folder, result in committed():
-        parts.append(_device(folder, result))
+    found = list(committed())
+    parts = [] if any("gpu" in result.stamp for _, result in found) else ["No GPU has run these kernels yet."]
+    parts += [_device(folder, result) for folder, result in found]
     return f"{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}"
 
 
@@ -134,7 +152,7 @@ def update_readme() -> bool:
     start, end = text.index(BEGIN.split(" (")[0]), text.index(END) + len(END)
     new = text[:start] + readme() + text[end:]
     if new != text:
-        README.write_text(new, "utf-8")
+        write_atomic(README, new.encode())
     return new != text
 
 
@@ -142,22 +160,25 @@ def _device(folder: Path, result: Result) -> str:
     where = f"benchmarks/results/{folder.name}"
     stamp = result.stamp
     kernels = f", {stamp['cpu kernels']}" if "cpu kernels" in stamp else ""
-    lines = [f"### {stamp['device']}{kernels}, torch {stamp['torch']}", ""]
+    timed = f", timed {stamp['timed']}" if stamp["timed"] != "in turns" else ""
+    lines = [f"### {stamp['device']}{kernels}, torch {stamp['torch']}{timed}", ""]
     lines += [
-        "| (ms) | PyTorch | torch.compile | fastllm | times PyTorch | share of the limit |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| (ms) | PyTorch | torch.compile | another | fastllm | times PyTorch | times the best |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    cases = result.by_case()
-    for (op, size, direction, dtype, _), rows in cases.items():
-        more = direction == "forward" and (op, size, "forward+backward", dtype, "") in cases
-        if op not in (LADDER, DROP_IN) and not more:
-            lines += _headline(rows, result.peaks)
+    # Of each op and dtype the last size, with backward where there is one.
+    headlines: dict[tuple[str, str], list[Row]] = {}
+    for (op, _, direction, dtype, _), rows in result.by_case().items():
+        if direction == "forward+backward" or headlines.get((op, dtype), rows)[0].direction == direction:
+            headlines[op, dtype] = rows
+    for rows in headlines.values():
+        lines += _headline(rows) if rows[0].op not in (LADDER, DROP_IN) else []
     lines += ["", *_ladder(result), *_drop_in(result)]
     if result.errors:
         within = sum(e.within for e in result.errors)
         lines += [
-            f"Of {len(result.errors)} outputs and gradients checked against float64, {within} are within the rule: "
-            "at most twice PyTorch's own error, plus one rounding step.",
+            f"Of {len(result.errors)} outputs and gradients held against float64, {within} are within the rule: an "
+            "error of at most twice PyTorch's own, plus one rounding step.",
             "",
         ]
     lines += [f"All of it, with the spread, errors and memory: [{where}]({where}/report.md).", ""]
@@ -166,15 +187,15 @@ def _device(folder: Path, result: Result) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _headline(rows: list[Row], peaks: dict[str, float]) -> list[str]:
-    ours, base = best(rows, OURS), best(rows, PYTORCH)
-    if ours is None or base is None:
+def _headline(rows: list[Row]) -> list[str]:
+    ours, base, fastest = best(rows, is_ours), find(rows, PYTORCH), best(rows, is_theirs)
+    if ours is None or base is None or fastest is None:
         return []
-    first = rows[0]
-    share = f"{_share(ours, peaks):.0%}" if _share(ours, peaks) else ""
-    case = f"`{first.op}` {first.direction} {first.size} {first.dtype}"
-    times = f"{base.seconds / ours.seconds:.2f}"
-    return [f"| {case} | {_ms(base)} | {_ms(find(rows, COMPILED))} | {_ms(ours)} | {times} | {share} |"]
+    another = best(rows, lambda name: is_theirs(name) and name not in (PYTORCH, COMPILED))
+    other = f"{_ms(another)} {another.implementation}" if another else ""
+    case = f"`{rows[0].op}` {rows[0].direction} {rows[0].size} {rows[0].dtype}"
+    times, most = (f"{row.seconds / ours.seconds:.2f}" for row in (base, fastest))
+    return [f"| {case} | {_ms(base)} | {_ms(find(rows, COMPILED))} | {other} | {_ms(ours)} | {times} | {most} |"]
 
 
 def _ladder(result: Result) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -21,47 +22,56 @@ def run(case: Case, seconds: float, clock: Callable[[], float] = CLOCK, wrap: Ca
     Each is called twice first, and once to see its memory. ``seconds`` limits the rounds, beyond FEWEST of them.
     """
     torch._dynamo.reset()  # so that each size is compiled as it is
-    torch.manual_seed(0)
     try:
+        torch.manual_seed(0)
         calls = case.build()
     except Exception as error:
-        return [_row(case, name, error=_line(error)) for name in case.implementations]
-    rows, ready, round_seconds = [], {}, 0.0
-    for name, call in calls.items():
-        timed = wrap(call)
+        return [_row(case, name, error=one_line(error)) for name in case.implementations]
+    rows = {name: _row(case, name) for name in calls}
+    timed = {name: wrap(call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def once(name: str) -> float:
+        before = clock()
+        timed[name]()
+        return clock() - before
+
+    @contextmanager
+    def excused(name: str) -> Iterator[None]:
         try:
-            timed()
-            before = clock()
-            timed()
-            round_seconds += clock() - before
-            rows.append(_row(case, name, memory=extra_memory(call)))
-            ready[name] = timed
+            yield
         except Exception as error:
-            rows.append(_row(case, name, error=_line(error)))
-    times: dict[str, list[float]] = {name: [] for name in ready}
+            rows[name].error = one_line(error)
+            del times[name]
+
+    round_seconds = 0.0
+    for name, call in calls.items():
+        with excused(name):
+            timed[name]()
+            round_seconds += once(name)
+            rows[name].memory = extra_memory(call)
     rounds = min(MOST, max(FEWEST, round(seconds / max(round_seconds, 1e-6))))
     end = time.monotonic() + 3 * seconds  # setting up a call may take longer than the call
     for number in range(rounds):
         if number >= FEWEST and time.monotonic() > end:
             break
-        for name, timed in ready.items():
-            before = clock()
-            timed()
-            times[name].append(clock() - before)
-    for row in rows:
-        if row.implementation in times:
-            low, middle, high = statistics.quantiles(times[row.implementation], n=4, method="inclusive")
-            row.seconds, row.low, row.high, row.rounds = middle, low, high, len(times[row.implementation])
-    return rows
+        for name in tuple(times):
+            with excused(name):
+                times[name].append(once(name))
+    for name, lasted in times.items():
+        row = rows[name]
+        row.low, row.seconds, row.high = statistics.quantiles(lasted, n=4, method="inclusive")
+        row.rounds = len(lasted)
+    return list(rows.values())
 
 
-def _row(case: Case, implementation: str, memory: int | None = None, error: str = "") -> Row:
+def _row(case: Case, implementation: str, error: str = "") -> Row:
     return Row(
         op=case.op, size=case.size, direction=case.direction, dtype=case.dtype, implementation=implementation,
-        work=case.work, unit=case.unit, memory=memory, error=error, sweep=case.sweep, at=case.at,
+        work=case.work, unit=case.unit, error=error, sweep=case.sweep, at=case.at,
     )  # fmt: skip
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}"[:200]

@@ -24,7 +24,7 @@ from fastllm.optim import make_optimizers
 from fastllm.optim import step as update
 from fastllm.train import pick_precision, shard
 
-from .cases import COMPILED, OURS, PYTORCH, Call, Case, Scale
+from .cases import COMPILED, DROP_IN, LADDER, OURS, PYTORCH, Call, Case, Scale
 from .timing import DEVICE
 
 
@@ -123,7 +123,7 @@ def _ladder(preset: str) -> Case:
         return _step(model, config, lambda: model(tokens, targets), lambda: only(_rungs()[rung]))
 
     return Case(
-        "training step", f"{preset} model, {size[0]}×{size[1]}", "step", str(precision).removeprefix("torch."),
+        LADDER, f"{preset} model, {size[0]}×{size[1]}", "step", str(precision).removeprefix("torch."),
         size[0] * size[1], "tokens/s", tuple(_rungs()), lambda: {rung: call(rung) for rung in _rungs()},
     )  # fmt: skip
 
@@ -155,5 +155,5 @@ def _transformers(scale: Scale) -> Case:
     size = f"Llama of transformers, {layers} layers of {dim}, {batch}×{seq}"
     precision = str(dtype).removeprefix("torch.")
     return Case(
-        "drop-in", size, "step", precision, batch * seq, "tokens/s", names, lambda: {n: call(n) for n in names}
+        DROP_IN, size, "step", precision, batch * seq, "tokens/s", names, lambda: {n: call(n) for n in names}
     )  # fmt: skip
