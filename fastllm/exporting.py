@@ -40,6 +40,8 @@ def export(
     from huggingface_hub import save_torch_state_dict  # slow to import
 
     out = Path(out)
+    if not out.name:
+        raise UserError(f"{out} is no name for a new folder")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already and not empty; choose another folder")
     if (Path(run) / CONFIG).is_file():

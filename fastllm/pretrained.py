@@ -51,6 +51,8 @@ def from_pretrained(
             are not those of the configuration. Pickled weights are not read.
     """
     path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"there is no folder {path} (hf download NAME --local-dir FOLDER gets a model from the Hub)")
     config = model_config(path / CONFIG)
     if context is not None:
         if not 0 < context <= config.context:
@@ -66,7 +68,13 @@ def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[s
     found = [_json(path / name).get("eos_token_id") for name in (GENERATION, CONFIG) if (path / name).is_file()]
     ends = next((e for e in found if e is not None), [])
     tokenizer = Tokenizer.load(path / TOKENIZER, ends=(ends,) if isinstance(ends, int) else tuple(ends))
-    return from_pretrained(path, device=device), tokenizer, {"status": "finished"}
+    model = from_pretrained(path, device=device)
+    if tokenizer.vocab_size > model.config.vocab_size:  # fewer is well: models round their vocabulary up
+        raise UserError(
+            f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens, "
+            f"but vocab_size in {CONFIG} is {model.config.vocab_size}"
+        )
+    return model, tokenizer, {"status": "finished"}
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -170,8 +178,11 @@ ROPE_FIXED = {
 
 
 def _rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The rotary fields, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``."""
-    rope = {k: v for k, v in (given.get("rope_parameters") or given.get("rope_scaling") or {}).items() if v is not None}
+    """The rotary fields, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
+
+    Where both are there transformers takes the older.
+    """
+    rope = {k: v for k, v in (given.get("rope_scaling") or given.get("rope_parameters") or {}).items() if v is not None}
     theta, kind = rope.pop("rope_theta", given.get("rope_theta", 10_000.0)), rope.pop("rope_type", rope.get("type"))
     rope.pop("type", None)
     kind = kind or "default"

@@ -39,8 +39,7 @@ def load_weights(config: ModelConfig, *paths: str | Path, dtype: torch.dtype | N
         except (OSError, SafetensorError) as error:
             raise UserError(f"can't read the weights {path}: {error}") from None
     own, path = model.state_dict(), paths[0] if len(paths) == 1 else Path(paths[0]).parent
-    if model.lm_head is None:
-        tensors.pop("lm_head.weight", None)  # some files hold a tied head once more
+    head = tensors.pop("lm_head.weight", None) if model.lm_head is None else None  # tied, and in the file once more
     tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}  # old files' tables
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
@@ -55,6 +54,11 @@ def load_weights(config: ModelConfig, *paths: str | Path, dtype: torch.dtype | N
     dtypes = sorted({str(t.dtype) for t in tensors.values()})
     if len(dtypes) > 1:
         raise UserError(f"{path} holds weights of several dtypes ({', '.join(dtypes)}): pass dtype to choose one")
+    embedding = tensors["model.embed_tokens.weight"]
+    if head is not None and not torch.equal(head.to(embedding.dtype), embedding):
+        raise UserError(
+            f"{path} does not fit the model: its lm_head.weight is not the embedding, but the configuration ties them"
+        )
     model.load_state_dict(tensors, assign=True)
     return model
 

@@ -24,7 +24,10 @@ from fastllm.weights import save_weights
 
 from .hugging_face import TOKENIZER, assert_same_logits, randomised
 
-SMALL = ModelConfig(vocab_size=TOKENIZER.vocab_size, context=96, dim=64, layers=2, heads=4, kv_heads=2, hidden_dim=96)
+SMALL = ModelConfig(
+    vocab_size=TOKENIZER.vocab_size, context=96, dim=64, layers=2, heads=4, kv_heads=2, hidden_dim=96,
+    rope_theta=5000.0, norm_eps=0.01,
+)  # fmt: skip
 OURS = {
     "llama": SMALL,
     "llama, untied, yarn": replace(
@@ -76,6 +79,7 @@ def test_export(name, run, tmp_path):
 def test_export_in_shards_and_in_bfloat16(run, tmp_path):
     out = fastllm.export(run(SMALL), tmp_path / "out", dtype=torch.bfloat16, max_shard_size="50KB")
     assert (out / "model.safetensors.index.json").is_file()
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.dtype == torch.bfloat16
     assert_same_logits(fastllm.from_pretrained(out), model)
@@ -85,10 +89,11 @@ def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
     folder = run(SMALL)
     out = fastllm.export(folder, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(out)
-    prompt = "def add(a, b):\n    naïve = 日本"
+    prompt = "def add(a , b):\n    naïve = 日本"
     assert tokenizer(prompt).input_ids == TOKENIZER.encode(prompt)
     assert tokenizer.decode(TOKENIZER.encode(prompt)) == prompt
     assert tokenizer.eos_token_id == TOKENIZER.end
+    assert tokenizer.model_max_length == SMALL.context
     inputs = tokenizer(prompt, return_tensors="pt")
     made = AutoModelForCausalLM.from_pretrained(out).generate(
         **inputs, max_new_tokens=12, do_sample=False, pad_token_id=0
@@ -123,6 +128,8 @@ def test_nothing_is_overwritten_or_left_half(run, tmp_path, monkeypatch):
     (out / "file").touch()
     with pytest.raises(UserError, match="there already and not empty"):
         fastllm.export(folder, out)
+    with pytest.raises(UserError, match=r"^\. is no name for a new folder"):
+        fastllm.export(folder, ".")
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")

@@ -31,6 +31,7 @@ def test_from_pretrained(name, dtype, tmp_path):
     their_model(name).to(dtype).save_pretrained(tmp_path)
     model, gpt = AutoModelForCausalLM.from_pretrained(tmp_path), fastllm.from_pretrained(tmp_path)
     assert gpt.head_weight.dtype == dtype
+    assert not gpt.training
     assert_same_logits(gpt, model)
 
 
@@ -77,6 +78,29 @@ def test_the_original_context_beside_the_scaling(tmp_path):
     assert_same_logits(fastllm.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
+def test_the_older_scaling_goes_first(tmp_path):
+    """As in transformers, where a file has both kinds of keys."""
+    their_model("llama").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_scaling": {"type": "linear", "factor": 2.0}}))
+    assert model_config(path).rope_scaling == "linear"
+    assert_same_logits(fastllm.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_a_tied_head_that_is_in_the_file(tmp_path):
+    """Files that were once pickled have it; transformers does not tie one that differs."""
+    model = their_model("llama, tied")
+    model.save_pretrained(tmp_path)
+    tensors = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    assert "lm_head.weight" in tensors
+    save_weights(tmp_path / "model.safetensors", tensors)
+    assert_same_logits(fastllm.from_pretrained(tmp_path), model)
+    tensors["lm_head.weight"][7, 7] += 1
+    save_weights(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding"):
+        fastllm.from_pretrained(tmp_path)
+
+
 def test_older_weights_and_mixed_ones(tmp_path):
     """Tables of angles in the file are not needed; weights of two dtypes are brought to one, which the caller names."""
     model = their_model("llama")
@@ -121,6 +145,7 @@ def test_a_shorter_context(tmp_path):
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is 'dynamic'"),
         ({"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}}, "low_freq_factor of rope scaling 'llama3' is 2"),
         ({"rope_parameters": YARN | {"attention_factor": 1.0}}, "attention_factor of rope scaling 'yarn' is 1"),
+        ({"rope_parameters": YARN | {"truncate": False}}, "truncate of rope scaling 'yarn' is False"),
         ({"rope_parameters": YARN | {"mscale": 1.0}}, "mscale of rope scaling 'yarn' is 1"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not 1"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
@@ -145,6 +170,8 @@ def test_what_the_gpt_does_not_have(change, words, tmp_path):
 
 
 def test_folders_that_are_not_whole(tmp_path):
+    with pytest.raises(UserError, match=r"there is no folder Qwen/Qwen3-0\.6B \(hf download"):
+        fastllm.from_pretrained("Qwen/Qwen3-0.6B")
     with pytest.raises(UserError, match=r"can't read .*config\.json: No such file"):
         fastllm.from_pretrained(tmp_path)
     their_model("llama").save_pretrained(tmp_path)
@@ -202,12 +229,17 @@ def test_text_of_their_folder(their_folder):
     assert "".join(generate(model, own, prompt, max_tokens=12, temperature=0)) == text.removesuffix("<|end|>")
 
 
-def test_tokenizers_that_are_not_of_bytes(their_folder):
+def test_tokenizers_that_do_not_fit(their_folder):
     sentences = tokenizers.Tokenizer(models.BPE(byte_fallback=True))
     sentences.add_special_tokens(["<|end|>"])
     sentences.decoder = decoders.Metaspace()
     sentences.save(str(their_folder / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are"):
+        checkpoint.load_run(their_folder)
+    larger = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
+    larger.add_tokens([f"word {i}" for i in range(100)])
+    larger.save(str(their_folder / "tokenizer.json"))
+    with pytest.raises(UserError, match=r"tokenizer\.json has \d+ tokens, but vocab_size in config\.json is \d+"):
         checkpoint.load_run(their_folder)
     (their_folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
