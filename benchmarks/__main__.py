@@ -108,7 +108,7 @@ def measure(out: Path, scale: Scale, only: tuple[str, ...] = (), within: float =
             result.errors += accuracy.measure(only)
             for number, case in enumerate(cases):
                 if time.monotonic() - began > within:
-                    result.stamp["left out"] = " and ".join(dict.fromkeys(_named(case) for case in cases[number:]))
+                    result.stamp["left out"] = "; ".join(dict.fromkeys(_named(case) for case in cases[number:]))
                     console.print(f"no time left for {result.stamp['left out']}")
                     break
                 display.update(task, advance=1, description=case.title)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .cases import is_ours
@@ -35,7 +37,8 @@ def compare(earlier: Result, later: Result) -> list[Change]:
     The statistic: the logarithm of the ratio of the medians. The standard error of a median is 1.25 σ/√n (normal
     noise), with σ from the quartiles, (high − low)/1.35. What does not contain our code (PyTorch, a copy) is the
     control: the median of its ratios in a case is the machine's drift, which is taken off, and whose own scatter
-    counts as noise too.
+    counts as noise too. A run differs from the next by more than its quartiles tell (where memory lies, say): how far
+    controls of one case drift apart, in the median of all cases, counts for each row.
     """
     before = {(row.case, row.at, row.implementation): row for row in earlier.rows if not row.error}
     pairs: dict[tuple, list[tuple[Row, Row]]] = {}
@@ -43,16 +46,25 @@ def compare(earlier: Result, later: Result) -> list[Change]:
         old = before.get((row.case, row.at, row.implementation))
         if old is not None and not row.error:
             pairs.setdefault((row.case, row.at), []).append((old, row))
-    changes = []
+    changes, between_runs = [], _between_runs(pairs.values())
     for case in pairs.values():
         control = [(_change(*pair), _error(*pair)) for pair in case if not is_ours(pair[1].implementation)]
         drift = statistics.median(c for c, _ in control) if control else 0.0
         scatter = max((abs(c - drift) for c, _ in control), default=0.0) + max((e for _, e in control), default=0.0)
         for old, row in case:
             if is_ours(row.implementation):
-                noise = 3 * math.hypot(_error(old, row), scatter / 2)
+                noise = 3 * math.hypot(_error(old, row), scatter / 2, between_runs)
                 changes.append(Change(row, math.exp(_change(old, row) - drift), noise, math.exp(drift)))
     return changes
+
+
+def _between_runs(cases: Iterable[list[tuple[Row, Row]]]) -> float:
+    """Standard deviation of a control's change, from the differences within cases (normal: their median is 0.95 σ)."""
+    apart = []
+    for case in cases:
+        control = [_change(*pair) for pair in case if not is_ours(pair[1].implementation)]
+        apart += [abs(a - b) for a, b in itertools.combinations(control, 2)]
+    return statistics.median(apart) / 0.95 if apart else 0.0
 
 
 def _change(old: Row, new: Row) -> float:

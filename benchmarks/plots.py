@@ -145,14 +145,9 @@ def _ladder(result: Result, figure: Any) -> bool:
         axis.barh(names, speeds, xerr=spread, color=[COLOURS[OURS] if o else COLOURS[PYTORCH] for o in ours],
                   error_kw={"elinewidth": 1, "ecolor": "#444"})  # fmt: skip
         for at, (speed, top) in enumerate(zip(speeds, high, strict=True)):
-            axis.text(
-                max(speed, top) + max(speeds) * 0.01,
-                at,
-                f"{speed:,.0f}  ({speed / speeds[-1]:.2f}×)",
-                va="center",
-                fontsize=8,
-            )
-        axis.set_xlim(0, max(speeds) * 1.25)
+            label = f"{speed:,.0f}  ({speed / speeds[-1]:.2f}×)"
+            axis.text(max(speed, top) + max(speeds) * 0.01, at, label, va="center", fontsize=8)
+        axis.set_xlim(0, max(*speeds, *high) * 1.25)
         axis.set_title(f"{rows[0].op}: {rows[0].size}, {rows[0].dtype}, tokens/s", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(axis="y", labelsize=9)

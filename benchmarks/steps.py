@@ -134,7 +134,7 @@ def _ladder(preset: str) -> Case:
 def _transformers(scale: Scale) -> Case:
     """A Llama of transformers on random weights, in bfloat16 autocast on a GPU and float32 on a CPU."""
     dim, hidden, layers, vocab, batch, seq = scale.pick(
-        (1024, 2816, 16, 128256, 8, 1024), (384, 1024, 6, 32000, 2, 512), (256, 768, 2, 16000, 1, 256)
+        (2048, 5632, 4, 128256, 4, 1024), (384, 1024, 6, 32000, 2, 512), (256, 768, 2, 16000, 1, 256)
     )
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     names = ("transformers", f"transformers, {COMPILED}", f"transformers, {OURS}", f"transformers, {OURS}, {COMPILED}")

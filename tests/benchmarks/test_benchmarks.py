@@ -155,6 +155,23 @@ def test_noise_hides_what_it_could_have_made():
     assert verdicts(rows(BEFORE, noise=0.3, rounds=500), rows(after, noise=0.3, rounds=500)) == ["slower"]
 
 
+def test_a_run_differs_from_the_next_by_more_than_its_quartiles_tell():
+    """Controls that drift apart by 8%, in nine of ten cases, excuse as much in ours, in the tenth too."""
+    names = [PYTORCH, COPY, "fastllm cpu"]
+
+    def run_of(change: float) -> list[Row]:
+        found = rows(dict.fromkeys(names, 1.0))
+        for n in range(9):
+            apart = dict(zip(names, (1.04, 0.96, change), strict=True)) if change else dict.fromkeys(names, 1.0)
+            found += [replace(r, size=str(n)) for r in rows(apart)]
+        return found
+
+    for ours, verdict in ((1.15, "same"), (1.6, "slower"), (0.6, "faster")):
+        assert verdicts(run_of(0), run_of(ours))[1:] == [verdict] * 9
+    alone = rows({PYTORCH: 1.0, COPY: 1.0, "fastllm cpu": 1.15})
+    assert verdicts(run_of(0), [*alone, *run_of(1.0)[3:]])[0] == "same"
+
+
 def test_pure_noise_is_rarely_called_a_change():
     """Rounds drawn from one distribution, twice: three standard errors leave a few in a thousand."""
     draw = random.Random(0)
