@@ -95,7 +95,7 @@ def measure(out: Path, scale: Scale, only: tuple[str, ...] = (), within: float =
         raise UserError(f"--only: there is no {', '.join(unknown)} to measure; choose from {', '.join(known)}")
     cases = [case for case in cases if not only or case.op in only]
     if only and (out / FILE).exists():
-        result.keep(Result.read(out / FILE), only)
+        result.keep(Result.read(out / FILE))
     if DEVICE.type == "cpu":
         _back_memory()
     columns = (bars.TextColumn("{task.description}"), bars.BarColumn(bar_width=20), bars.MofNCompleteColumn(),
@@ -105,7 +105,8 @@ def measure(out: Path, scale: Scale, only: tuple[str, ...] = (), within: float =
             task = display.add_task("the machine's limits", total=len(cases) + 1)
             result.peaks = peaks.measure(0.3 if scale.quick else 1.0)
             display.update(task, description="errors against float64")
-            result.errors += accuracy.measure(only)
+            errors = list(accuracy.measure(only))
+            result.errors = [error for error in result.errors if error.op not in only] + errors
             for number, case in enumerate(cases):
                 if time.monotonic() - began > within:
                     result.stamp["left out"] = "; ".join(dict.fromkeys(_named(case) for case in cases[number:]))
@@ -116,6 +117,8 @@ def measure(out: Path, scale: Scale, only: tuple[str, ...] = (), within: float =
                 result.add(rows)
                 result.write(out / FILE)
                 console.print(f"{time.monotonic() - began:5.0f} s  {case.title}: {_summary(rows)}")
+            else:
+                result.forget(only)
     except KeyboardInterrupt:
         if not result.rows:
             console.print("interrupted before anything was measured")

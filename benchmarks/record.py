@@ -71,14 +71,20 @@ class Result:
     def __post_init__(self) -> None:
         self.ops = list(dict.fromkeys([*self.ops, *(row.op for row in self.rows)]))
 
-    def keep(self, earlier: Result, but: tuple[str, ...]) -> None:
-        """What an earlier run found of other ops than ``but``, with the commit that it ran on."""
-        commit, self.ops = earlier.stamp["commit"], earlier.ops
-        self.errors += [error for error in earlier.errors if error.op not in but]
-        self.rows += [replace(row, commit=row.commit or commit) for row in earlier.rows if row.op not in but]
+    def keep(self, earlier: Result) -> None:
+        """What an earlier run found, with the commit that it ran on, until there is something newer."""
+        commit = earlier.stamp["commit"]
+        self.peaks, self.ops, self.errors = earlier.peaks, earlier.ops, earlier.errors
+        self.rows = [replace(row, commit=row.commit or commit) for row in earlier.rows]
+
+    def forget(self, ops: tuple[str, ...]) -> None:
+        """What is kept of these."""
+        self.rows = [row for row in self.rows if not (row.commit and row.op in ops)]
 
     def add(self, rows: list[Row]) -> None:
-        self.rows += rows
+        """In place of what is there of the same case."""
+        cases = {(row.case, row.at) for row in rows}
+        self.rows = [row for row in self.rows if (row.case, row.at) not in cases] + rows
         self.ops = list(dict.fromkeys([*self.ops, *(row.op for row in rows)]))
 
     def write(self, path: Path) -> None:

@@ -9,11 +9,15 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+# Whose versions a result names, where they are there: those of peers.py and of steps.py.
+OTHERS = ("transformers", "liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -85,6 +89,9 @@ def stamp() -> dict[str, str]:
         "python": platform.python_version(),
         "threads": str(torch.get_num_threads()),
     }
+    for package in OTHERS:
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
     if DEVICE.type == "cuda":
         found |= {
             "cuda": str(torch.version.cuda),

@@ -281,6 +281,24 @@ def test_an_interrupted_run_keeps_what_it_has(small, tmp_path, monkeypatch):
     assert "## rms_norm" in (tmp_path / "report.md").read_text()
 
 
+def test_some_ops_again_lose_nothing_until_there_is_something_newer(small, tmp_path, monkeypatch):
+    first, second = case_of({PYTORCH: lambda: None}), replace(case_of({}), dtype="bfloat16")
+
+    def once(case: Case, seconds: float) -> list[Row]:
+        if case is second:
+            raise KeyboardInterrupt
+        return run(case, seconds)
+
+    monkeypatch.setattr(command, "run", once)
+    monkeypatch.setattr(command, "every_case", lambda scale: [first, second])
+    old = [*rows(BEFORE), *(replace(r, dtype="bfloat16") for r in rows(BEFORE))]
+    Result({"commit": "before"}, rows=old).write(tmp_path / "results.json")
+    command.measure(tmp_path, Scale(True, 0.01), ("rms_norm",))
+    found = Result.read(tmp_path / "results.json").rows
+    assert {(r.dtype, r.commit) for r in found} == {("float32", ""), ("bfloat16", "before")}
+    assert len(found) == 1 + len(BEFORE)
+
+
 def test_nothing_measured_leaves_what_there_was(small, tmp_path, monkeypatch):
     def interrupted(case: Case, seconds: float) -> list[Row]:
         raise KeyboardInterrupt
