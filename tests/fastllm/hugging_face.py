@@ -24,7 +24,10 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}),
     "llama, wide heads": ("Llama", {"head_dim": 32}),
-    "llama, with a key that it does not read": ("Llama", {"sliding_window": 8}),
+    "llama, with keys of the others": (
+        "Llama",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+    ),
     "llama, linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0}}),
     "llama, llama3": ("Llama", {"rope_parameters": LLAMA3}),
     "llama, yarn": ("Llama", {"rope_parameters": YARN}),

@@ -6,7 +6,7 @@ import torch
 from fastllm.config import ModelConfig
 from fastllm.errors import UserError
 from fastllm.generate import generate, pick
-from fastllm.model import GPT
+from fastllm.model import GPT, KVCache
 from fastllm.tokenizer import Tokenizer
 
 TEXT = "def f(x):\n    return x + 1\n" * 40
@@ -42,6 +42,17 @@ def test_a_prompt_longer_than_the_context(model, tokenizer):
     prompt = TEXT[: 27 * 20]
     text = "".join(generate(model, tokenizer, prompt, max_tokens=10, temperature=0))
     assert TEXT.startswith(prompt + text)
+
+
+def test_the_cache_is_no_longer_than_the_text(model, tokenizer, monkeypatch):
+    """A context may be far longer than what is asked for."""
+    caches = []
+    monkeypatch.setattr(
+        "fastllm.generate.KVCache", lambda *args, **more: caches.append(KVCache(*args, **more)) or caches[-1]
+    )
+    list(generate(model, tokenizer, "def", max_tokens=3, temperature=0))
+    (cache,) = caches
+    assert cache.length <= cache.layers[0].k.shape[1] <= len(tokenizer.encode("def")) + 3
 
 
 def test_a_space_at_the_end_of_the_prompt(model, tokenizer):
