@@ -72,8 +72,13 @@ class ModelConfig:
         )
         _check(self.rope_factor >= 1, f"model.rope_factor must be at least 1, it is {self.rope_factor}")
         _check(
-            self.rope_original_context > 0 or self.rope_scaling not in ("llama3", "yarn"),
-            f"model.rope_scaling {self.rope_scaling!r} needs model.rope_original_context",
+            self.rope_scaling != "none" or self.rope_factor == 1, "model.rope_scaling 'none' has no model.rope_factor"
+        )
+        stretched = self.rope_scaling in ("llama3", "yarn")
+        _check(
+            self.rope_original_context > 0 if stretched else self.rope_original_context == 0,
+            f"model.rope_scaling {self.rope_scaling!r} {'needs' if stretched else 'has no'} "
+            "model.rope_original_context",
         )
 
     @property

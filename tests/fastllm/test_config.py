@@ -86,6 +86,11 @@ def test_unknown_preset_names_the_near_ones():
         (lambda: ModelConfig(rope_scaling="dynamic"), "rope_scaling must be one of none, linear"),
         (lambda: ModelConfig(rope_scaling="linear", rope_factor=0.5), "rope_factor must be at least 1"),
         (lambda: ModelConfig(rope_scaling="yarn"), "'yarn' needs model.rope_original_context"),
+        (lambda: ModelConfig(rope_factor=2.0), "'none' has no model.rope_factor"),
+        (
+            lambda: ModelConfig(rope_scaling="linear", rope_factor=2.0, rope_original_context=24),
+            "'linear' has no model.rope_original_context",
+        ),
         (lambda: ModelConfig(layers=0), "model.layers must be greater than 0"),
         (lambda: TrainConfig(steps=-1), "train.steps"),
         (lambda: TrainConfig(precision="float8"), "auto, float32, bfloat16"),
