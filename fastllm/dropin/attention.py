@@ -116,14 +116,15 @@ def _dense(
     if causal and window:
         seen = seen & (k > q - window)
     if documents is not None:
-        of_q, of_k = (
-            torch.searchsorted(cu[1:].contiguous(), torch.arange(batch * seq, device=device), right=True).view(
-                batch, seq
-            )
-            for cu, seq in zip(documents, (seq_q, seq_k), strict=True)
-        )
+        of_q, of_k = (_document(cu, batch, seq) for cu, seq in zip(documents, (seq_q, seq_k), strict=True))
         seen = seen & (of_q.unsqueeze(-1) == of_k.unsqueeze(1))
     return seen.expand(batch, -1, -1).unsqueeze(1)
+
+
+def _document(cu_seqlens: Tensor, batch: int, seq: int) -> Tensor:
+    """``[batch, seq]``: the document of each token."""
+    tokens = torch.arange(batch * seq, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).view(batch, seq)
 
 
 # ---- masks ----
@@ -208,14 +209,19 @@ def _documents(begins: Tensor, q_length: int, padding: Tensor | None = None) -> 
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+# Of transformers' functions that make masks those that ask ours for what it has, or don't ask.
+MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_recurrent_attention_mask"}
+MASKS |= {"create_bidirectional_mask", "create_bidirectional_sliding_window_mask"}
 
 
 def find_attention(name: str, module: nn.Module, owner: PreTrainedModel | None) -> Finding | None:
     """``owner`` is the model that makes the masks for ``module``."""
     forward, kind = class_forward(module), type(module).__name__
     names = names_in(forward)
-    if "ALL_ATTENTION_FUNCTIONS" not in names:
-        if not kind.endswith("Attention"):
+    if REGISTRY not in names:
+        around = any(REGISTRY in names_in(class_forward(m)) for m in module.modules())
+        if around or not kind.endswith("Attention"):
             return None
         return Finding("attention", name, kind, "it does not ask transformers' attention registry")
     why_not = _why_not(module, names, owner)
@@ -232,12 +238,13 @@ def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) 
     config = getattr(module, "config", None)
     if owner is None or config is not owner.config:
         return "the model around it has another configuration"
-    dropout = next(
-        (d for d in (getattr(module, a, 0.0) for a in ("attention_dropout", "attn_dropout", "dropout")) if d), 0
-    )
-    dropout = getattr(dropout, "p", dropout)
+    rates = (getattr(module, name, 0.0) for name in ("attention_dropout", "attn_dropout", "dropout"))
+    dropout = max(getattr(rate, "p", rate) for rate in rates)
     if dropout:
         return f"the kernel has no dropout, its configuration says {dropout}"
+    makers = {n for n in names_in(class_forward(owner)) if n.startswith("create_") and n.endswith("_mask")}
+    if makers - MASKS:
+        return f"the model around it makes masks by {', '.join(sorted(makers - MASKS))}"
     if getattr(config, "sliding_window", None) and "sliding_window" not in names:
         return "it has a window, and does not tell the attention function of it"
     if "position_bias" in names:
@@ -271,8 +278,12 @@ def without_mask(original: Callable) -> Callable:
 
 def as_fastllm(config: Any) -> Any:
     """``config`` itself, all that it holds now and later, but that its attention implementation is ours."""
-    kind = type(config)
-    mine = property(lambda self: NAME, kind._attn_implementation.fset)
-    view = object.__new__(type(kind.__name__, (kind,), {"_attn_implementation": mine}))
+    view = object.__new__(_as_fastllm_kind(type(config)))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
+
+
+@functools.cache
+def _as_fastllm_kind(kind: type) -> type:
+    mine = property(lambda self: NAME, kind._attn_implementation.fset)
+    return type(kind.__name__, (kind,), {"_attn_implementation": mine})

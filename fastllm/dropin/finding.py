@@ -67,9 +67,17 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 def names_in(function: Callable) -> set[str]:
     """The names that the source of ``function`` mentions: globals, attributes and keywords of calls."""
-    code: CodeType = inspect.unwrap(function).__code__
-    keywords = {word for const in code.co_consts if isinstance(const, tuple) for word in const}
-    return {*code.co_names, *code.co_varnames, *keywords}
+    return _names(inspect.unwrap(function).__code__)
+
+
+def _names(code: CodeType) -> set[str]:
+    found = {*code.co_names, *code.co_varnames}
+    for const in code.co_consts:
+        if isinstance(const, tuple):  # keywords
+            found.update(word for word in const if isinstance(word, str))
+        elif isinstance(const, CodeType):  # a function within
+            found |= _names(const)
+    return found
 
 
 def with_globals(function: Callable, **replaced: Any) -> Callable:

@@ -24,10 +24,11 @@ def find_loss(name: str, module: nn.Module) -> Finding | None:
     forward, kind = class_forward(module), type(module).__name__
     if not isinstance(module, PreTrainedModel) or "labels" not in inspect.signature(forward).parameters:
         return None
-    why_not, decoder, head = _why_not(module), getattr(module, module.base_model_prefix, None), _head(module)
+    head = getattr(module, "lm_head", None)
+    why_not = _why_not(module, head)
     if not why_not:
         softcap = float(getattr(module.config, "final_logit_softcapping", None) or 0.0)
-        result = _agreed_output(module, decoder, head, softcap)
+        result = _agreed_output(module, head, softcap)
         if result is None:
             why_not = "its loss is not the cross-entropy of lm_head(hidden states), or of those softcapped"
     if why_not:
@@ -39,12 +40,7 @@ def find_loss(name: str, module: nn.Module) -> Finding | None:
     return Finding("loss", name, kind, "linear_cross_entropy", changes)
 
 
-def _head(module: PreTrainedModel) -> nn.Module | None:
-    return getattr(module, "lm_head", None)
-
-
-def _why_not(module: PreTrainedModel) -> str | None:
-    head = _head(module)
+def _why_not(module: PreTrainedModel, head: nn.Module | None) -> str | None:
     if "loss_function" not in names_in(class_forward(module)) or head is None:
         return "it has no lm_head with transformers' loss function"
     if not isinstance(head, nn.Linear) or class_forward(head) is not nn.Linear.forward:
@@ -95,7 +91,7 @@ def causal_lm_forward(original: Callable, softcap: float, result: type[ModelOutp
 
 
 @torch.no_grad()
-def _agreed_output(module: PreTrainedModel, decoder: nn.Module, head: nn.Linear, softcap: float) -> type | None:
+def _agreed_output(module: PreTrainedModel, head: nn.Linear, softcap: float) -> type | None:
     """The class of the output, if the loss on made-up hidden states is the same with and without logits."""
     generator = torch.Generator().manual_seed(0)
     small = nn.Linear(8, head.out_features, bias=head.bias is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -162,4 +162,12 @@ def _look(model: nn.Module) -> list[Finding]:
             findings.append(Finding("mlp", name, type(module).__name__, "a mixture of experts is left alone"))
         elif around(name, experts) is None:
             findings += [f for f in (find(name, module) for find in finders) if f is not None]
-    return findings
+    # A model makes one mask for all of its attentions: all or none.
+    mixed = {id(around(f.name, models)) for f in findings if f.part == "attention" and not f.changes}
+    return [_unless_mixed(f, id(around(f.name, models)) in mixed) for f in findings]
+
+
+def _unless_mixed(finding: Finding, mixed: bool) -> Finding:
+    if finding.part != "attention" or not finding.changes or not mixed:
+        return finding
+    return replace(finding, note="another attention of the model is left, and they share a mask", changes=())

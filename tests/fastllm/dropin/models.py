@@ -43,6 +43,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss": ("GptOssConfig", {
         **EXPERTS, "head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
     }),
+    "llama4": ("Llama4TextConfig", {
+        "head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 1, "num_experts_per_tok": 1,
+        "attention_chunk_size": 8, "no_rope_layers": [1, 1],
+    }),
     "cohere": ("CohereConfig", {}),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 import fastllm
 from fastllm.errors import UserError
@@ -28,6 +28,7 @@ LEFT = {
     "gpt2": {"norm": "no RMSNorm", "mlp": "no gated MLP"},
     "mixtral": {"mlp": "experts is left alone", "loss": "experts"},
     "gpt-oss": {"mlp": "experts is left alone", "loss": "experts", "rotary": "other pairs"},
+    "llama4": {"mlp": "experts is left alone", "loss": "experts", "attention": "create_chunked_causal_mask"},
     "cohere": {"norm": "no RMSNorm", "rotary": "other pairs", "loss": "not the cross-entropy"},
 }
 
@@ -39,7 +40,7 @@ def test_what_is_replaced(family):
     assert {f.part for f in report.left} == set(left)
     for found in report.left:
         assert left[found.part] in found.note
-    none_there = {"rotary"} if family == "gpt2" else set()
+    none_there = {"rotary"} if family in ("gpt2", "llama4") else set()
     assert {f.part for f in report.replaced} == ALL - set(left) - none_there
     assert all(f.note in str(report) for f in (*report.replaced, *report.left))
 
@@ -181,6 +182,39 @@ def test_what_computes_something_else_is_left():
     assert {"Scaler", "LlamaMLP", "LlamaRMSNorm", "LlamaAttention"} == {f.kind for f in report.replaced}
     for mine, theirs in zip(loss_and_gradients(model, some_text()), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_in_chunks_is_left():
+    """transformers' mask would say so, and ours does not: Llama 4's layers see their own chunk of tokens alone."""
+    model = make("llama4").eval()
+    tokens = some_text()["input_ids"]
+    expected = model(tokens).logits
+    with fastllm.patched(model) as report:
+        assert {f.note for f in report.left if f.part == "attention"} == {
+            "the model around it makes masks by create_chunked_causal_mask"
+        }
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+class OwnAttention(LlamaAttention):
+    """Reads the mask by itself."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        assert attention_mask is None or attention_mask.dim() == 4
+        return hidden_states, None
+
+
+def test_attentions_that_share_a_mask_are_all_replaced_or_none():
+    model = make("llama")
+    model.model.layers[1].self_attn.__class__ = OwnAttention
+    with fastllm.patched(model) as report:
+        notes = {f.kind: f.note for f in report.left if f.part == "attention"}
+        assert set(notes) == {"LlamaAttention", "OwnAttention"}
+        assert "share a mask" in notes["LlamaAttention"]
+        mask = torch.ones(2, 24, dtype=torch.long)
+        mask[0, :5] = 0
+        assert model(**some_text(), attention_mask=mask).loss.isfinite()
 
 
 def test_dropout_and_hooks_are_left():
