@@ -27,8 +27,10 @@ from fastllm.kernels import (
     swiglu,
 )
 
+from . import norm
 from .attention import sdpa
-from .losses import eager_head
+from .cases import short
+from .losses import eager_head, eager_log_prob
 from .pointwise import eager_rope, eager_swiglu
 from .record import Error
 from .runner import one_line
@@ -60,7 +62,7 @@ def measure(only: tuple[str, ...] = ()) -> Iterator[Error]:
                 (lambda *a, p=probe: p.call(*a, backend="torch"), torch.float64), (probe.eager, None)
             ))  # fmt: skip
             for backend in ("torch", *(b for b in op.kernels if _runs(b, dtype))):
-                named = op.name, str(dtype).removeprefix("torch."), backend
+                named = op.name, short(dtype), backend
                 try:
                     ours = _results(probe, lambda *a, p=probe, b=backend: p.call(*a, backend=b), inputs)
                 except Exception as error:
@@ -109,9 +111,6 @@ def _probes() -> Iterator[Probe]:
     def eager_turned(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return eager_rope(q, k, *(t.to(q.dtype).repeat(1, 2).unsqueeze(1) for t in (cos, sin)))
 
-    def eager_log_prob(hidden: Tensor, weight: Tensor) -> Tensor:
-        return -F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="none")
-
     rows = {"x": normal(97, 1003)}
     logits = {"logits": 3 * normal(97, 1003)}
     head = {"hidden": normal(97, 65), "weight": 0.3 * normal(1003, 65)}
@@ -119,10 +118,7 @@ def _probes() -> Iterator[Probe]:
     turns = {"q": normal(2, 65, 6, 64), "k": normal(2, 65, 2, 64)}
     latest = {"q": normal(2, 1, 6, 64), "k": heads["k"], "v": heads["v"]}
 
-    def eager_norm(x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, 1e-6)
-
-    yield Probe(rms_norm, eager_norm, rms_norm, rows | {"weight": normal(1003)})
+    yield Probe(rms_norm, norm.eager, rms_norm, rows | {"weight": normal(1003)})
     yield Probe(softmax, lambda x: torch.softmax(x, -1), softmax, {"x": logits["logits"]})
     yield Probe(
         cross_entropy, lambda x: F.cross_entropy(x, target), lambda x, **o: cross_entropy(x, target, **o), logits
@@ -131,7 +127,10 @@ def _probes() -> Iterator[Probe]:
         linear_cross_entropy, lambda h, w: eager_head(h, w, target),
         lambda h, w, **o: linear_cross_entropy(h, w, target, **o), head,
     )  # fmt: skip
-    yield Probe(linear_log_prob, eager_log_prob, lambda h, w, **o: linear_log_prob(h, w, target, **o), head)
+    yield Probe(
+        linear_log_prob, lambda h, w: eager_log_prob(h, w, target),
+        lambda h, w, **o: linear_log_prob(h, w, target, **o), head,
+    )  # fmt: skip
     yield Probe(flash_attention, lambda *a: sdpa(*a, is_causal=True, enable_gqa=True), flash_attention, heads)
     yield Probe(flash_decode, lambda *a: sdpa(*a, enable_gqa=True), flash_decode, latest, backward=False)
     yield Probe(rope, eager_turned, turned, turns)

@@ -110,7 +110,7 @@ def eager_head(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def eager_log_prob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return -F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="none").sum()
+    return -F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="none")
 
 
 def chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

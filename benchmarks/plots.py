@@ -9,7 +9,7 @@ from typing import Any
 
 from fastllm.files import atomic
 
-from .cases import DROP_IN, LADDER, OURS, PER_UNIT, PYTORCH, is_ours, is_theirs
+from .cases import COPY, DROP_IN, LADDER, OURS, PER_UNIT, PYTORCH, is_ours, is_theirs
 from .record import Result, Row, best, find
 
 COLOURS = {OURS: "#0b7a75", PYTORCH: "#9aa5b1", "other": ("#d9822b", "#6c5b7b", "#4a90d9", "#c0392b", "#7f8c4d")}
@@ -112,7 +112,7 @@ def _bandwidth(result: Result, figure: Any) -> bool:
     figure.set_size_inches(7.5, 4.5)
     axis = figure.subplots()
     for name, colour in _colours(rows).items():
-        mine = sorted((r for r in rows if r.implementation == name and name != "copy"), key=lambda r: r.at)
+        mine = sorted((r for r in rows if r.implementation == name and name != COPY), key=lambda r: r.at)
         if mine:
             rates = [r.work / r.seconds / PER_UNIT[r.unit] for r in mine]
             axis.plot([r.at for r in mine], rates, marker="o", markersize=4, color=colour, label=name)
@@ -136,12 +136,12 @@ def _ladder(result: Result, figure: Any) -> bool:
     figure.set_size_inches(9, 1.0 + sum(0.7 + 0.36 * len(rows) for rows in groups))
     axes = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[1 + len(rows) for rows in groups])
     for axis, rows in zip(axes[:, 0], groups, strict=True):
-        speeds = [r.work / r.seconds for r in reversed(rows)]
-        low, high = ([r.work / t for r, t in zip(reversed(rows), ts, strict=True)] for ts in (
-            [r.high for r in reversed(rows)], [r.low for r in reversed(rows)]))  # fmt: skip
+        upwards = rows[::-1]
+        low, speeds, high = ([r.work / t for r, t in zip(upwards, times, strict=True)] for times in zip(
+            *((r.high, r.seconds, r.low) for r in upwards), strict=True))  # fmt: skip
         spread = [[s - b for s, b in zip(speeds, low, strict=True)], [t - s for s, t in zip(speeds, high, strict=True)]]
-        ours = [OURS in r.implementation for r in reversed(rows)]
-        names = [r.implementation for r in reversed(rows)]
+        ours = [is_ours(r.implementation) for r in upwards]
+        names = [r.implementation for r in upwards]
         axis.barh(names, speeds, xerr=spread, color=[COLOURS[OURS] if o else COLOURS[PYTORCH] for o in ours],
                   error_kw={"elinewidth": 1, "ecolor": "#444"})  # fmt: skip
         for at, (speed, top) in enumerate(zip(speeds, high, strict=True)):

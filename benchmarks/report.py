@@ -173,7 +173,7 @@ def _device(folder: Path, result: Result) -> str:
             headlines[op, dtype] = rows
     for rows in headlines.values():
         lines += _headline(rows) if rows[0].op not in (LADDER, DROP_IN) else []
-    lines += ["", *_ladder(result), *_drop_in(result)]
+    lines += ["", *_steps(result)]
     if result.errors:
         within = sum(e.within for e in result.errors)
         lines += [
@@ -198,20 +198,17 @@ def _headline(rows: list[Row]) -> list[str]:
     return [f"| {case} | {_ms(base)} | {_ms(find(rows, COMPILED))} | {other} | {_ms(ours)} | {times} | {most} |"]
 
 
-def _ladder(result: Result) -> list[str]:
+def _steps(result: Result) -> list[str]:
     lines = []
     for rows in result.by_case().values():
-        if rows[0].op == LADDER:
-            lines += [f"The training step of the {rows[0].size} tokens ({rows[0].dtype}), one change a row:", ""]
-            lines += _speeds(rows, PYTORCH)
-    return lines
-
-
-def _drop_in(result: Result) -> list[str]:
-    lines = []
-    for rows in result.by_case().values():
-        if rows[0].op == DROP_IN:
-            lines += [f"`fastllm.patch` on a {rows[0].size} ({rows[0].dtype}):", "", *_speeds(rows, "transformers")]
+        op, size, dtype = rows[0].op, rows[0].size, rows[0].dtype
+        if op == LADDER:
+            lines += [f"The training step of the {size} tokens ({dtype}), one change a row:", ""]
+        elif op == DROP_IN:
+            lines += [f"`fastllm.patch` on a {size} ({dtype}):", ""]
+        else:
+            continue
+        lines += _speeds(rows, BASE.get(op, PYTORCH))
     return lines
 
 

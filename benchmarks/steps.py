@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -24,7 +25,9 @@ from fastllm.optim import make_optimizers
 from fastllm.optim import step as update
 from fastllm.train import pick_precision, shard
 
-from .cases import COMPILED, DROP_IN, LADDER, OURS, PYTORCH, Call, Case, Scale
+from .attention import sdpa
+from .cases import COMPILED, DROP_IN, LADDER, OURS, PYTORCH, Call, Case, Scale, short
+from .pointwise import eager_rope, eager_swiglu
 from .timing import DEVICE
 
 
@@ -44,22 +47,11 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, residual: Tensor | None, 
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    cos, sin = (t[: q.shape[1]].to(q.dtype).repeat(1, 2).unsqueeze(1) for t in (cos, sin))
-
-    def turned(x: Tensor) -> Tensor:
-        a, b = x.chunk(2, -1)
-        return x * cos + torch.cat([-b, a], -1) * sin
-
-    return turned(q), turned(k)
+    return eager_rope(q, k, *(t[: q.shape[1]].to(q.dtype).repeat(1, 2).unsqueeze(1) for t in (cos, sin)))
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, softcap: float) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
+    return sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -70,7 +62,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tens
 IN_PLACE: dict[str, tuple[Any, Callable]] = {
     "rms_norm": (modules, rms_norm),
     "rope": (modules, rope),
-    "swiglu": (modules, swiglu),
+    "swiglu": (modules, eager_swiglu),
     "flash_attention": (modules, flash_attention),
     "linear_cross_entropy": (fastllm.model, linear_cross_entropy),
 }
@@ -123,7 +115,7 @@ def _ladder(preset: str) -> Case:
         return _step(model, config, lambda: model(tokens, targets), lambda: only(_rungs()[rung]))
 
     return Case(
-        LADDER, f"{preset} model, {size[0]}×{size[1]}", "step", str(precision).removeprefix("torch."),
+        LADDER, f"{preset} model, {size[0]}×{size[1]}", "step", short(precision),
         size[0] * size[1], "tokens/s", tuple(_rungs()), lambda: {rung: call(rung) for rung in _rungs()},
     )  # fmt: skip
 
@@ -149,11 +141,10 @@ def _transformers(scale: Scale) -> Case:
             fastllm.patch(model)
         run: Any = torch.compile(model) if COMPILED in name else model
         tokens = torch.randint(vocab, (batch, seq), device=DEVICE)
-        within = lambda: torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32)  # noqa: E731
+        within = partial(torch.autocast, DEVICE.type, dtype, enabled=dtype != torch.float32)
         return _step(model, Config(), lambda: run(input_ids=tokens, labels=tokens, use_cache=False).loss, within)
 
     size = f"Llama of transformers, {layers} layers of {dim}, {batch}×{seq}"
-    precision = str(dtype).removeprefix("torch.")
     return Case(
-        DROP_IN, size, "step", precision, batch * seq, "tokens/s", names, lambda: {n: call(n) for n in names}
+        DROP_IN, size, "step", short(dtype), batch * seq, "tokens/s", names, lambda: {n: call(n) for n in names}
     )  # fmt: skip

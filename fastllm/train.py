@@ -31,6 +31,7 @@ from .config import Config
 from .errors import UserError
 from .files import write_atomic
 from .generate import generate
+from .kernels.native import multiplies_bfloat16
 from .model import GPT, count_parameters
 from .tokenizer import Tokenizer
 from .weights import save_weights
@@ -221,10 +222,7 @@ def pick_precision(precision: configs.Precision, device: torch.device) -> torch.
     """What the model computes in; the weights that the optimizer sees stay float32."""
     if precision != "auto":
         return getattr(torch, precision)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # private functions of PyTorch, so asked for with care
-        fast = any(getattr(torch.cpu, f, bool)() for f in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
 
 

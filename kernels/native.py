@@ -29,8 +29,9 @@ def cpu_missing() -> str | None:
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16 (and PyTorch uses them)."""
-    return "cpu" in KERNELS and KERNELS["cpu"].instruction_set() in ("avx512_bf16", "amx")
+    """Whether this processor has instructions for products of bfloat16, and PyTorch uses them."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private functions of PyTorch: with care
+    return any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
 def cuda_missing(device: torch.device) -> str | None:
