@@ -41,7 +41,7 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code: 0, 1 for something of ours that got slower, 2 for an error that the message explains."""
+    """The exit code: 0, 1 for something of ours that got slower or fails, 2 for an error that the message explains."""
     try:
         return _run(_arguments().parse_args(argv))
     except UserError as error:
@@ -53,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.compare:
         changes = compare(*(Result.read(path) for path in arguments.compare))
         print(table(changes))
-        return 1 if any(c.verdict == "slower" for c in changes) else 0
+        return 1 if any(c.verdict in ("slower", "fails") for c in changes) else 0
     if arguments.readme or arguments.defaults:
         if not report.README.exists():
             raise UserError("--readme and --defaults write into a checkout of fastllm, and this is none")

@@ -18,13 +18,15 @@ LEAST = 0.05  # a change of fewer per cent is not worth a word
 class Change:
     """One implementation of one case in both results."""
 
-    row: Row
-    ratio: float  # of the medians, later to earlier, less the machine's drift
+    row: Row  # the later one
+    ratio: float  # of the medians, later to earlier, less the machine's drift; infinite where the later one failed
     noise: float  # three standard errors of its logarithm
     drift: float  # of the same case's implementations that are not ours
 
     @property
     def verdict(self) -> str:
+        if self.row.error:
+            return "fails"
         change = math.log(self.ratio)
         if abs(change) <= max(self.noise, math.log1p(LEAST)):
             return "same"
@@ -32,7 +34,7 @@ class Change:
 
 
 def compare(earlier: Result, later: Result) -> list[Change]:
-    """Every row of ours that both have.
+    """Every row of ours that both have, or that has failed since.
 
     The statistic: the logarithm of the ratio of the medians. The standard error of a median is 1.25 σ/√n (normal
     noise), with σ from the quartiles, (high − low)/1.35. What does not contain our code (PyTorch, a copy) is the
@@ -42,11 +44,14 @@ def compare(earlier: Result, later: Result) -> list[Change]:
     """
     before = {(row.case, row.at, row.implementation): row for row in earlier.rows if not row.error}
     pairs: dict[tuple, list[tuple[Row, Row]]] = {}
+    changes: list[Change] = []
     for row in later.rows:
         old = before.get((row.case, row.at, row.implementation))
         if old is not None and not row.error:
             pairs.setdefault((row.case, row.at), []).append((old, row))
-    changes, between_runs = [], _between_runs(pairs.values())
+        elif old is not None and is_ours(row.implementation):
+            changes.append(Change(row, math.inf, 0.0, 1.0))
+    between_runs = _between_runs(pairs.values())
     for case in pairs.values():
         control = [(_change(*pair), _error(*pair)) for pair in case if not is_ours(pair[1].implementation)]
         drift = statistics.median(c for c, _ in control) if control else 0.0
@@ -77,7 +82,7 @@ def _error(old: Row, new: Row) -> float:
 
 def table(changes: list[Change]) -> str:
     """Markdown, what changed first."""
-    order = {"slower": 0, "faster": 1, "same": 2}
+    order = {"fails": 0, "slower": 1, "faster": 2, "same": 3}
     lines = ["| case | implementation | verdict | time, times | ± | machine's drift |", "|---|---|---|---:|---:|---:|"]
     for c in sorted(changes, key=lambda c: (order[c.verdict], -abs(math.log(c.ratio)))):
         case = f"{c.row.op} {c.row.direction} {c.row.size} {c.row.dtype}"

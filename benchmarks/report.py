@@ -102,6 +102,8 @@ def _ms(row: Row | None) -> str:
 
 
 def _rate(row: Row) -> str:
+    if row.implementation == COPY:
+        return ""  # it moves other bytes than the op
     rate = row.work / row.seconds / PER_UNIT[row.unit]
     return f"{rate:,.0f} {row.unit}" if rate >= 100 else f"{rate:.3g} {row.unit}"
 

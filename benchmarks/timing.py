@@ -72,18 +72,25 @@ def device_name() -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in name).lower().split())
 
 
+def commit() -> str:
+    """Of this checkout; an installed copy may lie in somebody else's repository."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return "unknown"
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def stamp() -> dict[str, str]:
     """What a result must say of where it comes from."""
     import triton
 
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
     found = {
         "device": device_name(),
-        "commit": commit,
+        "commit": commit(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),

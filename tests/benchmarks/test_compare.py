@@ -36,6 +36,15 @@ def test_verdicts(after, verdict):
     assert verdicts(rows(BEFORE), rows(after)) == [verdict]
 
 
+def test_what_fails_now_is_said():
+    after = [replace(r, error="OutOfMemoryError: no") if r.implementation == "fastllm cpu" else r for r in rows(BEFORE)]
+    assert verdicts(rows(BEFORE), after) == ["fails"]
+    assert verdicts(after, after) == [], "it failed before"
+    theirs = [replace(r, error="no") if r.implementation == PYTORCH else r for r in rows(BEFORE)]
+    assert verdicts(rows(BEFORE), theirs) == ["same"]
+    assert "| fastllm cpu | fails | inf |" in table(compare(Result({}, rows=rows(BEFORE)), Result({}, rows=after)))
+
+
 def test_noise_hides_what_it_could_have_made():
     after = BEFORE | {"fastllm cpu": 2.4}
     assert verdicts(rows(BEFORE, noise=0.3, rounds=5), rows(after, noise=0.3, rounds=5)) == ["same"]

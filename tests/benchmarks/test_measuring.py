@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.cases import OURS, Case, Scale
 from benchmarks.gpu import Step, steps
 from benchmarks.gpu import run as run_step
@@ -104,3 +105,17 @@ def test_a_step_out_of_time_is_interrupted_and_recorded(tmp_path):
     assert run_step(Step("bad", [sys.executable, "-c", "exit(3)"], 30), tmp_path).verdict == "FAILED (exit 3)"
     assert run_step(Step("good", [sys.executable, "-c", "print(1)"], 30), tmp_path).verdict == "passed"
     assert run_step(Step("none", [str(tmp_path / "none")], 30), tmp_path).verdict.startswith("FAILED (")
+
+
+def test_the_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
+    """An installed copy inside somebody else's repository must not bear that one's."""
+    root = tmp_path / "repository"
+    inside = root / "site-packages" / "fastllm" / "benchmarks"
+    inside.mkdir(parents=True)
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(timing, "__file__", str(inside / "timing.py"))
+    assert timing.commit() == "unknown"
+    monkeypatch.setattr(timing, "__file__", str(root / "benchmarks" / "timing.py"))
+    assert len(timing.commit()) == 12
