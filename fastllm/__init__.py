@@ -15,7 +15,7 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "export": "exporting",
     "from_pretrained": "pretrained",
-    "load_run": "checkpoint",
+    "load_run": "runs",
     "patch": "dropin",
     "patched": "dropin",
     "unpatch": "dropin",

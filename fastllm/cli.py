@@ -21,13 +21,15 @@ NEEDED = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro")  #
 class TrainArguments(configs.Config):
     """Train a GPT, on the source of Python's standard library or on text of your own.
 
-    A TOML file with the tables [model], [data], [optim] and [train] may come first:
+    A TOML file with the tables [model], [data], [optim] and so on may come first:
     fastllm train CONFIG.toml [OPTIONS]. Its keys are those of the options below, which have
-    precedence over the file, as the file has over the preset.
+    precedence over the file, as the file has over the preset. In several processes:
+    torchrun --nproc-per-node 8 -m fastllm train [OPTIONS].
     """
 
     preset: str = "default"  # where the settings start from: default, 30m, 124m, 350m or 1b
     out: Path | None = None  # the run folder, new or empty; None: a new one under runs/
+    resume: Path | None = None  # go on with the run in this folder, from its last checkpoint
 
 
 def train(argv: list[str]) -> int:
@@ -36,7 +38,13 @@ def train(argv: list[str]) -> int:
     # The preset and the file give the defaults of all the other options, so they are read first.
     file = argv[0] if argv and not argv[0].startswith("-") else None
     options = argv[1:] if file else argv
-    base = configs.preset(_value_of("--preset", options) or "default")
+    resumed = _value_of("--resume", options)
+    if resumed:
+        if file or _value_of("--preset", options) or _value_of("--out", options):
+            raise UserError("--resume has the settings and the folder of the run: leave out the file, --preset, --out")
+        base = configs.load(Path(resumed, "config.toml"))
+    else:
+        base = configs.preset(_value_of("--preset", options) or "default")
     if file:
         base = configs.load(file, base)
     arguments = tyro.cli(
@@ -48,7 +56,8 @@ def train(argv: list[str]) -> int:
 
     from .train import train
 
-    return train(configs.Config(**_fields(arguments)), arguments.out)
+    config = configs.Config(**_fields(arguments))
+    return train(config, arguments.resume or arguments.out, resume=arguments.resume is not None)
 
 
 def _fields(config: configs.Config) -> dict[str, object]:
@@ -103,8 +112,8 @@ def _generate(
 
     import torch
 
-    from .checkpoint import load_run
     from .generate import generate
+    from .runs import load_run
 
     model, tokenizer, meta = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     if meta.get("status") != "finished":
@@ -169,6 +178,8 @@ COMMANDS = {
             "fastllm train --data book.txt notes/           on text files and folders of your own",
             "fastllm train my.toml --train.steps 500        settings from a file, and one changed",
             "fastllm train --preset 124m --out runs/gpt2    a larger model, into a named folder",
+            "fastllm train --resume runs/gpt2               go on from its last checkpoint",
+            "torchrun --nproc-per-node 8 -m fastllm train   on eight GPUs",
         ),
     ),
     "generate": Command(

@@ -22,6 +22,12 @@ def _check_positive(section: str, config: Any, *names: str) -> None:
         _check(value > 0, f"{section}.{name} must be greater than 0, it is {value}")
 
 
+def _check_choice(section: str, config: Any, name: str, choices: Any) -> None:
+    value = getattr(config, name)
+    names = get_args(choices)
+    _check(value in names, f"{section}.{name} must be one of {', '.join(names)}, it is {value!r}")
+
+
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 
 
@@ -66,10 +72,7 @@ class ModelConfig:
             f"model.{name} ({width}) must be a multiple of 2 * model.heads ({self.heads}): rotary pairs",
         )
         _check(self.head_dim <= 256, f"model.{name} / model.heads ({self.head_dim}) must be at most 256")
-        _check(
-            self.rope_scaling in get_args(RopeScaling),
-            f"model.rope_scaling must be one of {', '.join(get_args(RopeScaling))}, it is {self.rope_scaling!r}",
-        )
+        _check_choice("model", self, "rope_scaling", RopeScaling)
         _check(self.rope_factor >= 1, f"model.rope_factor must be at least 1, it is {self.rope_factor}")
         _check(
             self.rope_scaling != "none" or self.rope_factor == 1, "model.rope_scaling 'none' has no model.rope_factor"
@@ -122,15 +125,60 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"optim.{name} must be at least 0 and less than 1, it is {value}")
-        for name, choices in (("optimizer", get_args(Optimizer)), ("schedule", get_args(Schedule))):
-            value = getattr(self, name)
-            _check(value in choices, f"optim.{name} must be one of {', '.join(choices)}, it is {value!r}")
+        _check_choice("optim", self, "optimizer", Optimizer)
+        _check_choice("optim", self, "schedule", Schedule)
         _check(0 <= self.final <= 1, f"optim.final must be between 0 and 1, it is {self.final}")
         _check(self.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {self.weight_decay}")
         _check(
             self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1,
             f"optim.warmup ({self.warmup}) and optim.decay ({self.decay}) are shares of the run: 1 at most together",
         )
+
+
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that torchrun starts share the model. Parameters are sharded over all of them (FSDP2)."""
+
+    replicate: int = 1  # copies of the sharded model (HSDP): gradients are summed over them
+    tensor: int = 1  # processes that share each matrix and each sequence (tensor and sequence parallel)
+    reshard: bool = False  # gather a block's parameters once more in the backward pass: less memory, more traffic
+    recompute: Recompute = "none"  # in the backward pass: none, selective (what is cheap) or full (all of a block)
+    compile: bool = False  # torch.compile each block
+
+    def __post_init__(self) -> None:
+        _check_positive("parallel", self, "replicate", "tensor")
+        _check_choice("parallel", self, "recompute", Recompute)
+
+
+Policy = Literal["skip", "rollback", "stop"]
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What happens at a spike: a loss or gradient norm that is not finite, or far above the latest ones."""
+
+    policy: Policy = "skip"  # the update; rollback to the last checkpoint and step past the data; or stop
+    sigma: float = 6.0  # standard deviations above the mean of the window
+    window: int = 128  # steps
+    limit: int = 10  # spikes in a window that end the run
+
+    def __post_init__(self) -> None:
+        _check_positive("guard", self, "sigma", "window", "limit")
+        _check_choice("guard", self, "policy", Policy)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run can go on from."""
+
+    every: int = 200  # steps between checkpoints; there is one at the end in any case
+    keep: int = 2  # the latest ones; older ones are deleted
+
+    def __post_init__(self) -> None:
+        _check_positive("checkpoint", self, "every", "keep")
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -149,15 +197,15 @@ class TrainConfig:
     log_every: int = 10  # steps
     eval_every: int = 200  # steps
     eval_tokens: int = 65_536  # of the held-out text, spread evenly over it
+    profile: int = 0  # steps to trace, after the first twelve; 0: none
+    tensorboard: bool = False  # write what the log has for TensorBoard too
 
     def __post_init__(self) -> None:
         _check_positive("train", self, "steps", "batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens")
-        _check(self.seconds >= 0, f"train.seconds must not be negative, it is {self.seconds}")
-        _check(self.seed >= 0, f"train.seed must not be negative, it is {self.seed}")
-        _check(
-            self.precision in get_args(Precision),
-            f"train.precision must be one of {', '.join(get_args(Precision))}, it is {self.precision!r}",
-        )
+        for name in ("seconds", "seed", "profile"):
+            value = getattr(self, name)
+            _check(value >= 0, f"train.{name} must not be negative, it is {value}")
+        _check_choice("train", self, "precision", Precision)
 
 
 @dataclass(frozen=True)
@@ -168,16 +216,21 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         context, tokens = self.model.context, self.train.batch_tokens
         _check(tokens % context == 0, f"train.batch_tokens ({tokens}) must be a multiple of model.context ({context})")
+        for name in ("heads", "kv_heads", "hidden_dim", "context"):
+            size, parts = getattr(self.model, name), self.parallel.tensor
+            _check(size % parts == 0, f"model.{name} ({size}) must be a multiple of parallel.tensor ({parts})")
 
     @property
-    def accumulate(self) -> int:
-        """Forward passes in an optimizer step."""
-        sequences = self.train.batch_tokens // self.model.context
-        return -(-sequences // self.train.micro_batch)
+    def sequences(self) -> int:
+        """Sequences in an optimizer step."""
+        return self.train.batch_tokens // self.model.context
 
 
 def _gpt(dim: int, layers: int, heads: int, kv_heads: int, hidden_dim: int, vocab_size: int = 50_304) -> ModelConfig:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .checkpoint import load_run
 from .config import ModelConfig
 from .errors import UserError
 from .files import atomic_folder
 from .pretrained import CONFIG, GENERATION, ROPE_FIXED, TOKENIZER
+from .runs import load_run
 
 
 def export(

@@ -18,7 +18,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
-        _to_disk(part)
+        to_disk(part)
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
@@ -26,9 +26,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _to_disk(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+def to_disk(path: Path) -> None:
+    """Return when a file's content, or a folder's names, would outlive a loss of power."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_atomic(path: str | Path, content: bytes) -> None:
@@ -45,7 +49,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         part.mkdir(parents=True)
         yield part
         for file in part.iterdir():
-            _to_disk(file)
+            to_disk(file)
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error

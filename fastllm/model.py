@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .dtensors import local, own_slice
 from .kernels import CausalSelfAttention, RMSNorm, SwiGLU, linear_cross_entropy
 from .rotary import rotary_tables
 
@@ -116,35 +118,62 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal, 1/sqrt(features); zero where a layer writes to the residual stream: each begins as the identity."""
+        """Normal, 1/sqrt(features); zero where a layer writes to the residual stream: each begins as the identity.
+
+        A sharded parameter gets its part of what the whole would have been. The rotary tables are filled too.
+        """
+        for table, values in zip((self.model.cos, self.model.sin), rotary_tables(self.config), strict=True):
+            table.copy_(values)
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                if name.endswith("bias"):
-                    p.zero_()
-                continue  # norms start at one
-            # One generator per name: a weight does not depend on which others there are.
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            std = 0.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else p.shape[1] ** -0.5
-            p.normal_(0.0, std, generator=generator)
+                local(p).fill_(0.0 if name.endswith("bias") else 1.0)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                local(p).zero_()
+            else:
+                _normal(local(p), own_slice(p), p.shape[1], f"{seed} {name}")
 
     @property
     def head_weight(self) -> Tensor:
         """``[vocab_size, dim]``."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
-        """``tokens`` ``[batch, seq]``; with ``targets`` ``[batch, seq]`` the mean loss in nats per token, else logits.
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """``tokens`` ``[batch, seq]``; with ``targets`` ``[batch, seq]`` the loss in nats per token, else logits.
 
-        With a cache the tokens follow those that it holds, and join them.
+        Targets of -100 don't count. ``reduction="sum"``: the nats of all of them. With a cache the tokens follow those
+        that it holds, and join them.
         """
         hidden = self.model(tokens, cache)
         if targets is not None:
-            return linear_cross_entropy(hidden, self.head_weight, targets)
+            return linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction)
         return nn.functional.linear(hidden, self.head_weight)
 
     def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
         """``[batch, vocab_size]``: the logits of the token after ``tokens`` ``[batch, seq]``."""
         return nn.functional.linear(self.model(tokens, cache)[:, -1], self.head_weight)
+
+
+ROWS = 64  # of a weight that are drawn together
+
+
+def _normal(part: Tensor, where: tuple[slice, ...], features: int, name: str) -> None:
+    """Fill ``part`` with what lies at ``where`` in a matrix that ``name`` alone decides.
+
+    Every block of rows has a generator of its own, so that a process draws only the blocks that it holds rows of.
+    """
+    rows, columns = where
+    for first in range(rows.start // ROWS * ROWS, rows.stop, ROWS):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {first}".encode()))
+        block = torch.empty(ROWS, features).normal_(0.0, features**-0.5, generator=generator)
+        low, high = max(first, rows.start), min(first + ROWS, rows.stop)
+        part[low - rows.start : high - rows.start] = block[low - first : high - first, columns]
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -160,3 +189,18 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
         "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Of a training step, forward and backward, per token at the full context; what is recomputed does not count.
+
+    6 for each weight of a matrix product (the head is one, the embedding is not) and, for the scores and the sums of
+    causal attention, 6 for each feature and each of the keys that a token sees on average (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B, but for the half that is masked).
+    """
+    parts = count_parameters(config)
+    biases = config.layers * (config.heads + 2 * config.kv_heads) * config.head_dim if config.qkv_bias else 0
+    weights = parts["attention"] - biases + parts["mlp"] + config.vocab_size * config.dim
+    window = min(config.window or config.context, config.context)
+    seen = window - window * (window - 1) / (2 * config.context)  # keys, on average over the tokens
+    return round(6 * weights + 2 * 6 * config.layers * config.heads * config.head_dim * seen)

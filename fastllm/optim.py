@@ -3,46 +3,71 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import OptimConfig
+from .muon import Muon
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
     """What updates the parameters of a GPT (DTensors of FSDP2 too), each once.
 
     - "adamw": AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), fused, with weight decay on matrices only.
-    - "muon": Muon (Jordan 2024) for the matrices of the blocks, scaled so that AdamW's learning rate and weight decay
-      serve (Liu et al. 2025, arXiv:2502.16982); AdamW for the embedding, the head and what is no matrix.
+    - "muon": :class:`Muon` for the matrices of the blocks; AdamW for the embedding, the head and what is no matrix.
     """
     named = list(model.named_parameters())
     by_muon = {n for n, p in named if p.dim() == 2 and ".layers." in n} if config.optimizer == "muon" else set()
-    rest = [p for n, p in named if n not in by_muon]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    groups: dict[tuple[bool, Any], dict[str, Any]] = {}  # fused kernels take DTensors of one mesh
+    for p in (p for n, p in named if n not in by_muon):
+        key = (p.dim() >= 2, getattr(p, "device_mesh", None))
+        group = groups.setdefault(key, {"params": [], "weight_decay": config.weight_decay if key[0] else 0.0})
+        group["params"].append(p)
     adamw = torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=config.lr, betas=(config.beta1, config.beta2), fused=True
+        list(groups.values()), lr=config.lr, betas=(config.beta1, config.beta2), eps=1e-8, fused=True
     )
     if not by_muon:
         return [adamw]
     matrices = [p for n, p in named if n in by_muon]
-    muon = torch.optim.Muon(
-        matrices, lr=config.lr, momentum=0.95, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [muon, adamw]
+    return [Muon(matrices, lr=config.lr, weight_decay=config.weight_decay), adamw]
 
 
-def step(optimizers: list[torch.optim.Optimizer], lr: float) -> None:
-    """One update at the learning rate ``lr``; the gradients are dropped."""
+def step(
+    optimizers: list[torch.optim.Optimizer], lr: float, divisor: Tensor | None = None, skip: Tensor | None = None
+) -> None:
+    """One update at the learning rate ``lr``; the gradients are dropped.
+
+    ``divisor``, ``skip``: 0-d tensors on the device: gradients are divided by the first; where the second is 1, neither
+    parameters nor the optimizers' state change. The host waits for neither.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
+        # Fused optimizers read these, as torch.amp.GradScaler hands them over.
+        optimizer.grad_scale, optimizer.found_inf = divisor, skip
         optimizer.step()
         optimizer.zero_grad()
+
+
+def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """The optimizers' state by parameter name, ``model.norm.weight.exp_avg``: the tensors themselves.
+
+    State that no step has made yet is made.
+    """
+    if not all(optimizer.state for optimizer in optimizers):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        one = torch.ones((), device=next(model.parameters()).device)
+        step(optimizers, 0.0, one, skip=one)
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{names[p]}.{key}": value
+        for optimizer in optimizers
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
 
 
 def learning_rate(config: OptimConfig, progress: float) -> float:

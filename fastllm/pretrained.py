@@ -62,7 +62,7 @@ def from_pretrained(
 
 
 def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """As ``checkpoint.load_run``."""
+    """As ``runs.load_run``."""
     if not (path / TOKENIZER).is_file():
         raise UserError(f"{path} has no {TOKENIZER}")
     found = [_json(path / name).get("eos_token_id") for name in (GENERATION, CONFIG) if (path / name).is_file()]

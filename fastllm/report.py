@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from rich import progress as bars
 from rich.console import Console
 
+from .errors import UserError
 from .files import atomic
 
+LOG = "log.jsonl"  # in a run folder: JSON lines
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -43,34 +47,112 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
 
-    def update(self, step: int, loss: float, lr: float, norm: float, speed: float, left: float) -> None:
-        """``speed`` in tokens per second, ``left`` in seconds."""
+    def update(self, record: dict[str, Any], left: float) -> None:
+        """``record``: a line of the log; ``left`` in seconds."""
+        loss = math.nan if record["loss"] is None else record["loss"]
         line = (
-            f"loss {loss:.3f}  lr {lr:.1e}  grad norm {norm:.2f}  {speed:,.0f} tokens/s  "
-            f"{int(left) // 60}:{int(left) % 60:02d} left"
+            f"loss {loss:.3f}  lr {record['lr']:.1e}  grad norm {record['grad_norm']:.2f}  "
+            f"{record['tokens_per_second']:,} tokens/s  {record['mfu']:.0%} MFU  "
+            f"{record['memory'] / 2**30:.1f} GiB  {timedelta(seconds=int(left))} left"
         )
+        step = record["step"]
         self._bar.update(self._task, completed=step, line=line)
         if not console.is_terminal and time.monotonic() - self._printed >= PLAIN_EVERY:
             self._printed = time.monotonic()
             say("train", f"step {step}/{self.steps}  {line}")
 
+
+class Log:
+    """What a run says of itself: ``log.jsonl``, the live progress, and TensorBoard where asked; of the first process.
+
+    Numbers that are not finite are null in the file: JSON has none.
+    """
+
+    def __init__(self, out: Path, steps: int, tensorboard: bool) -> None:
+        self.path, self.first = out / LOG, not console.quiet
+        self.progress = Progress(steps)
+        self.board: Any = None
+        if tensorboard and self.first:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"))
+
+    def __enter__(self) -> Self:
+        self._file = open(self.path, "ab", buffering=0) if self.first else None
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.progress.__exit__(*exc)
+        if self.board:
+            self.board.close()
+        if self._file:
+            self._file.close()
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Add a line, at once."""
+        if not self._file:
+            return
+        numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        try:
+            self._file.write(json.dumps(numbers).encode() + b"\n")
+        except OSError as error:
+            raise UserError(f"can't write {self.path}: {error.strerror}") from None
+        if self.board:
+            for key, value in numbers.items():
+                if isinstance(value, int | float) and key != "step":
+                    self.board.add_scalar(key, value, record["step"])
+
+    def trained(self, record: dict[str, Any], left: float) -> None:
+        """Steps since the last time; ``left``: seconds to the end."""
+        self.write(record)
+        self.progress.update(record, left)
+
     def validated(self, step: int, loss: float) -> None:
-        say("validation", f"step {step}/{self.steps}  loss {loss:.3f}")
+        self.write({"step": step, "validation_loss": loss})
+        say("validation", f"step {step}/{self.progress.steps}  loss {loss:.3f}")
 
 
 def plot(log: Path, path: Path, unigram_loss: float) -> None:
-    """Draw the curves in ``log`` (JSON lines), with the loss of a unigram model beside them."""
+    """Draw the curves in ``log``: loss, with that of a unigram model beside it, gradient norm and speed."""
     from matplotlib.figure import Figure  # slow to import, and needed once
 
-    records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-    axes = (figure := Figure(figsize=(8, 5), dpi=120, layout="constrained")).subplots()
-    for key, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
-        points = [(r["step"], r[key]) for r in records if key in r]
+    records = read_log(log)
+    figure = Figure(figsize=(8, 8), dpi=120, layout="constrained")
+    loss, norm, speed = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
+    curves = (
+        (loss, "loss", "training", "-"),
+        (loss, "validation_loss", "validation", "o-"),
+        (norm, "grad_norm", "gradient norm", "-"),
+        (speed, "tokens_per_second", "tokens/s", "-"),
+    )
+    for axes, key, label, style in curves:
+        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.5)
-    axes.axhline(unigram_loss, color="gray", linestyle="--", linewidth=1, label="unigram model, validation")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    spikes = [r["step"] for r in records if "spikes" in r]
+    for step in spikes:
+        norm.axvline(step, color="red", linewidth=0.8)
+    loss.axhline(unigram_loss, color="gray", linestyle="--", linewidth=1, label="unigram model, validation")
+    loss.set(ylabel="loss (nats per token)", title="Training")
+    norm.set(ylabel="gradient norm", yscale="log")
+    speed.set(ylabel="tokens/s", xlabel="step", ylim=(0, None))
+    for axes in (loss, norm, speed):
+        axes.grid(alpha=0.3)
+    loss.legend()
     with atomic(path) as part:
         figure.savefig(part, format="png")
+
+
+def read_log(log: Path) -> list[dict[str, float]]:
+    """The records of a log; of a step that was trained again, after a crash or a roll-back, the last ones."""
+    kept: list[dict[str, float]] = []
+    for line in log.read_text("utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # cut off when the process was killed
+            continue
+        while kept and record["step"] < kept[-1]["step"]:
+            kept.pop()
+        kept.append(record)
+    return kept

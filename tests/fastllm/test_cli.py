@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastllm import __version__
-from fastllm.checkpoint import load_run
 from fastllm.cli import main
+from fastllm.runs import load_run
 from fastllm.train import StopSignals
 
 TINY = """

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastllm
-from fastllm import checkpoint
+from fastllm import runs
 from fastllm.cli import main
 from fastllm.config import Config, ModelConfig, dump
 from fastllm.errors import UserError
@@ -56,7 +56,7 @@ def run(tmp_path: Path) -> Callable[[ModelConfig], Path]:
         )
         TOKENIZER.save(folder / "tokenizer.json")
         save_weights(folder / "model.safetensors", randomised(GPT(config)).state_dict())
-        checkpoint.save_meta(folder, {"status": "finished"})
+        runs.save_meta(folder, {"status": "finished"})
         return folder
 
     return make
@@ -69,7 +69,7 @@ def test_export(name, run, tmp_path):
     assert layout(config)["model_type"] == name.split(",")[0]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.tie_word_embeddings is config.tie_embeddings
-    gpt, _, _ = checkpoint.load_run(tmp_path / "run")
+    gpt, _, _ = runs.load_run(tmp_path / "run")
     again = fastllm.from_pretrained(out)
     assert again.config == config
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), gpt.parameters(), strict=True))
@@ -100,17 +100,17 @@ def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
     )
     text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     for place in (folder, out):
-        model, tokens, _ = checkpoint.load_run(place)
+        model, tokens, _ = runs.load_run(place)
         assert "".join(generate(model, tokens, prompt, max_tokens=12, temperature=0)) == text
 
 
 def test_several_ends(run, tmp_path):
     out = fastllm.export(run(SMALL), tmp_path / "out")
-    model, tokenizer, _ = checkpoint.load_run(out)
+    model, tokenizer, _ = runs.load_run(out)
     first = "".join(generate(model, tokenizer, "def", max_tokens=1, temperature=0))
     (end,) = tokenizer.encode(first)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.end, end]}))
-    model, tokenizer, _ = checkpoint.load_run(out)
+    model, tokenizer, _ = runs.load_run(out)
     assert tokenizer.ends == (TOKENIZER.end, end)
     assert "".join(generate(model, tokenizer, "def", max_tokens=9, temperature=0)) == ""
 

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import fastllm
-from fastllm import checkpoint
+from fastllm import runs
 from fastllm.errors import UserError
 from fastllm.generate import generate
 from fastllm.pretrained import model_config
@@ -217,7 +217,7 @@ def their_folder(tmp_path: Path) -> Path:
 
 def test_text_of_their_folder(their_folder):
     tokenizer, prompt = AutoTokenizer.from_pretrained(their_folder), "def add(a, b):\n    naïve = 日本"
-    model, own, _ = checkpoint.load_run(their_folder)
+    model, own, _ = runs.load_run(their_folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     assert own.encode(prompt) == inputs.input_ids[0].tolist()
     assert own.encode("") == [tokenizer.bos_token_id]
@@ -235,12 +235,12 @@ def test_tokenizers_that_do_not_fit(their_folder):
     sentences.decoder = decoders.Metaspace()
     sentences.save(str(their_folder / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are"):
-        checkpoint.load_run(their_folder)
+        runs.load_run(their_folder)
     larger = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
     larger.add_tokens([f"word {i}" for i in range(100)])
     larger.save(str(their_folder / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json has \d+ tokens, but vocab_size in config\.json is \d+"):
-        checkpoint.load_run(their_folder)
+        runs.load_run(their_folder)
     (their_folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-        checkpoint.load_run(their_folder)
+        runs.load_run(their_folder)

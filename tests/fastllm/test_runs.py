@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastllm import checkpoint
+from fastllm import runs
 from fastllm.config import Config, ModelConfig, dump
 from fastllm.errors import UserError
 from fastllm.files import atomic, write_atomic
@@ -51,23 +51,23 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 def test_a_run_that_is_not_whole(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match="there is no run folder"):
-        checkpoint.load_run(run)
+        runs.load_run(run)
     run.mkdir()
     with pytest.raises(UserError, match=r"has no config\.toml, tokenizer\.json, model\.safetensors, run\.json"):
-        checkpoint.load_run(run)
+        runs.load_run(run)
     (run / "config.toml").write_text(dump(Config(model=SMALL)))
     TOKENIZER.save(run / "tokenizer.json")
-    checkpoint.save_meta(run, {"status": "training"})
+    runs.save_meta(run, {"status": "training"})
     with pytest.raises(UserError, match=r"has no model\.safetensors: its training has not finished"):
-        checkpoint.load_run(run)
+        runs.load_run(run)
     save_weights(run / "model.safetensors", GPT(SMALL).state_dict())
-    assert checkpoint.load_run(run)[2] == {"status": "training"}
+    assert runs.load_run(run)[2] == {"status": "training"}
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        checkpoint.load_run(run)
+        runs.load_run(run)
     (run / "config.toml").write_text(dump(Config(model=replace(SMALL, vocab_size=999))))
     with pytest.raises(UserError, match=r"model\.vocab_size in config\.toml is 999"):
-        checkpoint.load_run(run)
+        runs.load_run(run)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -1,0 +1,61 @@
+"""What the devices that people train on can do."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Figures of a data sheet, and what an hour of it costs."""
+
+    name: str  # as PyTorch gives it, without "NVIDIA "
+    memory: float  # bytes
+    bandwidth: float  # bytes/s
+    flops: float  # dense bfloat16, per second
+    dollars: float  # an hour of one, on demand, in 2025; prices differ: see --dollars
+
+
+GPUS = {
+    "a100": Gpu("A100-SXM4-80GB", 80 * 2**30, 2039e9, 312e12, 1.8),
+    "h100": Gpu("H100 80GB HBM3", 80 * 2**30, 3350e9, 989e12, 3.0),
+    "h200": Gpu("H200", 141 * 2**30, 4800e9, 989e12, 3.5),
+    "b200": Gpu("B200", 180 * 2**30, 8000e9, 2250e12, 5.0),
+}
+
+
+def known_gpu(device: torch.device) -> Gpu | None:
+    """The entry of this GPU."""
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
+    return next((gpu for gpu in GPUS.values() if gpu.name == name), None)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of matrix products: of the data sheet for bfloat16 on a known GPU, else measured in a moment."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        gpu = known_gpu(device)
+        if gpu is not None:
+            return gpu.flops
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times[1:])
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: of PyTorch's on a GPU, of all on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
