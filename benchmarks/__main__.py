@@ -27,7 +27,8 @@ from rich.console import Console
 
 from fastllm.errors import UserError
 from fastllm.files import write_atomic
-from fastllm.train import keep_freed_memory, process_group
+from fastllm.parallel import process_group
+from fastllm.train import keep_freed_memory
 
 from . import accuracy, defaults, peaks, plots, report
 from .cases import PYTORCH, Case, Scale, is_ours

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import fastllm.kernels.modules as modules
 import fastllm.model
-from fastllm.config import PRESETS, Config
+from fastllm.config import PRESETS, Config, ParallelConfig
 from fastllm.model import GPT
 from fastllm.optim import make_optimizers
 from fastllm.optim import step as update
-from fastllm.train import pick_precision, shard
+from fastllm.parallel import Layout, distribute
+from fastllm.train import pick_precision
 
 from .attention import sdpa
 from .cases import COMPILED, DROP_IN, LADDER, OURS, PYTORCH, Call, Case, Scale, short
@@ -54,8 +55,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, soft
     return sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), target.flatten())
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, *, reduction: str) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).flatten(0, 1).float(), target.flatten(), reduction=reduction)
 
 
 # Our op -> where the model finds it, and PyTorch's in its place; in the order in which the ladder brings them in.
@@ -107,10 +108,8 @@ def _ladder(preset: str) -> Case:
 
     def call(rung: str) -> Call:
         model = GPT(config.model).to(DEVICE)
-        if COMPILED in rung:
-            for layer in model.model.layers:
-                layer.compile()
-        model = shard(model, precision, DEVICE)
+        parallel = ParallelConfig(compile=COMPILED in rung)
+        distribute(model, parallel, Layout.of(parallel, DEVICE.type), precision)
         tokens, targets = (torch.randint(config.model.vocab_size, size, device=DEVICE) for _ in range(2))
         return _step(model, config, lambda: model(tokens, targets), lambda: only(_rungs()[rung]))
 

@@ -134,6 +134,10 @@ class Batches:
         starts = np.array([self._start(i) for i in range(first, first + count)])
         return cut(self.tokens, starts, self.context)
 
+    def valid_tokens(self, first: int, count: int) -> int:
+        """Targets that count among these windows: all do. Every process knows it without asking the others."""
+        return count * self.context
+
     def _start(self, index: int) -> int:
         epoch, window = divmod(index, self.windows)
         if epoch != self._epoch:

@@ -83,8 +83,7 @@ class Loop:
         """Forward, backward and update. The host does not wait for the device."""
         at, config, model = self.at, self.config, self.model
         passes = list(self.passes(config.sequences, lambda row, n: self.batches.batch(at.sequence + row, n)))
-        valid = torch.stack([(targets != IGNORED).sum() for _, targets in passes]).sum().float()
-        dist.all_reduce(valid)
+        valid = self.batches.valid_tokens(at.sequence, config.sequences)
         total = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(passes):
             last = i == len(passes) - 1
@@ -182,11 +181,16 @@ class Loop:
         seconds = time.perf_counter() - self._start if first else 0.0
         shared = torch.tensor([self.stop.caught, seconds, peak_memory(self.device)], dtype=torch.float64)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
-        at, limit = self.at, self.config.train.seconds
-        self.ended_by, at.seconds, self.memory = int(shared[0]), float(shared[1]), int(shared[2])
-        if limit:
-            at.progress = max(at.step / self.config.train.steps, at.seconds / limit)
-            self.pace = at.seconds / at.step / limit
+        self.ended_by, self.at.seconds, self.memory = int(shared[0]), float(shared[1]), int(shared[2])
+        self.measure_progress()
+
+    def measure_progress(self) -> None:
+        """By the steps, or where there is a limit by the time, if that is further."""
+        at, settings = self.at, self.config.train
+        at.progress = at.step / settings.steps
+        if settings.seconds and at.step:
+            at.progress = max(at.progress, at.seconds / settings.seconds)
+            self.pace = at.seconds / at.step / settings.seconds
 
     def log(self, log: report.Log) -> None:
         at, tokens = self.at, self.config.train.batch_tokens
@@ -279,6 +283,7 @@ class Loop:
             if own:
                 set_random_state(self.device, own)
             self.at.__dict__.update(facts["position"])
+            self.measure_progress()
             return
         fail(f"there is no whole checkpoint in {self.checkpoints.folder}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from .config import Config, ParallelConfig
 from .dtensors import full, local
 from .errors import UserError
 from .model import GPT
+
+ONE_UNIT = 2**24  # parameters below which a model is sharded as one, not by blocks: it saves more than it costs
 
 
 @contextmanager
@@ -180,13 +182,35 @@ def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: to
         cast_forward_inputs=False,  # the rotary tables stay float32
     )
     # The root holds the norm, the head and the embedding, one unit for tied ones too, and keeps them gathered.
-    for part, reshard in (*((block, config.reshard) for block in model.model.layers), (model, False)):
-        fully_shard(part, mesh=layout.data, mp_policy=policy, reshard_after_forward=reshard)
-    for part in model.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
+    small = sum(p.numel() for p in model.parameters()) < ONE_UNIT and not config.reshard
+    for block in () if small else model.model.layers:
+        fully_shard(block, mesh=layout.data, mp_policy=policy, reshard_after_forward=config.reshard)
+    fully_shard(model, mesh=layout.data, mp_policy=policy, reshard_after_forward=False)
+    if layout.batch_size > 1:
+        for part in model.modules():
+            if isinstance(part, FSDPModule):
+                part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)
+                if layout.mesh.device_type == "cpu":
+                    part.set_custom_reduce_scatter(ExchangeAndAdd())
     return model
+
+
+class ExchangeAndAdd:
+    """Reduce-scatter for FSDP2 on gloo, whose own takes twice the time (2 processes, 3.6 MB: 5.1 ms, this 2.9)."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
+    ) -> None:
+        received = torch.empty_like(input_tensor)
+        dist.all_to_all_single(received, input_tensor, group=group)
+        first, *others = received.chunk(group.size())
+        output_tensor.copy_(first)
+        for other in others:
+            output_tensor.add_(other)
 
 
 def split_matrices(block: nn.Module, mesh: DeviceMesh) -> None:

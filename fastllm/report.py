@@ -73,8 +73,10 @@ class Log:
         self.progress = Progress(steps)
         self.board: Any = None
         if tensorboard and self.first:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError('--train.tensorboard needs tensorboard: pip install "fastllm[tensorboard]"') from None
             self.board = SummaryWriter(str(out / "tensorboard"))
 
     def __enter__(self) -> Self:

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from fastllm import __version__
 from fastllm.cli import main
+from fastllm.report import read_log
 from fastllm.runs import load_run
-from fastllm.train import StopSignals
+from fastllm.signals import StopSignals
 
 TINY = """
 [model]
@@ -42,7 +43,10 @@ log_every = 5
 eval_every = 20
 eval_tokens = 1024
 """
-FILES = {"config.toml", "log.jsonl", "loss.png", "model.safetensors", "run.json", "sample.txt", "tokenizer.json"}
+FILES = {
+    "checkpoints", "config.toml", "data", "log.jsonl", "loss.png", "model.safetensors", "run.json", "sample.txt",
+    "tokenizer.json",
+}  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in conftest.py
 
 
@@ -168,7 +172,9 @@ def test_the_log(trained):
     records = [json.loads(line) for line in (trained[0] / "log.jsonl").read_text().splitlines()]
     steps = [r for r in records if "loss" in r]
     assert [r["step"] for r in steps] == list(range(5, 61, 5))
-    assert set(steps[0]) == {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second"}
+    keys = {"step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second", "mfu", "memory"}
+    assert set(steps[0]) == keys
+    assert all(0 < r["mfu"] < 1.5 and r["memory"] > 2**20 for r in steps)
     assert [r["step"] for r in records if "validation_loss" in r] == [20, 40, 60]
 
 
@@ -193,10 +199,10 @@ def test_the_same_command_gives_the_same_weights(trained, work, run):
 
 def test_a_run_folder_is_never_overwritten(trained, run):
     folder = trained[0]
-    before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()}
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
     done = run("train", "tiny.toml", "--data", "text.py", "--out", "runs/one")
     assert "runs/one already holds a run" in error_of(done)
-    assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.iterdir()} == before
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -265,7 +271,7 @@ def test_the_second_signal_has_its_usual_effect(number):
 
 FULL_DISK = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # beyond 40 kB of a file writing fails
+resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))  # beyond 90 kB of a file writing fails
 from fastllm.cli import main
 sys.exit(main())
 """
@@ -274,17 +280,76 @@ sys.exit(main())
 @pytest.mark.skipif(os.name != "posix", reason="needs setrlimit")
 def test_no_space_leaves_nothing_half_written(work, run):
     out = work / "runs" / "full"
-    words = ("train", "tiny.toml", "--data", "text.py", "--out", out, "--train.steps", 3)
+    words = ("train", "tiny.toml", "--data", "text.py", "--out", out, "--train.steps", 3, "--checkpoint.every", 2)
     done = finish(start(*words, cwd=work, python=("-c", FULL_DISK)))
-    assert f"can't write {out / 'model.safetensors'}: " in error_of(done)
-    assert {p.name for p in out.iterdir()} == {"config.toml", "tokenizer.json", "run.json", "log.jsonl"}
+    assert "the checkpoint of step 3 was not saved: " in error_of(done)
+    assert "the checkpoint of step 2 was not saved: " in done.stdout
+    assert "training goes on" in done.stdout
+    assert {p.name for p in out.iterdir()} == FILES - {"loss.png", "model.safetensors", "sample.txt"}
+    assert not [p for p in (out / "checkpoints").iterdir() if not p.name.startswith(".")]
     assert "its training has not finished" in error_of(run("generate", out))
 
 
 def test_a_loss_that_is_not_finite_ends_training(work, run):
     words = ("train", "tiny.toml", "--data", "text.py", "--out", "runs/nan", "--optim.lr", "1e30", "--train.steps", 30)
-    assert "the loss is not finite at step" in error_of(run(*words))
+    error = error_of(run(*words))
+    assert "spikes within 128 steps: loss " in error
+    assert "gradient norm nan" in error
+    assert "lower --optim.lr" in error
     assert not (work / "runs/nan/model.safetensors").exists()
+
+
+def test_resuming_a_run_that_was_stopped(work, run):
+    """The same weights and log as of a run that was not."""
+    words = ("train", "tiny.toml", "--data", "text.py", "--train.steps", 40, "--checkpoint.every", 15)
+    assert run(*words, "--out", "runs/whole").returncode == 0
+    code = "import sys, fastllm.loop as l, os, signal; step = l.Loop.step\n"
+    code += "def stopping(self):\n step(self)\n if self.at.step == 23: os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "l.Loop.step = stopping\nfrom fastllm.cli import main; sys.exit(main())"
+    done = finish(start(*words, "--out", "runs/cut", cwd=work, python=("-c", code)))
+    assert done.returncode == 143, done.stderr
+    assert "fastllm train --resume runs/cut" in done.stdout
+    assert (work / "runs/cut/checkpoints/step-00000023").is_dir()
+    done = run("train", "--resume", "runs/cut")
+    assert done.returncode == 0, done.stderr
+    assert "from step 23 of 40" in done.stdout
+    first, again = (load_file(work / "runs" / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    losses = [
+        [(r["step"], r.get("loss"), r.get("validation_loss")) for r in read_log(work / "runs" / name / "log.jsonl")]
+        for name in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1]
+    assert "has all its 40 steps" in error_of(run("train", "--resume", "runs/cut"))
+    assert "leave out --model" in error_of(run("train", "--resume", "runs/cut", "--model.layers", 3))
+    assert "leave out the file" in error_of(run("train", "tiny.toml", "--resume", "runs/cut"))
+    done = run("train", "--resume", "runs/cut", "--train.steps", 50)
+    assert "from step 40 of 50" in done.stdout
+    assert json.loads((work / "runs/cut/run.json").read_text())["step"] == 50
+
+
+def test_a_damaged_checkpoint_is_passed_over(work, run):
+    words = ("train", "tiny.toml", "--data", "text.py", "--train.steps", 30, "--checkpoint.every", 10)
+    assert run(*words, "--out", "runs/damaged").returncode == 0
+    last = work / "runs/damaged/checkpoints/step-00000030"
+    (file,) = last.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    done = run("train", "--resume", "runs/damaged", "--train.steps", 40)
+    assert "step-00000030 is damaged" in done.stdout
+    assert "from step 20 of 40" in done.stdout
+    assert done.returncode == 0
+
+
+def test_traces_and_tensorboard(work, run):
+    pytest.importorskip("tensorboard")
+    words = ("--train.steps", 20, "--train.profile", 2, "--train.tensorboard", "--out", "runs/traced")
+    done = run("train", "tiny.toml", "--data", "text.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert (work / "runs/traced/trace.json.gz").stat().st_size > 1000
+    assert "aten::mm" in (work / "runs/traced/profile.txt").read_text()
+    assert list((work / "runs/traced/tensorboard").iterdir())
 
 
 def test_a_time_limit_ends_training(work, run):
