@@ -142,7 +142,8 @@ class Loop:
     def run(self) -> None:
         """Train to the end, or until a signal is caught; the last state is saved in any case."""
         at, settings = self.at, self.config.train
-        with report.Log(self.out, settings.steps, settings.tensorboard) as log, self._profiler() as profiler:
+        first = dist.get_rank() == 0
+        with report.Log(self.out, settings.steps, settings.tensorboard, first) as log, self._profiler() as profiler:
             self._start = time.perf_counter() - at.seconds
             if at.step == 0 and self.config.guard.policy == "rollback":
                 self.save(log)

@@ -63,13 +63,13 @@ class Progress:
 
 
 class Log:
-    """What a run says of itself: ``log.jsonl``, the live progress, and TensorBoard where asked; of the first process.
+    """What a run says of itself: ``log.jsonl``, the live progress, and TensorBoard where asked.
 
-    Numbers that are not finite are null in the file: JSON has none.
+    Only the first of several processes says it. Numbers that are not finite are null in the file: JSON has none.
     """
 
-    def __init__(self, out: Path, steps: int, tensorboard: bool) -> None:
-        self.path, self.first = out / LOG, not console.quiet
+    def __init__(self, out: Path, steps: int, tensorboard: bool, first: bool) -> None:
+        self.path, self.first = out / LOG, first
         self.progress = Progress(steps)
         self.board: Any = None
         if tensorboard and self.first:
