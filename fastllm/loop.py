@@ -226,6 +226,7 @@ class Loop:
         log.write({"step": at.step, "spikes": count, "spike_loss": met[0], "spike_grad_norm": met[1]})
         if config.policy == "stop" or recent > config.limit or at.rollbacks >= config.limit:
             times = f"{recent} spikes within {config.window} steps" if recent > 1 else "a spike"
+            times += f", after {at.rollbacks} roll-backs" if at.rollbacks else ""
             self.checkpoints.wait()
             saved = self.checkpoints.steps()
             fail(

@@ -80,7 +80,11 @@ class Log:
             self.board = SummaryWriter(str(out / "tensorboard"))
 
     def __enter__(self) -> Self:
-        self._file = open(self.path, "ab", buffering=0) if self.first else None
+        self._file = open(self.path, "a+b", buffering=0) if self.first else None
+        if self._file and self._file.tell():
+            self._file.seek(-1, 2)
+            if self._file.read(1) != b"\n":  # the line that a killed process was writing
+                self._file.write(b"\n")
         self.progress.__enter__()
         return self
 
@@ -154,7 +158,10 @@ def read_log(log: Path) -> list[dict[str, float]]:
             record = json.loads(line)
         except ValueError:  # cut off when the process was killed
             continue
-        while kept and record["step"] < kept[-1]["step"]:
-            kept.pop()
-        kept.append(record)
+        of_this_step = []
+        while kept and kept[-1]["step"] >= record["step"]:
+            old = kept.pop()
+            if old["step"] == record["step"] and old.keys() != record.keys():
+                of_this_step.append(old)
+        kept += [*reversed(of_this_step), record]
     return kept

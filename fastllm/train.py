@@ -65,7 +65,8 @@ def train(config: Config, out: Path | None = None, resume: bool = False) -> int:
         text = Text(tokens["train"], *held_out(config, tokens["validation"]))
         loop = Loop(config, layout, model, text, device, precision, out, stop)
         if resume:
-            loop.restore()
+            if loop.checkpoints.steps():  # else it ended before the first one
+                loop.restore()
             report.say("resumed", f"from step {loop.at.step} of {config.train.steps}")
         if first:
             runs.save_meta(out, meta)
