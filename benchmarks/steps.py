@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 import fastllm.kernels.modules as modules
 import fastllm.model
-from fastllm.config import PRESETS, Config, ParallelConfig
+from fastllm.config import Config, ParallelConfig
 from fastllm.model import GPT
 from fastllm.optim import make_optimizers
 from fastllm.optim import step as update
 from fastllm.parallel import Layout, distribute
+from fastllm.presets import PRESETS
 from fastllm.train import pick_precision
 
 from .attention import sdpa

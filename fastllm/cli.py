@@ -13,6 +13,7 @@ from typing import Literal
 from . import __version__
 from . import config as configs
 from .errors import UserError, did_you_mean
+from .presets import preset
 
 NEEDED = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro")  # the extra "train"
 
@@ -27,7 +28,7 @@ class TrainArguments(configs.Config):
     torchrun --nproc-per-node 8 -m fastllm train [OPTIONS].
     """
 
-    preset: str = "default"  # where the settings start from: default, 30m, 124m, 350m or 1b
+    preset: str = "default"  # where the settings start from: default, or 15m to 70b as fastllm plan lists them
     out: Path | None = None  # the run folder, new or empty; None: a new one under runs/
     resume: Path | None = None  # go on with the run in this folder, from its last checkpoint
 
@@ -44,7 +45,7 @@ def train(argv: list[str]) -> int:
             raise UserError("--resume has the settings and the folder of the run: leave out the file, --preset, --out")
         base = configs.load(Path(resumed, "config.toml"))
     else:
-        base = configs.preset(_value_of("--preset", options) or "default")
+        base = preset(_value_of("--preset", options) or "default")
     if file:
         base = configs.load(file, base)
     arguments = tyro.cli(
@@ -154,6 +155,16 @@ def _export(run: Path, out: Path, /, dtype: Literal["float32", "bfloat16", "floa
     return 0
 
 
+def plan(argv: list[str]) -> int:
+    import tyro
+
+    from .plan import PlanArguments, plan
+
+    # The preset or file stands first, without the name of an option.
+    named = argv and not argv[0].startswith("-")
+    return plan(tyro.cli(PlanArguments, prog="fastllm plan", args=["--what", *argv] if named else argv))
+
+
 def bench(argv: list[str]) -> int:
     from .benchmarks.__main__ import main
 
@@ -191,6 +202,15 @@ COMMANDS = {
         export,
         "write a trained model as a Hugging Face folder",
         ("fastllm export runs/gpt2 gpt2-hf --dtype bfloat16",),
+    ),
+    "plan": Command(
+        plan,
+        "tell what a run will take: settings, memory, time and money",
+        (
+            "fastllm plan                                   all presets, 15m to 70b",
+            "fastllm plan 1.5b --gpus 8                     one of them on eight GPUs",
+            "fastllm plan --params 3e9 --out 3b.toml        of a size; a file for fastllm train",
+        ),
     ),
     "bench": Command(
         bench,

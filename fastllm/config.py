@@ -1,4 +1,4 @@
-"""What a run is made of: the configuration, its presets, and its TOML files."""
+"""What a run is made of: the configuration, and its TOML files."""
 
 from __future__ import annotations
 
@@ -231,38 +231,6 @@ class Config:
     def sequences(self) -> int:
         """Sequences in an optimizer step."""
         return self.train.batch_tokens // self.model.context
-
-
-def _gpt(dim: int, layers: int, heads: int, kv_heads: int, hidden_dim: int, vocab_size: int = 50_304) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=vocab_size, context=1024, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads,
-        hidden_dim=hidden_dim, qk_norm=True,
-    )  # fmt: skip
-
-
-def _long_run(lr: float, steps: int, batch_tokens: int, micro_batch: int) -> dict[str, Any]:
-    return {
-        "optim": OptimConfig(lr=lr),
-        "train": TrainConfig(
-            steps=steps, batch_tokens=batch_tokens, micro_batch=micro_batch, eval_every=250, eval_tokens=1_048_576
-        ),
-    }
-
-
-# Steps of the larger ones come to about 20 tokens for each parameter (Hoffmann et al. 2022, arXiv:2203.15556).
-PRESETS: dict[str, Config] = {
-    "default": Config(),  # under two minutes on two CPU cores
-    "30m": Config(_gpt(384, 10, 6, 2, 1024, 32_768), **_long_run(2e-3, 5_000, 131_072, 32)),
-    "124m": Config(_gpt(768, 12, 12, 12, 2048), **_long_run(1e-3, 4_800, 524_288, 32)),
-    "350m": Config(_gpt(1024, 24, 16, 8, 3072), **_long_run(6e-4, 13_500, 524_288, 16)),
-    "1b": Config(_gpt(2048, 16, 32, 8, 8192), **_long_run(4e-4, 20_500, 1_048_576, 8)),
-}
-
-
-def preset(name: str) -> Config:
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}")
-    return PRESETS[name]
 
 
 def load(path: str | Path, base: Config | None = None) -> Config:

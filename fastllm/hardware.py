@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import sys
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .kernels.native import multiplies_bfloat16
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -17,16 +20,15 @@ class Gpu:
 
     name: str  # as PyTorch gives it, without "NVIDIA "
     memory: float  # bytes
-    bandwidth: float  # bytes/s
     flops: float  # dense bfloat16, per second
     dollars: float  # an hour of one, on demand, in 2025; prices differ: see --dollars
 
 
 GPUS = {
-    "a100": Gpu("A100-SXM4-80GB", 80 * 2**30, 2039e9, 312e12, 1.8),
-    "h100": Gpu("H100 80GB HBM3", 80 * 2**30, 3350e9, 989e12, 3.0),
-    "h200": Gpu("H200", 141 * 2**30, 4800e9, 989e12, 3.5),
-    "b200": Gpu("B200", 180 * 2**30, 8000e9, 2250e12, 5.0),
+    "a100": Gpu("A100-SXM4-80GB", 80 * 2**30, 312e12, 1.8),
+    "h100": Gpu("H100 80GB HBM3", 80 * 2**30, 989e12, 3.0),
+    "h200": Gpu("H200", 141 * 2**30, 989e12, 3.5),
+    "b200": Gpu("B200", 180 * 2**30, 2250e12, 5.0),
 }
 
 
@@ -52,6 +54,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times[1:])
+
+
+def this_machine() -> Gpu:
+    """The device that training would use here, measured in a moment; its hour costs nothing."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        device, name, memory = torch.device("cuda", 0), properties.name, float(properties.total_memory)
+    else:
+        device, name = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    dtype = torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
+    return Gpu(name, memory, peak_flops(device, dtype), 0.0)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -19,8 +19,9 @@ from .checkpoint import Checkpoints, random_state, set_random_state
 from .config import Config
 from .guard import Guard
 from .hardware import peak_flops, peak_memory
-from .model import GPT, flops_per_token
-from .parallel import Layout, fail, squared_norm_share, sum_whole_gradients
+from .model import GPT
+from .parallel import Layout, begin_pass, fail, squared_norm_share, sum_whole_gradients
+from .scaling import flops_per_token
 from .signals import StopSignals
 
 IGNORED = -100  # the target of a token that does not count
@@ -86,9 +87,7 @@ class Loop:
         valid = self.batches.valid_tokens(at.sequence, config.sequences)
         total = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(passes):
-            last = i == len(passes) - 1
-            model.set_requires_gradient_sync(last)
-            model.set_reshard_after_backward(last)
+            begin_pass(model, config.parallel, last=i == len(passes) - 1)
             loss = model(inputs, targets, reduction="sum") / valid
             loss.backward()
             total += loss.detach()

@@ -174,33 +174,3 @@ def _normal(part: Tensor, where: tuple[slice, ...], features: int, name: str) ->
         block = torch.empty(ROWS, features).normal_(0.0, features**-0.5, generator=generator)
         low, high = max(first, rows.start), min(first + ROWS, rows.stop)
         part[low - rows.start : high - rows.start] = block[low - first : high - first, columns]
-
-
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, and in all (a tied head counts nothing)."""
-    q_dim, kv_dim = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    attention = 2 * config.dim * (q_dim + kv_dim) + (2 * config.head_dim if config.qk_norm else 0)
-    attention += q_dim + 2 * kv_dim if config.qkv_bias else 0
-    parts = {
-        "embedding": config.vocab_size * config.dim,
-        "attention": config.layers * attention,
-        "mlp": config.layers * 3 * config.dim * config.hidden_dim,
-        "norms": (2 * config.layers + 1) * config.dim,
-        "head": 0 if config.tie_embeddings else config.vocab_size * config.dim,
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
-def flops_per_token(config: ModelConfig) -> int:
-    """Of a training step, forward and backward, per token at the full context; what is recomputed does not count.
-
-    6 for each weight of a matrix product (the head is one, the embedding is not) and, for the scores and the sums of
-    causal attention, 6 for each feature and each of the keys that a token sees on average (Chowdhery et al. 2022,
-    arXiv:2204.02311, appendix B, but for the half that is masked).
-    """
-    parts = count_parameters(config)
-    biases = config.layers * (config.heads + 2 * config.kv_heads) * config.head_dim if config.qkv_bias else 0
-    weights = parts["attention"] - biases + parts["mlp"] + config.vocab_size * config.dim
-    window = min(config.window or config.context, config.context)
-    seen = window - window * (window - 1) / (2 * config.context)  # keys, on average over the tokens
-    return round(6 * weights + 2 * 6 * config.layers * config.heads * config.head_dim * seen)

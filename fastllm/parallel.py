@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -169,6 +170,8 @@ def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: to
     Gradients are summed over the processes, not averaged: each divides its loss by what the whole batch counts.
     """
     if layout.tensor_size > 1:
+        # A block returns views of DTensors then, which FSDP2 warns of; nothing here writes to them.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         for block in model.model.layers:
             split_matrices(block, layout.mesh["tensor"])
     for block in model.model.layers:
@@ -194,6 +197,17 @@ def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: to
                 if layout.mesh.device_type == "cpu":
                     part.set_custom_reduce_scatter(ExchangeAndAdd())
     return model
+
+
+def begin_pass(model: GPT, config: ParallelConfig, last: bool) -> None:
+    """Before each forward pass of a step: gradients are exchanged after the last one.
+
+    With ``reshard`` they are scattered after each, as whole gradients would take the memory that it is to save.
+    """
+    scatter = last or config.reshard
+    model.set_requires_gradient_sync(scatter)
+    model.set_reshard_after_backward(scatter)
+    model.set_requires_all_reduce(last)  # over replicas
 
 
 class ExchangeAndAdd:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -24,6 +26,13 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 def say(label: str, text: str) -> None:
     """A line with a label; further lines of ``text`` stand below it."""
     console.print(f"{label:<12}" + text.replace("\n", "\n" + 12 * " "))
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal that ``what`` is being done."""
+    with console.status(what) if console.is_terminal else nullcontext():
+        yield
 
 
 class Progress:

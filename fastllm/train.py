@@ -23,8 +23,8 @@ from .files import write_atomic
 from .generate import generate
 from .kernels.native import multiplies_bfloat16
 from .loop import Loop, Text
-from .model import count_parameters
 from .parallel import Layout, build, done_by_first, full_state, local_device, lost_processes, process_group
+from .scaling import count_parameters
 from .signals import StopSignals
 from .tokenizer import Tokenizer
 from .weights import save_weights

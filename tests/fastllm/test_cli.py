@@ -209,7 +209,7 @@ def test_a_run_folder_is_never_overwritten(trained, run):
     ("words", "message"),
     [
         (("trian",), "did you mean 'train'?"),
-        (("train", "--preset", "124"), "did you mean '124m'?"),
+        (("train", "--preset", "124"), "'124m'"),
         (("train", "none.toml"), "none.toml: No such file"),
         (("train", "wrong.toml"), "wrong.toml: unknown key 'layer' in [model]; did you mean 'layers'?"),
         (("train", "--model.kv-heads", "5"), "multiple of model.kv_heads"),
