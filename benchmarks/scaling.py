@@ -1,0 +1,278 @@
+"""What training costs against scale: step time and memory by model size, sequence length and number of processes.
+
+    python -m benchmarks.scaling                  into benchmarks/results/<device>/
+    python -m benchmarks.scaling --seconds 10     longer for each point
+
+Every point is a training run of its own in fresh processes, steps as ``fastllm train`` takes them, next to the same
+model on PyTorch's ops (on a GPU compiled). Beside the measured memory stands that of ``fastllm plan``; beyond the
+processes that there are, the plan's alone. Writes scaling.json, scaling.md and scaling.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+
+from fastllm.config import Config
+from fastllm.dryrun import memory
+from fastllm.files import atomic, write_atomic
+from fastllm.loop import Loop, Text
+from fastllm.parallel import Layout, build, local_device, process_group
+from fastllm.plan import short
+from fastllm.presets import PRESETS
+from fastllm.scaling import count_parameters, of_depth, optimal
+from fastllm.signals import StopSignals
+from fastllm.train import pick_precision
+
+from .cases import COMPILED, OURS, PYTORCH
+from .record import FOLDER
+from .timing import DEVICE, device_name, stamp
+
+SIZE, LENGTH, PROCESSES = "model size", "sequence length", "processes"
+ON_GPU = DEVICE.type == "cuda"
+# glibc gives each large block a mapping of its own then, so that the process's memory is that of its tensors.
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
+
+
+@dataclass
+class Point:
+    """A training run. Seconds are of a step: the median and the quartiles about it; memory in bytes of a process."""
+
+    axis: str
+    at: int  # parameters, tokens or processes
+    name: str
+    implementation: str
+    tokens: int  # of a step
+    processes: int = 1
+    seconds: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    mfu: float = 0.0
+    memory: float = 0.0
+    planned: float = 0.0
+    error: str = ""
+
+
+def points() -> Iterator[tuple[Point, Config]]:
+    """What is measured, and how it is configured."""
+    implementations = (OURS, f"{OURS}, {COMPILED}", f"{PYTORCH}, {COMPILED}") if ON_GPU else (OURS, PYTORCH)
+    for name, config in _sizes().items():
+        for implementation in implementations:
+            size = count_parameters(config.model)["total"]
+            yield Point(SIZE, size, name, implementation, config.train.batch_tokens), config
+    base = PRESETS["124m"] if ON_GPU else _small(4)
+    for context in (1024, 2048, 4096, 8192, 16_384) if ON_GPU else (128, 256, 512, 1024, 2048):
+        tokens = 32_768 if ON_GPU else 2048
+        config = _with(base, tokens, max(1, tokens // context), context)
+        for implementation in (implementations[0], implementations[-1]):
+            yield Point(LENGTH, context, f"{context} tokens", implementation, tokens), config
+    most = torch.cuda.device_count() if ON_GPU else 4
+    tokens = 262_144 if ON_GPU else 2048
+    for processes in (n for n in (1, 2, 4, 8) if n <= most):
+        name = f"{processes} process" + ("es" if processes > 1 else "")
+        yield Point(PROCESSES, processes, name, OURS, tokens, processes), _with(base, tokens, tokens // 1024 or 1)
+
+
+def _sizes() -> dict[str, Config]:
+    if ON_GPU:
+        sizes = {"124m": (131_072, 32), "350m": (65_536, 16), "1.5b": (32_768, 8)}
+        return {name: _with(PRESETS[name], *size) for name, size in sizes.items()}
+    return {f"depth {layers}": _with(_small(layers), 1024, 4, 256) for layers in (1, 2, 4, 6)}
+
+
+def _small(layers: int) -> Config:
+    return optimal(replace(of_depth(layers, 4096, 256), layers=layers), 4)
+
+
+def _with(config: Config, batch_tokens: int, micro_batch: int, context: int | None = None) -> Config:
+    model = replace(config.model, context=context or config.model.context)
+    train = replace(config.train, batch_tokens=batch_tokens, micro_batch=micro_batch)
+    return replace(config, model=model, train=train)
+
+
+# ---- a run ----
+
+
+def measure(point: Point, config: Config, seconds: float) -> None:
+    """Fill in the point."""
+    if point.implementation == OURS:  # the others keep more for the backward pass
+        with warnings.catch_warnings(action="ignore"):
+            point.planned = memory(config, point.processes, pick_precision("auto", DEVICE)).total
+    try:
+        timed = _run(point, config, seconds, {})
+        exact = timed if ON_GPU or point.implementation != OURS else _run(point, config, 0.0, EXACT)
+    except Exception as error:
+        point.error = str(error).strip().splitlines()[-1][:200]
+        return
+    times = timed["times"]
+    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    point.seconds, point.low, point.high = middle, low, high
+    point.mfu, point.memory = timed["share"] * point.tokens / middle, exact["memory"]
+
+
+def _run(point: Point, config: Config, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        before = dict(os.environ)
+        os.environ.update(environment)
+        try:
+            mp.spawn(_train, (port, point, config, seconds, folder), nprocs=point.processes)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+        return json.loads(Path(folder, "measured.json").read_text())
+
+
+def _train(rank: int, port: int, point: Point, config: Config, seconds: float, folder: str) -> None:
+    from .steps import IN_PLACE, only
+
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": point.processes, "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in found.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // point.processes))
+    torch.set_float32_matmul_precision("high")
+    config = replace(config, parallel=replace(config.parallel, compile=COMPILED in point.implementation))
+    device = local_device()
+    precision = pick_precision("auto", device)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 200_000).astype(np.uint32)
+    text = Text(tokens, np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
+    with process_group(device), only(tuple(IN_PLACE) if OURS in point.implementation else ()):
+        layout = Layout.of(config.parallel, device.type)
+
+        def make(config: Config) -> Loop:
+            model = build(config, layout, precision, device)
+            return Loop(config, layout, model, text, device, precision, Path(folder), StopSignals())
+
+        if not ON_GPU:  # what PyTorch and the kernels take for themselves
+            first = make(_with(_small(1), 256 * point.processes, 1, 256))
+            first.step()
+            del first
+        before = 0 if ON_GPU else _status("VmRSS")
+        if not ON_GPU:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        loop, times = make(config), []
+        end = time.monotonic() + seconds
+        while len(times) < (3 if not seconds else 8) or (time.monotonic() < end):
+            start = time.perf_counter()
+            loop.step()
+            loop.norm.item()
+            times.append(time.perf_counter() - start)
+        used = torch.cuda.max_memory_allocated() if ON_GPU else _status("VmHWM") - before
+    if rank == 0:
+        measured = {"times": times[3:] or times, "memory": used, "share": loop.share_of_peak}
+        Path(folder, "measured.json").write_text(json.dumps(measured))
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+# ---- what it gives ----
+
+
+def beyond(counts: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)) -> dict[str, dict[int, float]]:
+    """Bytes in a process of the plan, by model and processes."""
+    found: dict[str, dict[int, float]] = {}
+    with warnings.catch_warnings(action="ignore"):
+        for name in ("1.5b", "8b", "70b"):
+            config = PRESETS[name]
+            config = replace(config, train=replace(config.train, micro_batch=1, batch_tokens=2**22))
+            found[name] = {n: memory(config, n, torch.bfloat16).total for n in counts}
+    return found
+
+
+def table(measured: list[Point]) -> str:
+    lines = []
+    for axis in (SIZE, LENGTH, PROCESSES):
+        lines += ["", f"| {axis} | implementation | ms a step | quartiles | tokens/s | MFU | memory MiB | planned |"]
+        lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+        for p in measured:
+            if p.axis == axis:
+                name = f"{p.name} ({short(p.at)})" if axis == SIZE else p.name
+                numbers = (
+                    f"{p.seconds * 1e3:.1f} | {p.low * 1e3:.1f}–{p.high * 1e3:.1f} | {p.tokens / p.seconds:,.0f} | "
+                    f"{p.mfu:.1%} | {p.memory / 2**20:.0f} | " + (f"{p.planned / 2**20:.0f} |" if p.planned else "|")
+                    if p.seconds else f"{p.error} | | | | | |"
+                )  # fmt: skip
+                lines.append(f"| {name} | {p.implementation} | {numbers}")
+    return "\n".join(lines).strip() + "\n"
+
+
+def draw(measured: list[Point], simulated: dict[str, dict[int, float]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), dpi=110, layout="constrained")
+    for column, axis in zip(figure.subplots(2, 3).T, (SIZE, LENGTH, PROCESSES), strict=True):
+        here = [p for p in measured if p.axis == axis and p.seconds]
+        for name in dict.fromkeys(p.implementation for p in here):
+            own = [p for p in here if p.implementation == name]
+            column[0].errorbar(
+                [p.at for p in own], [p.seconds * 1e3 for p in own], fmt="o-", label=name, capsize=3,
+                yerr=[[(p.seconds - p.low) * 1e3 for p in own], [(p.high - p.seconds) * 1e3 for p in own]],
+            )  # fmt: skip
+        ours = [p for p in here if p.implementation == OURS]
+        column[1].plot([p.at for p in ours], [p.memory / 2**30 for p in ours], "o-", label=f"{OURS}, measured")
+        column[1].plot([p.at for p in ours], [p.planned / 2**30 for p in ours], "x--", label="fastllm plan")
+        if axis == PROCESSES:
+            for name, found in simulated.items():
+                column[1].plot(list(found), [b / 2**30 for b in found.values()], ".:", label=f"{name}, plan")
+        column[0].set(title=f"step time against {axis}", ylabel="ms a step")
+        column[1].set(title=f"memory of a process against {axis}", ylabel="GiB", xlabel=axis)
+        for plot in column:
+            plot.set_xscale("log", base=10 if axis == SIZE else 2)
+            if axis == SIZE or (axis == PROCESSES and plot is column[1]):
+                plot.set_yscale("log")
+            else:
+                plot.set_ylim(0, None)
+            plot.grid(alpha=0.3)
+            plot.legend(fontsize=8)
+    figure.suptitle(", ".join(f"{k} {v}" for k, v in stamp().items() if k in ("device", "torch", "commit")), fontsize=9)
+    with atomic(path) as part:
+        figure.savefig(part, format="png", facecolor="white")
+
+
+def main() -> int:
+    head, _, rest = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.scaling", description=head, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=FOLDER / device_name(), metavar="DIR", help="where it is written")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each point")
+    parser.add_argument("--only", nargs="+", choices=(SIZE, LENGTH, PROCESSES), help="these alone")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    measured: list[Point] = []
+    for point, config in points():
+        if arguments.only and point.axis not in arguments.only:
+            continue
+        measure(point, config, arguments.seconds)
+        measured.append(point)
+        told = f"{point.seconds * 1e3:.1f} ms, MFU {point.mfu:.0%}" if point.seconds else point.error
+        print(f"{point.axis}: {point.name}, {point.implementation}: {told}", flush=True)
+        content = {"stamp": stamp(), "points": [asdict(p) for p in measured]}
+        write_atomic(arguments.out / "scaling.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_atomic(arguments.out / "scaling.md", table(measured).encode())
+    draw(measured, beyond(), arguments.out / "scaling.png")
+    print(table(measured))
+    return 1 if any(p.error for p in measured) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
