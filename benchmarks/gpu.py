@@ -1,9 +1,10 @@
-"""All that needs a GPU, in one command of at most eight minutes, or step by step.
+"""All that needs a GPU, in one command of less than ten minutes, or step by step.
 
-    python -m benchmarks.gpu --out benchmarks/results/<device>
-    python -m benchmarks.gpu --out benchmarks/results/<device> --steps build tests
+    python -m benchmarks.gpu                      into benchmarks/results/<device>/
+    python -m benchmarks.gpu --steps build tests  these alone
 
-Builds the native module for this GPU, runs ``pytest -m gpu``, writes the report of ``python -m benchmarks``, and runs
+Builds the native module for this GPU, runs ``pytest -m gpu``, writes the report of ``python -m benchmarks``, times
+the training of presets (``python -m benchmarks.scaling``: tokens/s and MFU from 124M to 1.5B), and runs
 compute-sanitizer's memcheck and racecheck on small shapes. Last, the backends that were the fastest become the
 defaults on this kind of GPU (kernels/measured.py), and the README gets its table. Writes into DIR: report.md,
 results.json, plots, steps.md (what passed), and a log per step. A step that runs out of time is stopped, and the next
@@ -50,9 +51,10 @@ def steps(out: Path) -> list[Step]:
     return [
         Step("build", install, 80),
         Step("tests", tests, 130),
-        Step("report", [python, "-m", "benchmarks", "--seconds", "0.5", "--within", "130", "--out", str(out)], 160),
-        Step("memcheck", [sanitizer, "--tool=memcheck", *sanitize], 50),
-        Step("racecheck", [sanitizer, "--tool=racecheck", *sanitize], 50),
+        Step("report", [python, "-m", "benchmarks", "--seconds", "0.4", "--within", "80", "--out", str(out)], 110),
+        Step("scaling", [python, "-m", "benchmarks.scaling", "--seconds", "1", "--out", str(out)], 150),
+        Step("memcheck", [sanitizer, "--tool=memcheck", *sanitize], 40),
+        Step("racecheck", [sanitizer, "--tool=racecheck", *sanitize], 40),
         Step("defaults", [python, "-m", "benchmarks", "--defaults", "--readme"], 10),
     ]
 
@@ -97,10 +99,9 @@ def summary(outcomes: list[Outcome]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the results go")
     parser.add_argument("--steps", nargs="+", choices=[s.name for s in steps(Path())], help="these alone")
     arguments = parser.parse_args()
-    out = arguments.out.resolve()
     import torch
 
     if not torch.cuda.is_available():
@@ -110,6 +111,10 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
+    from .record import FOLDER
+    from .timing import device_name
+
+    out = (arguments.out or FOLDER / device_name()).resolve()
     out.mkdir(parents=True, exist_ok=True)
     done = out / "steps.json"  # of runs before this one too
     outcomes = {o["step"]: Outcome(**o) for o in (json.loads(done.read_text()) if done.exists() else [])}

@@ -71,8 +71,8 @@ class Point:
 def points() -> Iterator[tuple[Point, Config]]:
     """What is measured, and how it is configured."""
     implementations = (OURS, f"{OURS}, {COMPILED}", f"{PYTORCH}, {COMPILED}") if ON_GPU else (OURS, PYTORCH)
-    for name, config in _sizes().items():
-        for implementation in implementations:
+    for implementation in implementations:  # ours of every size first
+        for name, config in _sizes().items():
             size = count_parameters(config.model)["total"]
             yield Point(SIZE, size, name, implementation, config.train.batch_tokens), config
     base = PRESETS["124m"] if ON_GPU else _small(4)
@@ -268,7 +268,7 @@ def main() -> int:
         print(f"{point.axis}: {point.name}, {point.implementation}: {told}", flush=True)
         content = {"stamp": stamp(), "points": [asdict(p) for p in measured]}
         write_atomic(arguments.out / "scaling.json", (json.dumps(content, indent=1) + "\n").encode())
-    write_atomic(arguments.out / "scaling.md", table(measured).encode())
+        write_atomic(arguments.out / "scaling.md", table(measured).encode())
     draw(measured, beyond(), arguments.out / "scaling.png")
     print(table(measured))
     return 1 if any(p.error for p in measured) else 0

@@ -88,16 +88,17 @@ class Loop:
         total = torch.zeros((), device=self.device)
         for i, (inputs, targets) in enumerate(passes):
             begin_pass(model, config.parallel, last=i == len(passes) - 1)
-            loss = model(inputs, targets, reduction="sum") / valid
+            loss = model(inputs, targets, reduction="sum")
             loss.backward()
             total += loss.detach()
         sum_whole_gradients(model, self.layout)
         sums = torch.stack((total, squared_norm_share(model, self.layout)))
         dist.all_reduce(sums)
-        loss, self.norm = sums[0], sums[1].sqrt()
+        # The gradients are those of the sum over all tokens: the update divides them, with what clipping asks for.
+        loss, self.norm = sums[0] / valid, sums[1].sqrt() / valid
         spike = self.guard.step(at.step, loss, self.norm)
         self.lr = optim.learning_rate(config.optim, at.progress + 0.5 / config.train.steps)
-        optim.step(self.optimizers, self.lr, divisor=(self.norm / config.optim.clip).clamp(min=1.0), skip=spike)
+        optim.step(self.optimizers, self.lr, divisor=(self.norm / config.optim.clip).clamp(min=1.0) * valid, skip=spike)
         self.sums += torch.stack((torch.where(spike > 0, 0.0, loss), 1.0 - spike))
         at.step += 1
         at.sequence += config.sequences

@@ -167,7 +167,7 @@ def build(config: Config, layout: Layout, precision: torch.dtype, device: torch.
 def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: torch.dtype) -> GPT:
     """Split, recompute, compile and shard a GPT, in place. Float32 weights, copies in ``precision`` to compute with.
 
-    Gradients are summed over the processes, not averaged: each divides its loss by what the whole batch counts.
+    Gradients are summed over the processes, not averaged: the processes may have different numbers of tokens.
     """
     if layout.tensor_size > 1:
         # A block returns views of DTensors then, which FSDP2 warns of; nothing here writes to them.

@@ -48,7 +48,7 @@ def make(config: Config, out: Path, precision: torch.dtype = torch.float32) -> L
     """A loop at its start, within a process group."""
     report.console.quiet = True
     out.mkdir(exist_ok=True)
-    layout = Layout.of(config.parallel, "cpu")
+    layout = Layout.of(config.parallel, CPU.type)
     model = build(config, layout, precision, CPU)
     return Loop(config, layout, model, text(config.model.vocab_size), CPU, precision, out, StopSignals())
 
