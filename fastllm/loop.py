@@ -144,7 +144,7 @@ class Loop:
         at, settings = self.at, self.config.train
         first = dist.get_rank() == 0
         with report.Log(self.out, settings.steps, settings.tensorboard, first) as log, self._profiler() as profiler:
-            self._start = time.perf_counter() - at.seconds
+            self._start, began_at = time.perf_counter() - at.seconds, at.step
             if at.step == 0 and self.config.guard.policy == "rollback":
                 self.save(log)
             while at.progress < 1 and not self.ended_by:
@@ -156,7 +156,8 @@ class Loop:
                     for every in (settings.log_every, settings.eval_every, self.config.checkpoint.every)
                 )
                 alone = self.stop.caught and dist.get_world_size() == 1
-                if not (logged or validated or saved or alone or at.seconds > SLOW * at.step):
+                slow = at.step == began_at + 1 or at.seconds > SLOW * at.step
+                if not (logged or validated or saved or alone or slow):
                     continue
                 self.agree()
                 if self.met_spike(log):
@@ -236,16 +237,23 @@ class Loop:
         if config.policy == "skip":
             report.say("spike", f"{what}: that update was left out")
             return False
-        kept = [tensor.clone() for tensor in (self.guard.count, self.guard.spikes)]
-        sequence, rollbacks, ended_by = at.sequence, at.rollbacks + 1, self.ended_by
+        self.roll_back()
+        report.say("spike", f"{what}: back to step {at.step}, and on with the text behind it")
+        return True
+
+    def roll_back(self) -> None:
+        """To the last checkpoint; but what was read, met and spent stays so."""
+        at = self.at
+        flags = [tensor.clone() for tensor in (self.guard.count, self.guard.spikes)]
+        kept = {n: getattr(at, n) for n in ("sequence", "seconds", "validating", "saving", "spikes")}
+        kept |= {"rollbacks": at.rollbacks + 1, "logged_seconds": at.seconds}
         self.checkpoints.wait()
-        with self._counted("saving"):
-            self.restore()
-        self.at.sequence, self.at.spikes, self.at.rollbacks = sequence, count, rollbacks
-        for tensor, value in zip((self.guard.count, self.guard.spikes), kept, strict=True):
+        before = time.perf_counter()
+        self.restore()
+        self._start += time.perf_counter() - before
+        vars(at).update(kept)
+        for tensor, value in zip((self.guard.count, self.guard.spikes), flags, strict=True):
             tensor.copy_(value)
-        report.say("spike", f"{what}: back to step {self.at.step}, and on with the text behind it")
-        return not ended_by
 
     # ---- state ----
 
@@ -284,7 +292,7 @@ class Loop:
                 continue
             if own:
                 set_random_state(self.device, own)
-            self.at.__dict__.update(facts["position"])
+            vars(self.at).update(facts["position"])
             self.measure_progress()
             return
         fail(f"there is no whole checkpoint in {self.checkpoints.folder}")

@@ -232,6 +232,27 @@ def test_a_process_that_dies_ends_the_others(dies_at, goes_on_from, tmp_path):
     assert [step for step, _, _ in curve(tmp_path / "run")] == list(range(1, 21))
 
 
+def test_sigterm_ends_all_processes_with_all_saved(tmp_path):
+    """As a cluster sends it before it takes the machine: to torchrun, which passes it on."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(2000)))
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastllm"]
+    words += ["train", "tiny.toml", "--data", "text.txt", "--out", "run", "--train.steps", "1000000"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log, end = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
+    while not (log.exists() and log.read_text().count("\n") > 7):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()
+    printed = process.communicate(timeout=60)[0]
+    assert "fastllm train --resume run" in printed
+    assert "lost the connection" not in printed
+    meta = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert meta["status"] == "interrupted"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{meta['step']:08d}" / MANIFEST).exists()
+
+
 def save_and_save(folder: str, said: str) -> None:
     """Check the latest checkpoint, then save the next ones until killed; ``said`` gets the number of each saved."""
     torch.set_num_threads(1)
