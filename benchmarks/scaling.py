@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastllm.config import Config
@@ -166,17 +167,23 @@ def _train(rank: int, port: int, point: Point, config: Config, seconds: float, f
         before = 0 if ON_GPU else _status("VmRSS")
         if not ON_GPU:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        loop, times = make(config), []
-        end = time.monotonic() + seconds
-        while len(times) < (3 if not seconds else 8) or (time.monotonic() < end):
-            start = time.perf_counter()
-            loop.step()
-            loop.norm.item()
-            times.append(time.perf_counter() - start)
+        loop = make(config)
+        times = [_step(loop) for _ in range(3)]
+        if seconds:
+            count = torch.tensor(max(5.0, seconds / times[-1]))
+            dist.broadcast(count, 0)  # all must take as many
+            times += [_step(loop) for _ in range(int(count))]
         used = torch.cuda.max_memory_allocated() if ON_GPU else _status("VmHWM") - before
     if rank == 0:
         measured = {"times": times[3:] or times, "memory": used, "share": loop.share_of_peak}
         Path(folder, "measured.json").write_text(json.dumps(measured))
+
+
+def _step(loop: Loop) -> float:
+    start = time.perf_counter()
+    loop.step()
+    loop.norm.item()
+    return time.perf_counter() - start
 
 
 def _status(key: str) -> int:
@@ -187,7 +194,7 @@ def _status(key: str) -> int:
 # ---- what it gives ----
 
 
-def beyond(counts: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)) -> dict[str, dict[int, float]]:
+def beyond(counts: tuple[int, ...] = (8, 32, 128, 1024)) -> dict[str, dict[int, float]]:
     """Bytes in a process of the plan, by model and processes."""
     found: dict[str, dict[int, float]] = {}
     with warnings.catch_warnings(action="ignore"):
@@ -259,6 +266,10 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     measured: list[Point] = []
+    known = arguments.out / "scaling.json"
+    if arguments.only and known.exists():
+        points_before = [Point(**p) for p in json.loads(known.read_text())["points"]]
+        measured = [p for p in points_before if p.axis not in arguments.only]
     for point, config in points():
         if arguments.only and point.axis not in arguments.only:
             continue
@@ -267,7 +278,7 @@ def main() -> int:
         told = f"{point.seconds * 1e3:.1f} ms, MFU {point.mfu:.0%}" if point.seconds else point.error
         print(f"{point.axis}: {point.name}, {point.implementation}: {told}", flush=True)
         content = {"stamp": stamp(), "points": [asdict(p) for p in measured]}
-        write_atomic(arguments.out / "scaling.json", (json.dumps(content, indent=1) + "\n").encode())
+        write_atomic(known, (json.dumps(content, indent=1) + "\n").encode())
         write_atomic(arguments.out / "scaling.md", table(measured).encode())
     draw(measured, beyond(), arguments.out / "scaling.png")
     print(table(measured))
