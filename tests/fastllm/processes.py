@@ -13,10 +13,13 @@ import torch.multiprocessing as mp
 
 def run(world: int, function: Callable[..., None], *args: Any) -> None:
     """``function(rank, *args)`` in ``world`` processes; an error in one is raised here."""
+    mp.spawn(_start, (world, free_port(), function, args), nprocs=world)
+
+
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_start, (world, port, function, args), nprocs=world)
+        return free.getsockname()[1]
 
 
 def _start(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from fastllm.checkpoint import MANIFEST, Checkpoints
 from fastllm.errors import UserError
@@ -253,46 +255,55 @@ def test_sigterm_ends_all_processes_with_all_saved(tmp_path):
     assert (tmp_path / "run" / "checkpoints" / f"step-{meta['step']:08d}" / MANIFEST).exists()
 
 
-def save_and_save(folder: str, said: str) -> None:
+def save_and_save(rank: int, world: int, port: int, folder: str, said: str) -> None:
     """Check the latest checkpoint, then save the next ones until killed; ``said`` gets the number of each saved."""
     torch.set_num_threads(1)
+    found = {"RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in found.items()})
     with process_group(training.CPU):
         checkpoints = Checkpoints(Path(folder), keep=2)
-        tensors = {f"t{i}": torch.full((300_000,), -1.0) for i in range(4)}
+        mesh = init_device_mesh("cpu", (world,))
+        parts = {f"t{i}": torch.full((300_000 // world,), -1.0) for i in range(4)}
+        tensors = {name: DTensor.from_local(part, mesh, [Shard(0)]) for name, part in parts.items()}
         first = 0
         if checkpoints.steps():
             first = checkpoints.steps()[-1]
             problem = checkpoints.load(first, tensors)
-            whole = all(bool((t == first).all()) for t in tensors.values())
+            whole = all(bool((t == first).all()) for t in parts.values())
             if problem or not whole or checkpoints.facts(first)["number"] != first:
                 Path(said).write_text(f"damaged: {problem}")
                 return
         for step in range(first + 1, first + 10_000):
-            for tensor in tensors.values():
-                tensor.fill_(float(step))
+            for part in parts.values():
+                part.fill_(float(step))
             checkpoints.save(step, tensors, {"number": step})
-            for tensor in tensors.values():
-                tensor.zero_()  # what is being written is a copy
-            checkpoints.wait()
-            Path(said).write_text(str(step))
+            for part in parts.values():
+                part.zero_()  # what is being written is a copy
+            assert checkpoints.wait() is None
+            if rank == 0:
+                Path(said).write_text(str(step))
 
 
 def test_killed_while_saving(tmp_path):
-    """Twenty times, at any moment: the last checkpoint that was finished is there, and whole."""
-    context = multiprocessing.get_context("forkserver")
+    """Two processes, twenty times, at any moment: the last checkpoint that was finished is there, and whole."""
+    world, context = 2, multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.fastllm.test_checkpoint"])
     said, last, moments, caught = tmp_path / "said", 0, random.Random(), 0
     for _ in range(20):
-        process = context.Process(target=save_and_save, args=(str(tmp_path / "checkpoints"), str(said)))
+        args = (world, processes.free_port(), str(tmp_path / "checkpoints"), str(said))
+        running = [context.Process(target=save_and_save, args=(rank, *args)) for rank in range(world)]
         before = said.read_text() if said.exists() else ""
-        process.start()
+        for process in running:
+            process.start()
         end = time.monotonic() + 60
-        while process.is_alive() and (said.read_text() if said.exists() else "") == before:
+        while all(p.is_alive() for p in running) and (said.read_text() if said.exists() else "") == before:
             assert time.monotonic() < end
             time.sleep(0.01)
         time.sleep(moments.uniform(0.0, 0.08))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        for process in moments.sample(running, world):
+            os.kill(process.pid, signal.SIGKILL)
+        for process in running:
+            process.join()
         assert "damaged" not in said.read_text(), said.read_text()
         number = int(said.read_text() or last)
         assert number > last

@@ -32,12 +32,13 @@ SHARDED: dict[int, dict[str, dict[str, Any]]] = {
         "hybrid and tensor": {"replicate": 2, "tensor": 2},
         "sharded and tensor": {"tensor": 2, "reshard": True, "recompute": "selective"},
         "muon, tensor": {"optimizer": "muon", "tensor": 2},
+        "parts of unequal size": {"hidden_dim": 50, "tensor": 2, "reshard": True},
         "more processes than rows of some weights": {"head_dim_of": 2},
         "untied, tensor": {"tie_embeddings": False, "tensor": 2},
     },
 }
 # What decides the numbers; the rest of the options says how they are computed.
-MEANING = {"optimizer", "tie_embeddings", "window"}
+MEANING = {"optimizer", "tie_embeddings", "window", "hidden_dim"}
 
 
 def case(options: dict[str, Any]) -> Any:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.cases import OURS, PYTORCH
+from benchmarks.scaling import LENGTH, PROCESSES, SIZE, Point
+
+
+def test_a_point_is_a_training_run():
+    """In two processes, with the memory that was planned: of so small a model within a third."""
+    point = Point(PROCESSES, 2, "2 processes", OURS, 1024, processes=2)
+    scaling.measure(point, scaling._with(scaling._small(2), 1024, 2, 256), 0.1)
+    assert point.error == ""
+    assert 0 < point.low <= point.seconds <= point.high
+    assert 0 < point.mfu < 2
+    assert point.planned == pytest.approx(point.memory, rel=0.34)
+
+
+def test_what_fails_says_so():
+    point = Point(SIZE, 1, "wrong", OURS, 1024, processes=2)
+    scaling.measure(point, scaling._with(scaling._small(1), 1024, 2, 256), 0.1, {"FASTLLM_BACKEND": "cuda"})
+    assert "cuda" in point.error
+    assert point.seconds == 0
+    assert point.error in scaling.table([point])
+
+
+def test_table_and_plot(tmp_path):
+    points = [
+        Point(axis, 10**n, f"{n}", name, 1000, 1, 0.1 * n, 0.09 * n, 0.11 * n, 0.3, 2**28 * n, 2**27 * (name == OURS))
+        for axis in (SIZE, LENGTH, PROCESSES)
+        for name in (OURS, PYTORCH)
+        for n in (1, 2, 3)
+    ]
+    assert [Point(**p) for p in json.loads(json.dumps([asdict(p) for p in points]))] == points
+    lines = scaling.table(points).splitlines()
+    assert "| 2 (100) | fastllm | 200.0 | 180.0–220.0 | 5,000 | 30.0% | 512 | 128 |" in lines
+    assert "| 3 | PyTorch | 300.0 | 270.0–330.0 | 3,333 | 30.0% | 768 | |" in lines
+    scaling.draw(points, {"70b": {8: 2.0**37, 1024: 2.0**34}}, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
