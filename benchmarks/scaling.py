@@ -109,15 +109,14 @@ def _with(config: Config, batch_tokens: int, micro_batch: int, context: int | No
 # ---- a run ----
 
 
-def measure(point: Point, config: Config, seconds: float, environment: dict[str, str] | None = None) -> None:
-    """Fill in the point, from processes with ``environment`` added to this one's."""
-    environment = environment or {}
+def measure(point: Point, config: Config, seconds: float) -> None:
+    """Fill in the point."""
     if point.implementation == OURS:  # the others keep more for the backward pass
         with warnings.catch_warnings(action="ignore"):
             point.planned = memory(config, point.processes, pick_precision("auto", DEVICE)).total
     try:
-        timed = _run(point, config, seconds, environment)
-        exact = timed if ON_GPU or point.implementation != OURS else _run(point, config, 0.0, environment | EXACT)
+        timed = _run(point, config, seconds, {})
+        exact = timed if ON_GPU or point.implementation != OURS else _run(point, config, 0.0, EXACT)
     except Exception as error:
         point.error = str(error).strip().splitlines()[-1][:200]
         return

@@ -174,7 +174,7 @@ class GuardConfig:
 class CheckpointConfig:
     """What a run can go on from."""
 
-    every: int = 200  # steps between checkpoints; there is one at the end in any case
+    every: int = 100  # steps between checkpoints; there is one at the end in any case
     keep: int = 2  # the latest ones; older ones are deleted
 
     def __post_init__(self) -> None:

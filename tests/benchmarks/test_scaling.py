@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from benchmarks import scaling
 from benchmarks.cases import OURS, PYTORCH
 from benchmarks.scaling import LENGTH, PROCESSES, SIZE, Point
+from fastllm.config import ParallelConfig
 
 
 def test_a_point_is_a_training_run():
@@ -21,9 +22,10 @@ def test_a_point_is_a_training_run():
 
 
 def test_what_fails_says_so():
-    point = Point(SIZE, 1, "wrong", OURS, 1024, processes=2)
-    scaling.measure(point, scaling._with(scaling._small(1), 1024, 2, 256), 0.1, {"FASTLLM_BACKEND": "cuda"})
-    assert "cuda" in point.error
+    point = Point(SIZE, 1, "wrong", PYTORCH, 1024, processes=2)
+    config = scaling._with(scaling._small(1), 1024, 2, 256)
+    scaling.measure(point, replace(config, parallel=ParallelConfig(replicate=3)), 0.1)
+    assert "2 processes can't be split" in point.error
     assert point.seconds == 0
     assert point.error in scaling.table([point])
 
