@@ -54,13 +54,17 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
+    def _part(self, step: int) -> Path:
+        """What it is called while it is written."""
+        return self.folder / f".{self.path(step).name}"
+
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> str | None:
         """Begin to write ``tensors`` (DTensors, each process its shards) and ``facts`` (what JSON can hold).
 
         Returns when both are copied; first the one before it is waited for: what :meth:`wait` said of it is returned.
         """
         before = self.wait()
-        part = self.folder / f".{self.path(step).name}"
+        part = self._part(step)
         if dist.get_rank() == 0:
             shutil.rmtree(part, ignore_errors=True)
         writer = _Writer(part, self.path(step), {"step": step, "processes": dist.get_world_size(), **facts}, self.keep)
@@ -78,6 +82,8 @@ class Checkpoints:
             future.result()
         except (Exception, dcp.CheckpointException) as error:
             self.begun.discard(step)
+            if dist.get_rank() == 0:
+                shutil.rmtree(self._part(step), ignore_errors=True)  # the disk may be full
             return f"the checkpoint of step {step} was not saved: {_reason(error)}"
         return None
 

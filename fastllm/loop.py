@@ -139,8 +139,8 @@ class Loop:
 
     # ---- the run ----
 
-    def run(self) -> None:
-        """Train to the end, or until a signal is caught; the last state is saved in any case."""
+    def run(self) -> bool:
+        """Train to the end, or until a signal is caught. Whether the last state has become a checkpoint."""
         at, settings = self.at, self.config.train
         first = dist.get_rank() == 0
         with report.Log(self.out, settings.steps, settings.tensorboard, first) as log, self._profiler() as profiler:
@@ -174,7 +174,8 @@ class Loop:
                 self.save(log)
             problem = self.checkpoints.wait()
         if problem:
-            fail(problem)
+            report.say("warning", problem)
+        return not problem
 
     def agree(self) -> None:
         """Wait for the device, and let all processes know of signals, and of the time as the first one has it."""

@@ -80,6 +80,7 @@ class Log:
     def __init__(self, out: Path, steps: int, tensorboard: bool, first: bool) -> None:
         self.path, self.first = out / LOG, first
         self.progress = Progress(steps)
+        self.cut = False  # the last line could not be written whole
         self.board: Any = None
         if tensorboard and self.first:
             try:
@@ -110,9 +111,12 @@ class Log:
             return
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._file.write(json.dumps(numbers).encode() + b"\n")
+            self._file.write(b"\n" * self.cut + json.dumps(numbers).encode() + b"\n")
+            self.cut = False
         except OSError as error:
-            raise UserError(f"can't write {self.path}: {error.strerror}") from None
+            if not self.cut:
+                say("warning", f"can't write {self.path}: {error.strerror}; training goes on")
+            self.cut = True
         if self.board:
             for key, value in numbers.items():
                 if isinstance(value, int | float) and key != "step":

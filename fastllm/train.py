@@ -71,7 +71,7 @@ def train(config: Config, out: Path | None = None, resume: bool = False) -> int:
         if first:
             runs.save_meta(out, meta)
         with lost_processes(out):
-            loop.run()
+            saved = loop.run()
             state = full_state(model)
         if first:
             save_weights(out / runs.WEIGHTS, state)
@@ -91,6 +91,10 @@ def train(config: Config, out: Path | None = None, resume: bool = False) -> int:
         }
         runs.save_meta(out, meta)
         conclude(config, out, meta, device)
+        if not saved:
+            raise UserError(
+                f"the weights are saved, but the last checkpoint is not: --resume would start from one before"
+            )
     return 128 + loop.ended_by if loop.ended_by else 0
 
 
