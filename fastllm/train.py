@@ -93,7 +93,7 @@ def train(config: Config, out: Path | None = None, resume: bool = False) -> int:
         conclude(config, out, meta, device)
         if not saved:
             raise UserError(
-                f"the weights are saved, but the last checkpoint is not: --resume would start from one before"
+                "the weights are saved, but the last checkpoint is not: --resume would start from one before"
             )
     return 128 + loop.ended_by if loop.ended_by else 0
 
