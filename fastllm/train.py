@@ -46,7 +46,7 @@ def train(config: Config, out: Path | None = None, resume: bool = False) -> int:
     precision = pick_precision(config.train.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
 
-    with process_group(device), StopSignals() as stop:
+    with process_group(device):
         layout = Layout.of(config.parallel, device.type)
         out = done_by_first(lambda: go_on(config, out) if resume and out else prepare(config, out))
         config, meta, tokens = configs.load(out / runs.CONFIG), runs.load_meta(out), runs.load_tokens(out)
@@ -61,20 +61,21 @@ def train(config: Config, out: Path | None = None, resume: bool = False) -> int:
         }
         where = f"{meta['precision']} on {meta['device']}" + (f", {layout}" if layout.mesh.size() > 1 else "")
         report.say("model", f"{meta['parameters'] / 1e6:.1f}M parameters, {where}")
-        model = build(config, layout, precision, device)
-        text = Text(tokens["train"], *held_out(config, tokens["validation"]))
-        loop = Loop(config, layout, model, text, device, precision, out, stop)
-        if resume:
-            if loop.checkpoints.steps():  # else it ended before the first one
-                loop.restore()
-            report.say("resumed", f"from step {loop.at.step} of {config.train.steps}")
-        if first:
-            runs.save_meta(out, meta)
-        with lost_processes(out):
+        with StopSignals() as stop, lost_processes(out):
+            model = build(config, layout, precision, device)
+            text = Text(tokens["train"], *held_out(config, tokens["validation"]))
+            loop = Loop(config, layout, model, text, device, precision, out, stop)
+            if resume:
+                if loop.checkpoints.steps():  # else it ended before the first one
+                    loop.restore()
+                report.say("resumed", f"from step {loop.at.step} of {config.train.steps}")
+            if first:
+                runs.save_meta(out, meta)
             saved = loop.run()
             state = full_state(model)
-        if first:
-            save_weights(out / runs.WEIGHTS, state)
+            if first:
+                save_weights(out / runs.WEIGHTS, state)
+            dist.barrier()
     if first:
         at = loop.at
         meta |= {
@@ -145,6 +146,8 @@ def go_on(config: Config, out: Path) -> Path:
     before = configs.load(out / runs.CONFIG)
     if config.model != before.model or config.data != before.data:
         raise UserError("--resume goes on with the model and the text of the run: leave out --model and --data")
+    if (config.optim.optimizer, config.guard.window) != (before.optim.optimizer, before.guard.window):
+        raise UserError("--resume goes on with --optim.optimizer and --guard.window of the run: leave them out")
     meta = runs.load_meta(out)
     if meta.get("step") == config.train.steps:
         raise UserError(f"{out} has all its {config.train.steps} steps; for more give a larger --train.steps")

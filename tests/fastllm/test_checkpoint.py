@@ -281,7 +281,8 @@ def save_and_save(rank: int, world: int, port: int, folder: str, said: str) -> N
                 part.zero_()  # what is being written is a copy
             assert checkpoints.wait() is None
             if rank == 0:
-                Path(said).write_text(str(step))
+                Path(said + ".new").write_text(str(step))
+                os.replace(said + ".new", said)  # whole, whenever this process is killed
 
 
 def test_killed_while_saving(tmp_path):

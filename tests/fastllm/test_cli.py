@@ -323,6 +323,7 @@ def test_resuming_a_run_that_was_stopped(work, run):
     assert losses[0] == losses[1]
     assert "has all its 40 steps" in error_of(run("train", "--resume", "runs/cut"))
     assert "leave out --model" in error_of(run("train", "--resume", "runs/cut", "--model.layers", 3))
+    assert "--optim.optimizer" in error_of(run("train", "--resume", "runs/cut", "--optim.optimizer", "muon"))
     assert "leave out the file" in error_of(run("train", "tiny.toml", "--resume", "runs/cut"))
     done = run("train", "--resume", "runs/cut", "--train.steps", 50)
     assert "from step 40 of 50" in done.stdout
