@@ -162,7 +162,9 @@ def plan(argv: list[str]) -> int:
 
     # The preset or file stands first, without the name of an option.
     named = argv and not argv[0].startswith("-")
-    return plan(tyro.cli(PlanArguments, prog="fastllm plan", args=["--what", *argv] if named else argv))
+    return plan(
+        tyro.cli(PlanArguments, prog="fastllm plan [PRESET|FILE.toml]", args=["--what", *argv] if named else argv)
+    )
 
 
 def bench(argv: list[str]) -> int:

@@ -160,7 +160,7 @@ Policy = Literal["skip", "rollback", "stop"]
 class GuardConfig:
     """What happens at a spike: a loss or gradient norm that is not finite, or far above the latest ones."""
 
-    policy: Policy = "skip"  # the update; rollback to the last checkpoint and step past the data; or stop
+    policy: Policy = "skip"  # skip the update, rollback to the last checkpoint and on behind that text, or stop
     sigma: float = 6.0  # standard deviations above the mean of the window
     window: int = 128  # steps
     limit: int = 10  # spikes in a window that end the run

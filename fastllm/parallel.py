@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -171,8 +172,10 @@ def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: to
     Gradients are summed over the processes, not averaged: the processes may have different numbers of tokens.
     """
     if layout.tensor_size > 1:
-        # A block returns views of DTensors then, which FSDP2 warns of; nothing here writes to them.
+        # A block returns views of DTensors then, which FSDP2 warns of (nothing here writes to them); and whole weights
+        # are gathered in two steps, of which DTensor says that they could be slow.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         for block in model.model.layers:
             split_matrices(block, layout.mesh["tensor"])
     for block in model.model.layers:

@@ -93,8 +93,8 @@ def test_pytest_benchmark_runs_the_same_cases():
 # ---- the GPU command ----
 
 
-def test_the_gpu_command_ends_within_eight_minutes():
-    assert sum(step.seconds for step in steps(Path("out"))) <= 8 * 60
+def test_the_gpu_command_ends_within_ten_minutes():
+    assert sum(step.seconds for step in steps(Path("out"))) <= 9.5 * 60
 
 
 def test_a_step_out_of_time_is_interrupted_and_recorded(tmp_path):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from fastllm import report
+
 
 def run(world: int, function: Callable[..., None], *args: Any) -> None:
     """``function(rank, *args)`` in ``world`` processes; an error in one is raised here."""
@@ -24,6 +26,7 @@ def free_port() -> int:
 
 def _start(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    report.console.quiet = True
     sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in sizes.items()} | {"MASTER_ADDR": "127.0.0.1"})
     function(rank, *args)

@@ -99,13 +99,13 @@ def test_the_same_numbers(world, number, folder, alone):
     actual = torch.load(folder / f"{world}-{number}.pt", weights_only=True)
     expected = alone(options)
     assert len(expected["curve"]) == 6
-    torch.testing.assert_close(actual["curve"], expected["curve"], rtol=2e-5, atol=0)
-    torch.testing.assert_close(actual["validation"], expected["validation"], rtol=2e-5, atol=0)
+    torch.testing.assert_close(actual["curve"], expected["curve"], rtol=5e-6, atol=0)
+    torch.testing.assert_close(actual["validation"], expected["validation"], rtol=5e-6, atol=0)
     assert actual["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
-        assert (actual["gradients"][name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+        assert (actual["gradients"][name] - gradient).norm() <= 2e-4 * gradient.norm(), name
     for name, weight in expected["weights"].items():
-        assert (actual["weights"][name] - weight).norm() <= 1e-3 * weight.norm(), name
+        assert (actual["weights"][name] - weight).norm() <= 1e-4 * weight.norm(), name
 
 
 def test_the_model_learns(alone):

@@ -46,7 +46,6 @@ def text(vocab_size: int = MODEL.vocab_size) -> Text:
 
 def make(config: Config, out: Path, precision: torch.dtype = torch.float32) -> Loop:
     """A loop at its start, within a process group."""
-    report.console.quiet = True
     out.mkdir(exist_ok=True)
     layout = Layout.of(config.parallel, CPU.type)
     model = build(config, layout, precision, CPU)
