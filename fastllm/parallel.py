@@ -198,7 +198,7 @@ def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: to
             if isinstance(part, FSDPModule):
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)
-                if layout.mesh.device_type == "cpu":
+                if dist.get_backend(layout.mesh["shard"].get_group()) == "gloo":
                     part.set_custom_all_gather(SendToAll())
                     part.set_custom_reduce_scatter(ExchangeAndAdd())
     return model
