@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
+from fastllm.hardware import GPUS
+
 from .cases import short
 from .timing import CLOCK, DEVICE
 
 # Data sheets: GB/s and dense bfloat16 TFLOP/s.
-DATASHEET = {"NVIDIA H100 80GB HBM3": (3350.0, 989.0), "NVIDIA H200": (4800.0, 989.0)}
+DATASHEET = {gpu.name: (gpu.bandwidth / 1e9, gpu.flops / 1e12) for gpu in GPUS.values()}
 
 
 def measure(seconds: float = 1.0) -> dict[str, float]:

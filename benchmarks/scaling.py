@@ -150,7 +150,7 @@ def _train(rank: int, port: int, point: Point, config: Config, seconds: float, f
     torch.set_float32_matmul_precision("high")
     config = replace(config, parallel=replace(config.parallel, compile=COMPILED in point.implementation))
     device = local_device()
-    precision = pick_precision("auto", device)
+    precision = pick_precision(config.train.precision, device)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 200_000).astype(np.uint32)
     text = Text(tokens, np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
     with process_group(device), only(tuple(IN_PLACE) if OURS in point.implementation else ()):
@@ -161,7 +161,8 @@ def _train(rank: int, port: int, point: Point, config: Config, seconds: float, f
             return Loop(config, layout, model, text, device, precision, Path(folder), StopSignals())
 
         if not ON_GPU:  # what PyTorch and the kernels take for themselves
-            first = make(_with(_small(1), 256 * point.processes, 1, 256))
+            small = replace(_small(1), model=replace(_small(1).model, vocab_size=config.model.vocab_size))
+            first = make(_with(small, 256 * point.processes, 1, 256))
             first.step()
             del first
         before = 0 if ON_GPU else _status("VmRSS")

@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from . import optim
 from .config import Config
+from .dtensors import local
 from .model import GPT
 from .parallel import Layout, begin_pass, distribute
 
@@ -58,7 +59,7 @@ def _run(config: Config, processes: int, precision: torch.dtype) -> Memory:
             model.to_empty(device="cpu")
             optimizers = optim.make_optimizers(model, config.optim)
             state = optim.state_tensors(model, optimizers)
-            held = sum(_local_bytes(t) for t in (*state.values(), *model.parameters()))
+            held = sum(local(t).nbytes for t in (*state.values(), *model.parameters()))
             tokens = torch.zeros(rows, config.model.context // layout.tensor_size, dtype=torch.int64)
             tracker = FSDPMemTracker(model, *optimizers)
             with tracker:
@@ -71,8 +72,3 @@ def _run(config: Config, processes: int, precision: torch.dtype) -> Memory:
     finally:
         dist.destroy_process_group()
     return Memory(held, peak["Total"] - held)
-
-
-def _local_bytes(tensor: torch.Tensor) -> int:
-    part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return part.numel() * part.element_size()

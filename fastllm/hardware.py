@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import statistics
@@ -18,32 +19,28 @@ from .kernels.native import multiplies_bfloat16
 class Gpu:
     """Figures of a data sheet, and what an hour of it costs."""
 
-    name: str  # as PyTorch gives it, without "NVIDIA "
+    name: str  # as PyTorch gives it
     memory: float  # bytes
+    bandwidth: float  # bytes/s
     flops: float  # dense bfloat16, per second
     dollars: float  # an hour of one, on demand, in 2025; prices differ: see --dollars
 
 
 GPUS = {
-    "a100": Gpu("A100-SXM4-80GB", 80 * 2**30, 312e12, 1.8),
-    "h100": Gpu("H100 80GB HBM3", 80 * 2**30, 989e12, 3.0),
-    "h200": Gpu("H200", 141 * 2**30, 989e12, 3.5),
-    "b200": Gpu("B200", 180 * 2**30, 2250e12, 5.0),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 80 * 2**30, 2039e9, 312e12, 1.8),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 80 * 2**30, 3350e9, 989e12, 3.0),
+    "h200": Gpu("NVIDIA H200", 141 * 2**30, 4800e9, 989e12, 3.5),
+    "b200": Gpu("NVIDIA B200", 180 * 2**30, 8000e9, 2250e12, 5.0),
 }
-
-
-def known_gpu(device: torch.device) -> Gpu | None:
-    """The entry of this GPU."""
-    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
-    return next((gpu for gpu in GPUS.values() if gpu.name == name), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of matrix products: of the data sheet for bfloat16 on a known GPU, else measured in a moment."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        gpu = known_gpu(device)
-        if gpu is not None:
-            return gpu.flops
+        name = torch.cuda.get_device_name(device)
+        for gpu in GPUS.values():
+            if gpu.name == name:
+                return gpu.flops
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     times = []
@@ -65,7 +62,7 @@ def this_machine() -> Gpu:
         device, name = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     dtype = torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
-    return Gpu(name, memory, peak_flops(device, dtype), 0.0)
+    return Gpu(name, memory, math.nan, peak_flops(device, dtype), 0.0)
 
 
 def peak_memory(device: torch.device) -> int:

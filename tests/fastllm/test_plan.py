@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from benchmarks import scaling
+from benchmarks.cases import OURS
 from fastllm import config as configs
 from fastllm import dryrun
 from fastllm.cli import main
@@ -122,52 +122,17 @@ def test_what_saves_memory_does():
     assert memory(configured(model=model, tensor=2), 4, torch.bfloat16).working < 0.7 * none
 
 
-MEASURED = """
-import torch
-from dataclasses import replace
-from fastllm import optim
-from fastllm.dryrun import memory
-from fastllm.parallel import Layout, begin_pass, build, process_group
-from tests.fastllm.test_plan import configured, MODEL
-
-def status(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-def train(config):
-    model = build(config, Layout.of(config.parallel, "cpu"), torch.float32, torch.device("cpu"))
-    optimizers = optim.make_optimizers(model, config.optim)
-    optim.state_tensors(model, optimizers)
-    tokens = torch.zeros(config.train.micro_batch, config.model.context, dtype=torch.int64)
-    for _ in range(2):
-        for last in (False, True):
-            begin_pass(model, config.parallel, last)
-            model(tokens, tokens, reduction="sum").backward()
-        optim.step(optimizers, 1e-3, torch.ones(()), torch.zeros(()))
-
-torch.set_num_threads(1)
-model = replace(MODEL, vocab_size=8000, context=256, dim=512, heads=8, hidden_dim=1408)
-config = configured(8, 4, model, **%s)
-with process_group(torch.device("cpu")):
-    train(configured())
-    before = status("VmRSS")
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-    train(config)
-    measured = status("VmHWM") - before
-print(measured, memory(config, 1, torch.float32).total)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read, and set back, in /proc")
 @pytest.mark.parametrize("parallel", [{}, {"recompute": "full", "reshard": True}])
 def test_memory_is_what_a_run_takes(parallel):
     """Within 6 %, where malloc gives each large block a mapping of its own: else there are gaps, about a quarter."""
-    variables = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "65536") | {"MALLOC_TOP_PAD_": "0"}
-    words = [sys.executable, "-c", MEASURED % parallel]
-    done = subprocess.run(words, env=os.environ | variables, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    measured, planned = map(float, done.stdout.split()[-2:])
+    model = replace(MODEL, vocab_size=8000, context=256, dim=512, heads=8, hidden_dim=1408)
+    config = configured(8, 4, model, **parallel)
+    config = replace(config, train=replace(config.train, precision="float32"))
+    point = scaling.Point(scaling.SIZE, 0, "", OURS, config.train.batch_tokens)
+    measured = scaling._run(point, config, 0.0, scaling.EXACT)["memory"]
     assert measured > 100e6
-    assert planned == pytest.approx(measured, rel=0.06)
+    assert memory(config, 1, torch.float32).total == pytest.approx(measured, rel=0.06)
 
 
 # ---- the command ----
