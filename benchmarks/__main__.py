@@ -25,10 +25,10 @@ import torch
 from rich import progress as bars
 from rich.console import Console
 
+from fastllm.distributed.mesh import process_group
 from fastllm.errors import UserError
 from fastllm.files import write_atomic
-from fastllm.parallel import process_group
-from fastllm.train import keep_freed_memory
+from fastllm.training.pretrain import keep_freed_memory
 
 from . import accuracy, defaults, peaks, plots, report
 from .cases import PYTORCH, Case, Scale, is_ours

@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def group_of_one() -> Iterator[None]:
     """The training steps are FSDP2's."""
-    from fastllm.parallel import process_group
+    from fastllm.distributed.mesh import process_group
 
     with process_group(DEVICE):
         yield

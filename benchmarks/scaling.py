@@ -30,15 +30,17 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastllm.config import Config
-from fastllm.dryrun import memory
+from fastllm.distributed.mesh import Layout, local_device, process_group
+from fastllm.distributed.parallelize import build
 from fastllm.files import atomic, write_atomic
-from fastllm.loop import Loop, Text
-from fastllm.parallel import Layout, build, local_device, process_group
-from fastllm.plan import short
-from fastllm.presets import PRESETS
-from fastllm.scaling import count_parameters, of_depth, optimal
-from fastllm.signals import StopSignals
-from fastllm.train import pick_precision
+from fastllm.model.flops import count_parameters
+from fastllm.planning.memory import memory
+from fastllm.planning.plan import short
+from fastllm.planning.presets import PRESETS
+from fastllm.planning.scaling_laws import of_depth, optimal
+from fastllm.training.pretrain import pick_precision
+from fastllm.training.signals import StopSignals
+from fastllm.training.trainer import Loop, Text
 
 from .cases import COMPILED, OURS, PYTORCH
 from .record import FOLDER

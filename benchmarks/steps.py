@@ -17,15 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastllm
 import fastllm.kernels.modules as modules
-import fastllm.model
 from fastllm.config import Config, ParallelConfig
-from fastllm.model import GPT
-from fastllm.optim import make_optimizers
-from fastllm.optim import step as update
-from fastllm.parallel import Layout, distribute
-from fastllm.presets import PRESETS
-from fastllm.train import pick_precision
+from fastllm.distributed.mesh import Layout
+from fastllm.distributed.parallelize import distribute
+from fastllm.model import gpt
+from fastllm.model.gpt import GPT
+from fastllm.planning.presets import PRESETS
+from fastllm.training.optim import make_optimizers
+from fastllm.training.optim import step as update
+from fastllm.training.pretrain import pick_precision
 
 from .attention import sdpa
 from .cases import COMPILED, DROP_IN, LADDER, OURS, PYTORCH, Call, Case, Scale, short
@@ -66,7 +68,7 @@ IN_PLACE: dict[str, tuple[Any, Callable]] = {
     "rope": (modules, rope),
     "swiglu": (modules, eager_swiglu),
     "flash_attention": (modules, flash_attention),
-    "linear_cross_entropy": (fastllm.model, linear_cross_entropy),
+    "linear_cross_entropy": (gpt, linear_cross_entropy),
 }
 
 

@@ -9,16 +9,16 @@ __version__ = "0.1.0"
 
 # Public names and where they are: imported at first use, so that the command line starts without PyTorch.
 _HOME = {
-    "GPT": "model",
+    "GPT": "model.gpt",
     "Config": "config",
     "ModelConfig": "config",
-    "Tokenizer": "tokenizer",
-    "export": "exporting",
-    "from_pretrained": "pretrained",
-    "load_run": "runs",
-    "patch": "dropin",
-    "patched": "dropin",
-    "unpatch": "dropin",
+    "Tokenizer": "data.tokenizer",
+    "export": "huggingface.export",
+    "from_pretrained": "huggingface.load",
+    "load_run": "inference.load",
+    "patch": "huggingface.patching",
+    "patched": "huggingface.patching",
+    "unpatch": "huggingface.patching",
 }
 
 __all__ = [*_HOME, "__version__"]

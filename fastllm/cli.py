@@ -13,7 +13,7 @@ from typing import Literal
 from . import __version__
 from . import config as configs
 from .errors import UserError, did_you_mean
-from .presets import preset
+from .planning.presets import preset
 
 NEEDED = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro")  # the extra "train"
 
@@ -55,7 +55,7 @@ def train(argv: list[str]) -> int:
         default=TrainArguments(**_fields(base)),
     )
 
-    from .train import train
+    from .training.pretrain import train
 
     config = configs.Config(**_fields(arguments))
     return train(config, arguments.resume or arguments.out, resume=arguments.resume is not None)
@@ -113,8 +113,8 @@ def _generate(
 
     import torch
 
-    from .generate import generate
-    from .runs import load_run
+    from .inference.generate import generate
+    from .inference.load import load_run
 
     model, tokenizer, meta = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
     if meta.get("status") != "finished":
@@ -148,7 +148,7 @@ def _export(run: Path, out: Path, /, dtype: Literal["float32", "bfloat16", "floa
     """
     import torch
 
-    from .exporting import export
+    from .huggingface.export import export
 
     export(run, out, dtype=dtype and getattr(torch, dtype))
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
@@ -158,7 +158,7 @@ def _export(run: Path, out: Path, /, dtype: Literal["float32", "bfloat16", "floa
 def plan(argv: list[str]) -> int:
     import tyro
 
-    from .plan import PlanArguments, plan
+    from .planning.plan import PlanArguments, plan
 
     # The preset or file stands first, without the name of an option.
     named = argv and not argv[0].startswith("-")

@@ -31,7 +31,7 @@ def test_every_package_is_installed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {"fastllm", "fastllm.benchmarks", "fastllm.kernels"}
     found |= {f"fastllm.kernels.{p.parent.name}" for p in (ROOT / "kernels").glob("*/__init__.py")}
-    found |= {f"fastllm.{p.parent.name}" for p in (ROOT / "fastllm").glob("*/__init__.py")}
+    found |= {".".join(p.relative_to(ROOT).parent.parts) for p in (ROOT / "fastllm").rglob("*/__init__.py")}
     assert set(listed) == found
 
 

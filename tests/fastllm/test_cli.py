@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from fastllm import __version__
 from fastllm.cli import main
-from fastllm.report import read_log
-from fastllm.runs import load_run
-from fastllm.signals import StopSignals
+from fastllm.run_dir import load_run
+from fastllm.training.metrics import read_log
+from fastllm.training.signals import StopSignals
 
 TINY = """
 [model]
@@ -304,7 +304,7 @@ def test_resuming_a_run_that_was_stopped(work, run):
     """The same weights and log as of a run that was not."""
     words = ("train", "tiny.toml", "--data", "text.py", "--train.steps", 40, "--checkpoint.every", 15)
     assert run(*words, "--out", "runs/whole").returncode == 0
-    code = "import sys, fastllm.loop as l, os, signal; step = l.Loop.step\n"
+    code = "import sys, fastllm.training.trainer as l, os, signal; step = l.Loop.step\n"
     code += "def stopping(self):\n step(self)\n if self.at.step == 23: os.kill(os.getpid(), signal.SIGTERM)\n"
     code += "l.Loop.step = stopping\nfrom fastllm.cli import main; sys.exit(main())"
     done = finish(start(*words, "--out", "runs/cut", cwd=work, python=("-c", code)))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fastllm import config as configs
 from fastllm.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from fastllm.errors import UserError
-from fastllm.presets import PRESETS, preset
+from fastllm.planning.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

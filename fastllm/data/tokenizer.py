@@ -1,0 +1,102 @@
+"""A byte-level BPE tokenizer, trained on the run's own text (Hugging Face ``tokenizers``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from ..errors import UserError
+from ..files import write_atomic
+
+END = "<|endoftext|>"  # stands before each document, and ends what is generated
+
+# The split of GPT-4's tokenizer: words with the space before them, up to three digits, punctuation, line ends.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text to token ids and back, exactly: every text is a sequence of bytes, and all 256 bytes are tokens."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, ends: tuple[int, ...] = ()) -> None:
+        """``ends``: the tokens that end a text, by default the one named END; the first also stands for no text."""
+        self.backend = backend
+        self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
+        self.ends: tuple[int, ...] = ends or (backend.token_to_id(END),)
+        self.end: int = self.ends[0]
+        self.vocab_size: int = backend.get_vocab_size()
+        self._special = {t: added.content.encode() for t, added in backend.get_added_tokens_decoder().items()}
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """The most frequent merges of ``texts``; fewer than ``vocab_size`` where the texts don't have as many."""
+        backend = tokenizers.Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: str | Path, ends: tuple[int, ...] = ()) -> Tokenizer:
+        try:
+            backend = tokenizers.Tokenizer.from_str(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise UserError(f"can't read the tokenizer {path}: {error.strerror}") from None
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"{path} is not a tokenizer: {error}") from None
+        if not ends and backend.token_to_id(END) is None:
+            raise UserError(f"the tokenizer {path} has no token {END}")
+        if "ByteLevel" not in str(backend.decoder):
+            raise UserError(f"the tokenizer {path} is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are")
+        return cls(backend, ends)
+
+    def save(self, path: str | Path) -> None:
+        write_atomic(path, self.backend.to_str(pretty=True).encode())
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text).ids
+
+    def encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """The ids of each text, on all cores."""
+        for start in range(0, len(texts), 256):  # the intermediate objects take 100 times the memory of the ids
+            for encoding in self.backend.encode_batch_fast(texts[start : start + 256]):
+                yield np.asarray(encoding.ids, dtype=np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        """Nothing for a number that is no token: models round their vocabulary up."""
+        if token in self._special:
+            return self._special[token]
+        return bytes(BYTE_OF[c] for c in self.backend.id_to_token(token) or "")
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text that each token stands for, int64 ``[vocab_size]``; 0 for the end-of-text token."""
+        return np.array([0 if t == self.end else len(self.token_bytes(t)) for t in range(self.vocab_size)])
+
+
+def _byte_of() -> dict[str, int]:
+    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in own]
+    return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+BYTE_OF = _byte_of()

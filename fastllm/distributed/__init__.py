@@ -1,0 +1,1 @@
+"""One model on many ranks: device mesh, FSDP2, tensor parallelism, gradients."""

@@ -1,0 +1,1 @@
+"""Hugging Face models: read a folder, write one, and put the kernels into an instance."""

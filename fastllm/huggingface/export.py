@@ -1,0 +1,102 @@
+"""Models as Hugging Face folders, as transformers and vLLM read them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import ModelConfig
+from ..errors import UserError
+from ..files import atomic_folder
+from ..run_dir import load_run
+from .load import CONFIG, GENERATION, ROPE_FIXED, TOKENIZER
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+) -> Path:
+    """Write a trained model as a Hugging Face folder, which transformers' Auto classes and vLLM load.
+
+    Args:
+        run: the run folder.
+        out: the folder to make; it appears whole or not at all.
+        dtype: of the weights; None: as they are, float32 after training.
+        max_shard_size: weights beyond it are split into several files.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        UserError: ``out`` is not empty, ``run`` is not a whole run or is such a folder itself, or no layout has what
+            the model has.
+    """
+    from huggingface_hub import save_torch_state_dict  # slow to import
+
+    out = Path(out)
+    if not out.name:
+        raise UserError(f"{out} is no name for a new folder")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already and not empty; choose another folder")
+    if (Path(run) / CONFIG).is_file():
+        raise UserError(f"{run} is a Hugging Face folder already")
+    model, tokenizer, _ = load_run(run)
+    model = model if dtype is None else model.to(dtype)
+    kept = str(model.head_weight.dtype).removeprefix("torch.")
+    end = {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
+    config = {**layout(model.config), "torch_dtype": kept, **end}
+    text = tokenizer.backend.id_to_token(tokenizer.end)
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text,
+        "model_max_length": model.config.context, "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    with atomic_folder(out) as part:
+        for name, content in ((CONFIG, config), (GENERATION, end), ("tokenizer_config.json", described)):
+            (part / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        (part / TOKENIZER).write_text(tokenizer.backend.to_str(pretty=True), "utf-8")
+        save_torch_state_dict(model.state_dict(), part, max_shard_size=max_shard_size, metadata={"format": "pt"})
+    return out
+
+
+def layout(config: ModelConfig) -> dict[str, Any]:
+    """The config.json of the layout that has what ``config`` has, in keys that transformers 4 and 5 and vLLM know."""
+    if config.qk_norm and config.qkv_bias:
+        raise UserError("no Hugging Face layout has both model.qk_norm and model.qkv_bias")
+    if config.attention_dim not in (0, config.dim) and config.qkv_bias:
+        raise UserError("no Hugging Face layout has model.qkv_bias with a model.attention_dim that isn't model.dim")
+    kind = "mistral" if config.window or config.dim % config.heads else "llama"  # Llama's must divide
+    kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else kind
+    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+    rope: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
+    if config.rope_original_context:
+        rope["original_max_position_embeddings"] = config.rope_original_context
+    rope |= {key: value for key, value in ROPE_FIXED.get(config.rope_scaling, {}).items() if key != "truncate"}
+    keys = {
+        "architectures": [f"{names[kind]}ForCausalLM"],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None if config.rope_scaling == "none" else rope,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+    }
+    if kind != "llama":
+        keys["sliding_window"] = config.window or None
+    if kind in ("qwen2", "qwen3"):
+        keys |= {"use_sliding_window": bool(config.window), "max_window_layers": 0 if config.window else config.layers}
+    return keys

@@ -1,0 +1,289 @@
+"""Attention through transformers' own registry: ``flash_attention`` under the name "fastllm".
+
+transformers asks a registered implementation for two things: a mask, once in a forward pass, and the attention itself,
+in each layer. Our mask is one of
+
+- None: a query sees all keys up to its own (in its window);
+- int32 ``[2, documents + 1]``: cu_seqlens of queries and of keys, for padding and for packed sequences;
+- bool or floating ``[batch, 1 or heads, queries, keys]``: anything else (a static cache, masks made by the user, and
+  under torch.compile, which can't look at values, any mask at all).
+
+The hidden states of padding itself are of no use, and not those of other implementations.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ...kernels import flash_attention, softmax
+from .finding import Change, Finding, class_forward, names_in, replaced_forward, taken
+
+NAME = "fastllm"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """query ``[batch, heads, seq_q, head_dim]``, key, value ``[batch, kv_heads, seq_k, head_dim]`` to
+    ``[batch, seq_q, heads, head_dim]``; the probabilities too where ``output_attentions`` asks for them."""
+    if dropout:
+        raise ValueError(f"fastllm's attention has no dropout, it is {dropout}: set the model's attention dropout to 0")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None and attention_mask.numel() == 0:
+        attention_mask = None  # from without_mask
+    if query.dtype != value.dtype:  # under autocast rotary positions may have made float32 of queries and keys
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    if kwargs.get("output_attentions"):
+        return _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window)
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if softcap or s_aux is not None:
+            out, _ = _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window)
+            return out, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=False)
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    width = v.shape[-1]
+    if width < q.shape[-1]:
+        v = F.pad(v, (0, q.shape[-1] - width))
+    options = {"causal": causal, "scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+    options["window"] = sliding_window if causal else None
+    cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if attention_mask is not None:
+        cu_q, cu_k = attention_mask
+    if cu_q is None:
+        return flash_attention(q, k, v, **options)[..., :width], None
+    longest = {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}  # no document is longer than a row
+    packed = (t.flatten(0, 1) for t in (q, k, v))
+    out = flash_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **longest, **options)
+    return out.view(q.shape)[..., :width], None
+
+
+def _explicit(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention by its probabilities ``[batch, heads, seq_q, seq_k]``, for the masks and callers that need them."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None or mask.dim() != 4:
+        mask = _dense(mask, query.shape[0], query.shape[2], key.shape[2], causal, window, query.device)
+    if sinks is None:
+        probabilities = softmax(scores, mask=mask)
+    else:  # a key without a value
+        column = sinks.view(1, -1, 1, 1).to(scores.dtype).expand(*scores.shape[:3], 1)
+        seen = F.pad(mask.expand(-1, scores.shape[1], -1, -1), (0, 1), value=mask.dtype == torch.bool)
+        probabilities = softmax(torch.cat([scores, column], -1), mask=seen)[..., :-1]
+    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def _dense(
+    documents: Tensor | None, batch: int, seq_q: int, seq_k: int, causal: bool, window: int | None, device: torch.device
+) -> Tensor:
+    """Bool ``[batch, 1, seq_q, seq_k]``: what None or documents mean."""
+    q = torch.arange(seq_q, device=device).view(1, -1, 1) + (seq_k - seq_q)
+    k = torch.arange(seq_k, device=device).view(1, 1, -1)
+    seen = (k <= q) if causal else torch.ones_like(k <= q)
+    if causal and window:
+        seen = seen & (k > q - window)
+    if documents is not None:
+        of_q, of_k = (_document(cu, batch, seq) for cu, seq in zip(documents, (seq_q, seq_k), strict=True))
+        seen = seen & (of_q.unsqueeze(-1) == of_k.unsqueeze(1))
+    return seen.expand(batch, -1, -1).unsqueeze(1)
+
+
+def _document(cu_seqlens: Tensor, batch: int, seq: int) -> Tensor:
+    """``[batch, seq]``: the document of each token."""
+    tokens = torch.arange(batch * seq, device=cu_seqlens.device)
+    return torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True).view(batch, seq)
+
+
+# ---- masks ----
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask (see the module's docstring) that transformers describes; ``attention_mask`` ``[batch, keys]`` bool."""
+    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask)
+
+    def dense(**more: Any) -> Tensor | None:
+        return sdpa_mask(*sizes, allow_is_causal_skip=False, **more, **kwargs)
+
+    if kwargs.pop("allow_is_bidirectional_skip", False):
+        return dense(allow_is_bidirectional_skip=True)
+    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
+    if not aligned or kwargs.get("use_vmap"):
+        return dense()
+    if torch.compiler.is_compiling():
+        return None if attention_mask is None and allow_is_causal_skip else dense()
+    if attention_mask is None:
+        return None if allow_is_causal_skip else _packed(mask_function, batch_size, q_length, kv_length, dense, kwargs)
+    seen = F.pad(attention_mask, (0, kv_offset + kv_length - attention_mask.shape[1]))[:, kv_offset:]
+    return dense() if not allow_is_causal_skip else _padded(seen, q_length, dense)
+
+
+def _padded(seen: Tensor, q_length: int, dense: Callable[[], Tensor]) -> Tensor | None:
+    """``seen`` bool ``[batch, keys]``: which of them are text."""
+    if seen.all():
+        return None
+    begins = F.pad(seen[:, 1:] != seen[:, :-1], (1, 0), value=True)
+    if ((begins & seen).sum(1) > 1).any():
+        return dense()  # text on both sides of padding
+    if q_length == seen.shape[1] and seen[:, 0].all():
+        return None  # padding on the right is in the future of all text
+    return _documents(begins, q_length, ~seen)
+
+
+def _packed(
+    mask_function: Callable, batch: int, q_length: int, kv_length: int, dense: Callable[[], Tensor], kwargs: Any
+) -> Tensor | None:
+    """Sequences packed one after another, from what neighbours see of each other."""
+    if q_length != kv_length:
+        return dense()
+    at = torch.arange(q_length, device=kwargs.get("device", "cpu")).view(1, 1, -1, 1)
+    row, head = torch.arange(batch, device=at.device).view(-1, 1, 1, 1), torch.zeros_like(at)
+    before, after = at[:, :, :-1], at[:, :, 1:]
+    if mask_function(row, head[:, :, 1:], before, after).any():
+        return dense()  # not causal
+    begins = ~mask_function(row, head[:, :, 1:], after, before).expand(batch, 1, -1, 1).flatten(1)
+    return _documents(F.pad(begins, (1, 0), value=True), q_length) if begins.any() else None
+
+
+def _documents(begins: Tensor, q_length: int, padding: Tensor | None = None) -> Tensor:
+    """cu_seqlens ``[2, documents + 1]`` from where documents of keys begin, bool ``[batch, keys]``.
+
+    The queries are the last ``q_length`` of each row; a document may have none of them. Padding is two documents, one
+    of its queries and one of its keys: it is not seen and sees nothing.
+    """
+    batch, keys = begins.shape
+    row, column = begins.nonzero(as_tuple=True)
+    cu_q = row * q_length + (column - (keys - q_length)).clamp(min=0)
+    starts = torch.stack([cu_q, row * keys + column])
+    ends = torch.tensor([[batch * q_length], [batch * keys]], device=begins.device)
+    if padding is not None:
+        between = torch.stack([torch.cat([starts[0, 1:], ends[0]]), starts[1]])
+        kept = torch.stack([torch.ones_like(row, dtype=torch.bool), padding[row, column]], 1).flatten()
+        starts = torch.stack([starts, between], 2).flatten(1)[:, kept]
+    return torch.cat([starts, ends], 1).to(torch.int32)
+
+
+# ---- the registry, and who asks it ----
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, attention_mask)
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+# Of transformers' functions that make masks those that ask ours for what it has, or don't ask.
+MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_recurrent_attention_mask"}
+MASKS |= {"create_bidirectional_mask", "create_bidirectional_sliding_window_mask"}
+
+
+def find_attention(name: str, module: nn.Module, owner: PreTrainedModel | None) -> Finding | None:
+    """``owner`` is the model that makes the masks for ``module``."""
+    forward, kind = class_forward(module), type(module).__name__
+    names = names_in(forward)
+    if REGISTRY not in names:
+        around = any(REGISTRY in names_in(class_forward(m)) for m in module.modules())
+        if around or not kind.endswith("Attention"):
+            return None
+        return Finding("attention", name, kind, "it does not ask transformers' attention registry")
+    why_not = _why_not(module, names, owner)
+    if why_not:
+        return Finding("attention", name, kind, why_not)
+    view = as_fastllm(module.config)
+    changes = (Change(module, "config", view), Change(owner, "config", view))
+    if not taken(owner):
+        changes += (replaced_forward(owner, without_mask(class_forward(owner))),)
+    return Finding("attention", name, kind, f"flash_attention (was {module.config._attn_implementation})", changes)
+
+
+def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) -> str | None:
+    config = getattr(module, "config", None)
+    if owner is None or config is not owner.config:
+        return "the model around it has another configuration"
+    rates = (getattr(module, name, 0.0) for name in ("attention_dropout", "attn_dropout", "dropout"))
+    dropout = max(getattr(rate, "p", rate) for rate in rates)
+    if dropout:
+        return f"the kernel has no dropout, its configuration says {dropout}"
+    makers = {n for n in names_in(class_forward(owner)) if n.startswith("create_") and n.endswith("_mask")}
+    if makers - MASKS:
+        return f"the model around it makes masks by {', '.join(sorted(makers - MASKS))}"
+    if getattr(config, "sliding_window", None) and "sliding_window" not in names:
+        return "it has a window, and does not tell the attention function of it"
+    if "position_bias" in names:
+        return "the kernel takes no bias of positions"
+    if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+        return "this transformers is too old (before 5.8)"
+    return None
+
+
+@functools.cache
+def without_mask(original: Callable) -> Callable:
+    """``original``, the forward of a decoder, that makes no mask under torch.compile where none is needed.
+
+    transformers would look for packed sequences in the positions that it counts itself, which under torch.compile it
+    can do with a mask of all pairs only. A mask that is 4-dimensional already it hands on as it is.
+    """
+    names = tuple(inspect.signature(original).parameters)[1:]
+    hints = ("attention_mask", "position_ids", "cache", "past_key_values")
+
+    @functools.wraps(original)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            kwargs |= zip(names, args, strict=False)
+            args = ()
+            if all(kwargs.get(hint) is None for hint in hints):
+                kwargs["attention_mask"] = torch.empty(0, 0, 0, 0)
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+def as_fastllm(config: Any) -> Any:
+    """``config`` itself, all that it holds now and later, but that its attention implementation is ours."""
+    view = object.__new__(_as_fastllm_kind(type(config)))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view
+
+
+@functools.cache
+def _as_fastllm_kind(kind: type) -> type:
+    mine = property(lambda self: NAME, kind._attn_implementation.fset)
+    return type(kind.__name__, (kind,), {"_attn_implementation": mine})

@@ -1,0 +1,1 @@
+"""Training: the trainer, its objectives and data, optimizers, checkpoints, spike detection, metrics."""

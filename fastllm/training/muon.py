@@ -1,0 +1,92 @@
+"""Muon: momentum whose matrices are made orthogonal before each update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..dtensor import local, own_slice
+from ..kernels.native import multiplies_bfloat16
+
+# Of the quintic Newton-Schulz iteration (Jordan 2024, https://kellerjordan.github.io/posts/muon/).
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan 2024) with Nesterov momentum, for matrices, each update scaled to the RMS of AdamW's.
+
+    The scale, 0.2·sqrt(max(rows, columns)), makes AdamW's learning rate and weight decay serve (Liu et al. 2025,
+    arXiv:2502.16982). Beside ``torch.optim.Muon`` it shares out the work: each matrix is made orthogonal by one
+    process, which the others then have it from. And as the fused AdamW it takes ``grad_scale`` and ``found_inf``,
+    0-d tensors on the device or None: gradients are divided by the first; the update leaves everything as it is where
+    the second is 1.
+    """
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        owned: list[Tensor | None] = []
+        todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for i, (p, group) in enumerate(todo):
+            update = self._momentum(p, group["momentum"])
+            owned.append(orthogonal(update).contiguous() if i % world == rank else None)
+        taken = 1.0 if self.found_inf is None else 1.0 - self.found_inf
+        for i, (p, group) in enumerate(todo):
+            mine = owned[i]
+            owned[i] = None
+            if isinstance(p, DTensor) and world > 1:
+                whole = torch.empty(p.shape, dtype=compute_dtype(p.device), device=p.device) if mine is None else mine
+                dist.broadcast(whole, i % world)
+                mine = whole[own_slice(p)]
+            assert mine is not None
+            size = group["lr"] * 0.2 * math.sqrt(max(p.shape))
+            local(p).mul_(1.0 - group["lr"] * group["weight_decay"] * taken).sub_(mine * (size * taken))
+
+    def _momentum(self, p: nn.Parameter, momentum: float) -> Tensor:
+        """Advance the average of the gradients; the whole matrix to be made orthogonal."""
+        state, grad = self.state[p], local(p.grad)
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = local(state["momentum_buffer"])
+        weight: float | Tensor = 1.0 - momentum
+        if self.grad_scale is not None:
+            grad.div_(self.grad_scale)
+        if self.found_inf is not None:
+            grad.masked_fill_(self.found_inf > 0, 0.0)  # it may not be finite
+            weight = weight * (1.0 - self.found_inf)
+        average.lerp_(grad, weight)
+        update = grad.lerp(average, momentum).to(compute_dtype(p.device))
+        if isinstance(p, DTensor):
+            return DTensor.from_local(
+                update, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+            ).full_tensor()
+        return update
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, but for CPUs that would have to imitate it."""
+    return torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else torch.bfloat16
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Near the orthogonal matrix next to ``matrix`` ``[rows, columns]``: its singular values come to 0.7 to 1.2."""
+    a, b, c = COEFFICIENTS
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json.decoder
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastllm.data import loader as data
+from fastllm.data import sources
+from fastllm.data.tokenizer import Tokenizer
+from fastllm.errors import UserError
+
+DOCUMENTS = [f"document {i} " + "word " * (50 + i % 30) for i in range(100)]
+
+
+def test_split_is_disjoint_whole_and_independent_of_the_order():
+    train, validation = sources.split(DOCUMENTS, 0.1)
+    assert sorted(train + validation) == sorted(DOCUMENTS)
+    assert 0.05 < sum(map(len, validation)) / sum(map(len, DOCUMENTS)) <= 0.1
+    assert sources.split(DOCUMENTS[::-1] + DOCUMENTS, 0.1) == (train, validation)
+
+
+def test_split_of_one_document_holds_out_its_tail():
+    text = "".join(DOCUMENTS)
+    train, validation = sources.split([text], 0.1)
+    assert train + validation == [text[: len(train[0])], text[len(train[0]) :]]
+    assert len(validation[0]) == pytest.approx(0.1 * len(text), abs=1)
+
+
+def test_split_of_unequal_documents_holds_out_enough():
+    train, validation = sources.split(["a" * 100_000, "short"], 0.1)
+    assert sum(map(len, validation)) == pytest.approx(10_000, rel=0.01)
+    assert sum(map(len, train)) == pytest.approx(90_000, rel=0.01)
+
+
+def test_folders_are_read_recursively_and_binary_files_in_them_skipped(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.txt").write_text("first text")
+    (tmp_path / "in" / "b.md").write_bytes(b"second\r\ntext")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "d.png").write_bytes(b"\x89PNG")
+    corpus = sources.load_corpus([tmp_path], 0.3)
+    assert corpus.size == len("first text") + len("second\r\ntext")
+    assert len(corpus.notes) == 1
+    assert "c.txt" in corpus.notes[0]
+
+
+def test_the_standard_library_without_its_tests():
+    corpus = sources.load_corpus([], 0.05)
+    documents = corpus.train + corpus.validation
+    assert len(documents) > 300
+    assert 0.03 < sum(map(len, corpus.validation)) / corpus.size <= 0.05
+    assert Path(json.decoder.__file__).read_text("utf-8") in documents
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b" \n\t ", "empty"),
+        (b"text \xff\xfe", "not UTF-8 text: byte 5"),
+    ],
+)
+def test_a_named_file_that_is_no_text(content, words, tmp_path):
+    path = tmp_path / "named.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        sources.load_corpus([path], 0.05)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_without_text(tmp_path):
+    with pytest.raises(UserError, match="no text files"):
+        sources.load_corpus([tmp_path], 0.05)
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match="no text"):
+        sources.load_corpus([tmp_path], 0.05)
+
+
+def test_encode_puts_the_end_token_before_each_document():
+    tokenizer = Tokenizer.train(DOCUMENTS, 300)
+    row = data.encode(tokenizer, DOCUMENTS)
+    assert row.dtype == np.uint16
+    assert [i for d in DOCUMENTS for i in (tokenizer.end, *tokenizer.encode(d))] == row.tolist()
+
+
+@pytest.mark.parametrize("length", [17, 18, 33, 1000, 1001])
+def test_batches(length):
+    context = 16
+    tokens = np.arange(length, dtype=np.uint16)
+    batches = data.Batches(tokens, context, seed=3)
+    inputs, targets = batches.batch(0, batches.windows)  # an epoch
+    assert inputs.shape == targets.shape == (batches.windows, context)
+    assert inputs.dtype == targets.dtype == np.int64
+    assert np.array_equal(targets, inputs + 1)
+    assert len(np.unique(inputs)) == inputs.size  # nothing twice
+    assert inputs.size >= length - 3 * context
+    again = data.Batches(tokens, context, seed=3)
+    for first in range(0, 3 * batches.windows, 7):  # any order of asking gives the same
+        expected = data.Batches(tokens, context, seed=3).batch(first, 5)
+        assert all(np.array_equal(a, b) for a, b in zip(again.batch(first, 5), expected, strict=True))
+
+
+def test_epochs_and_seeds_differ():
+    tokens = np.arange(10_000, dtype=np.uint16)
+    batches = data.Batches(tokens, 16, seed=0)
+    first, second = batches.batch(0, 50)[0], batches.batch(batches.windows, 50)[0]
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, data.Batches(tokens, 16, seed=1).batch(0, 50)[0])
+
+
+@pytest.mark.parametrize("length", [17, 100, 1000])
+@pytest.mark.parametrize("count", [1, 160, 10_000])
+def test_spread(length, count):
+    starts = data.spread(np.zeros(length), 16, count)
+    assert len(starts) == max(1, min((length - 1) // 16, count // 16))
+    assert starts[-1] + 17 <= length
+    assert np.all(np.diff(starts) >= 16)
+
+
+def test_unigram_loss():
+    train = np.array([0, 0, 0, 1], np.uint16)
+    targets = np.array([[0, 2]])
+    assert data.unigram_loss(train, targets, 3) == pytest.approx(-(np.log(4 / 7) + np.log(1 / 7)) / 2)

@@ -1,0 +1,124 @@
+"""The same numbers in one process and in several, however the model is sharded."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastllm.config import ParallelConfig
+from fastllm.distributed.mesh import Layout, process_group
+from fastllm.errors import UserError
+from tests.fastllm import ranks as processes
+from tests.fastllm import small_run as training
+
+SHARDED: dict[int, dict[str, dict[str, Any]]] = {
+    2: {
+        "one unit": {},
+        "a unit for each block": {"reshard": True},
+        "replicas": {"replicate": 2},
+        "tensor parallel": {"tensor": 2},
+        "full recompute": {"recompute": "full", "reshard": True},
+        "selective recompute": {"recompute": "selective"},
+        "muon": {"optimizer": "muon"},
+        "untied, windowed": {"tie_embeddings": False, "window": 5, "reshard": True},
+        "compiled": {"compile": True},
+    },
+    4: {
+        "one unit": {},
+        "hybrid": {"replicate": 2, "reshard": True},
+        "hybrid and tensor": {"replicate": 2, "tensor": 2},
+        "sharded and tensor": {"tensor": 2, "reshard": True, "recompute": "selective"},
+        "muon, tensor": {"optimizer": "muon", "tensor": 2},
+        "parts of unequal size": {"hidden_dim": 50, "tensor": 2, "reshard": True},
+        "more processes than rows of some weights": {"head_dim_of": 2},
+        "untied, tensor": {"tie_embeddings": False, "tensor": 2},
+    },
+}
+# What decides the numbers; the rest of the options says how they are computed.
+MEANING = {"optimizer", "tie_embeddings", "window", "hidden_dim"}
+
+
+def case(options: dict[str, Any]) -> Any:
+    options = dict(options)
+    if options.pop("head_dim_of", None):
+        options |= {"dim": 24, "heads": 4, "kv_heads": 2, "attention_dim": 24}  # head norms of 6: 2, 2, 2 and none
+    return training.config(**options)
+
+
+def run_cases(rank: int, world: int, folder: str) -> None:
+    with process_group(training.CPU):
+        for number, (name, options) in enumerate(SHARDED[world].items()):
+            try:
+                result = training.trace(case(options), Path(folder, f"{world}-{number}"))
+                if rank == 0:
+                    torch.save(result, Path(folder, f"{world}-{number}.pt"))
+            except Exception:
+                Path(folder, f"{world}-{number}.{rank}.error").write_text(f"{name}:\n{traceback.format_exc()}")
+                raise
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sharded")
+    for world in SHARDED:
+        try:
+            processes.run(world, run_cases, world, str(folder))
+        except Exception:
+            errors = [path.read_text() for path in folder.glob("*.error")]
+            raise AssertionError("\n".join(errors) or traceback.format_exc()) from None
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The trace of one process for these options, once for each meaning."""
+    known: dict[str, Any] = {}
+    folder = tmp_path_factory.mktemp("alone")
+
+    def get(options: dict[str, Any]) -> dict[str, Any]:
+        meaning = {k: v for k, v in options.items() if k in MEANING or k == "head_dim_of"}
+        if str(meaning) not in known:
+            with process_group(training.CPU):
+                known[str(meaning)] = training.trace(case(meaning), folder / str(len(known)))
+        return known[str(meaning)]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("world", "number"),
+    [(world, i) for world, cases in SHARDED.items() for i in range(len(cases))],
+    ids=[f"{world}: {name}" for world, cases in SHARDED.items() for name in cases],
+)
+def test_the_same_numbers(world, number, folder, alone):
+    """Six steps, of which each would carry an error of the one before it further."""
+    options = list(SHARDED[world].values())[number]
+    actual = torch.load(folder / f"{world}-{number}.pt", weights_only=True)
+    expected = alone(options)
+    assert len(expected["curve"]) == 6
+    torch.testing.assert_close(actual["curve"], expected["curve"], rtol=5e-6, atol=0)
+    torch.testing.assert_close(actual["validation"], expected["validation"], rtol=5e-6, atol=0)
+    assert actual["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        assert (actual["gradients"][name] - gradient).norm() <= 2e-4 * gradient.norm(), name
+    for name, weight in expected["weights"].items():
+        assert (actual["weights"][name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+def test_the_model_learns(alone):
+    curve = alone({})["curve"]
+    assert curve[-1, 0] < curve[0, 0] - 0.2
+
+
+def test_processes_that_do_not_fit():
+    with process_group(training.CPU), pytest.raises(UserError, match=r"start a multiple of 4 with torchrun"):
+        Layout.of(ParallelConfig(replicate=2, tensor=2), "cpu")
+
+
+def test_a_model_that_does_not_split():
+    with pytest.raises(UserError, match=r"model.kv_heads \(2\) must be a multiple of parallel.tensor \(4\)"):
+        training.config(tensor=4)

@@ -1,0 +1,285 @@
+"""patch: what it replaces in each family, that nothing changes but the rounding, and that all can be undone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
+
+import fastllm
+from fastllm.errors import UserError
+from tests.fastllm.huggingface.patching.models import FAMILIES, assert_as_near, loss_and_gradients, make, some_text
+
+families = pytest.mark.parametrize("family", FAMILIES)
+ALL = {"norm", "mlp", "rotary", "attention", "loss"}
+# What is left in a family, and a word of why; all the rest is replaced.
+LEFT = {
+    "gemma": {"mlp": "GELUTanh"},
+    "gemma2": {"mlp": "GELUTanh"},
+    "gemma3": {"mlp": "GELUTanh"},
+    "gpt2": {"norm": "no RMSNorm", "mlp": "no gated MLP"},
+    "mixtral": {"mlp": "experts is left alone", "loss": "experts"},
+    "gpt-oss": {"mlp": "experts is left alone", "loss": "experts", "rotary": "other pairs"},
+    "llama4": {"mlp": "experts is left alone", "loss": "experts", "attention": "create_chunked_causal_mask"},
+    "cohere": {"norm": "no RMSNorm", "rotary": "other pairs", "loss": "not the cross-entropy"},
+}
+
+
+@families
+def test_what_is_replaced(family):
+    report = fastllm.patch(make(family))
+    left = LEFT.get(family, {})
+    assert {f.part for f in report.left} == set(left)
+    for found in report.left:
+        assert left[found.part] in found.note
+    none_there = {"rotary"} if family in ("gpt2", "llama4") else set()
+    assert {f.part for f in report.replaced} == ALL - set(left) - none_there
+    assert all(f.note in str(report) for f in (*report.replaced, *report.left))
+
+
+@families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_and_gradients_are_as_near_to_float64(family, dtype):
+    batch, exact_model = some_text(), make(family).double()
+    reference = loss_and_gradients(exact_model, batch)
+    with fastllm.patched(exact_model):  # transformers' norms compute in float32 even here, ours in float64
+        exact = loss_and_gradients(exact_model, batch)
+    for mine, theirs in zip(exact, reference, strict=True):
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=1e-4, atol=1e-5)
+    model = make(family).to(dtype)
+    theirs = loss_and_gradients(model, batch)
+    with fastllm.patched(model):
+        ours = loss_and_gradients(model, batch)
+    assert_as_near(ours, theirs, exact, dtype)
+
+
+@families
+def test_unpatch_restores_every_attribute(family):
+    model, other = make(family), make(family)
+    other.config = model.config  # a configuration that two models share
+    before = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    with torch.no_grad():
+        expected = model(**some_text())
+        fastllm.patch(model)
+        assert model.config._attn_implementation == other.config._attn_implementation != "fastllm"
+        assert torch.equal(other(**some_text()).logits, expected.logits)
+        fastllm.unpatch(model)
+        assert torch.equal(model(**some_text()).logits, expected.logits)
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys()
+        assert all(module.__dict__[k] is v for k, v in before[name].items()), name
+
+
+def test_patched_restores_after_an_error():
+    model = make("llama")
+    with pytest.raises(IndexError), fastllm.patched(model):
+        model(torch.tensor([[10**6]]))
+    assert "forward" not in model.__dict__
+    assert fastllm.patch(model).replaced
+
+
+def test_checkpoints_are_those_of_the_unpatched_model(tmp_path):
+    model, plain = make("qwen3"), make("qwen3")
+    fastllm.patch(model)
+    model.save_pretrained(tmp_path / "patched")
+    plain.save_pretrained(tmp_path / "plain")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "patched" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched").train()
+    torch.testing.assert_close(loaded(**some_text()).loss, model(**some_text()).loss)
+
+
+def test_a_deep_copy_is_patched_by_itself():
+    model = make("llama")
+    fastllm.patch(model)
+    twin = copy.deepcopy(model)
+    fastllm.unpatch(twin)
+    assert twin(**some_text()).logits is not None
+    assert model(**some_text()).logits is None
+
+
+def test_changes_of_the_configuration_outlive_the_patch():
+    model = make("llama")
+    with fastllm.patched(model):
+        model.resize_token_embeddings(200)
+        model.model.config.use_cache = False
+        assert model(**some_text()).loss.isfinite()
+    assert model.config.vocab_size == 200
+    assert model.config.use_cache is False
+
+
+def test_parts():
+    model = make("llama")
+    with fastllm.patched(model, parts=("norm", "loss")) as report:
+        assert {f.part for f in report.replaced} == {"norm", "loss"}
+        assert "forward" not in model.model.layers[0].mlp.__dict__
+    with pytest.raises(UserError, match="unknown parts norms; choose from norm, mlp"):
+        fastllm.patch(model, parts=("norms",))
+
+
+def test_errors():
+    with pytest.raises(UserError, match="Linear is no transformers model"):
+        fastllm.patch(nn.Linear(2, 2))
+    model = make("llama")
+    with pytest.raises(UserError, match="not patched"):
+        fastllm.unpatch(model)
+    fastllm.patch(model)
+    with pytest.raises(UserError, match="patched already"):
+        fastllm.patch(model)
+    mine = model.forward
+    model.forward = lambda *args, **kwargs: mine(*args, **kwargs)
+    with pytest.raises(UserError, match="forward of a LlamaForCausalLM was replaced after patch"):
+        fastllm.unpatch(model)
+    assert "forward" in model.model.norm.__dict__, "a failed unpatch leaves all as it was"
+    model.forward = mine
+    fastllm.unpatch(model)
+
+
+# ---- structure, not names ----
+
+
+class CentredNorm(LlamaRMSNorm):
+    """By its name and attributes a norm, but it centres."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
+
+
+class Scaler(LlamaRMSNorm):
+    """No norm by its name."""
+
+
+class Clipped(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.clamp(-0.1, 0.1))
+
+
+class Doubled(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        out = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            out.loss = 2 * self.loss_function(logits=out.logits, labels=labels, vocab_size=self.config.vocab_size)
+        return out
+
+
+def test_what_computes_something_else_is_left():
+    model = make("llama")
+    model.__class__ = Doubled
+    model.model.norm.__class__ = CentredNorm
+    model.model.layers[0].input_layernorm.__class__ = Scaler
+    model.model.layers[1].mlp.__class__ = Clipped
+    expected = loss_and_gradients(model, some_text())
+    report = fastllm.patch(model)
+    assert {f.kind for f in report.left} == {"CentredNorm", "Clipped", "Doubled"}
+    assert {"Scaler", "LlamaMLP", "LlamaRMSNorm", "LlamaAttention"} == {f.kind for f in report.replaced}
+    for mine, theirs in zip(loss_and_gradients(model, some_text()), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_in_chunks_is_left():
+    """transformers' mask would say so, and ours does not: Llama 4's layers see their own chunk of tokens alone."""
+    model = make("llama4").eval()
+    tokens = some_text()["input_ids"]
+    expected = model(tokens).logits
+    with fastllm.patched(model) as report:
+        assert {f.note for f in report.left if f.part == "attention"} == {
+            "the model around it makes masks by create_chunked_causal_mask"
+        }
+        torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+class OwnAttention(LlamaAttention):
+    """Reads the mask by itself."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        assert attention_mask is None or attention_mask.dim() == 4
+        return hidden_states, None
+
+
+def test_attentions_that_share_a_mask_are_all_replaced_or_none():
+    model = make("llama")
+    model.model.layers[1].self_attn.__class__ = OwnAttention
+    with fastllm.patched(model) as report:
+        notes = {f.kind: f.note for f in report.left if f.part == "attention"}
+        assert set(notes) == {"LlamaAttention", "OwnAttention"}
+        assert "share a mask" in notes["LlamaAttention"]
+        mask = torch.ones(2, 24, dtype=torch.long)
+        mask[0, :5] = 0
+        assert model(**some_text(), attention_mask=mask).loss.isfinite()
+
+
+def test_dropout_and_hooks_are_left():
+    model = make("llama", attention_dropout=0.1)
+    norm = model.model.norm
+    norm.forward = norm.forward  # as accelerate's hooks do
+    left = {(f.part, f.note) for f in fastllm.patch(model).left}
+    assert left == {
+        ("attention", "the kernel has no dropout, its configuration says 0.1"),
+        ("norm", "its forward was replaced by something else (a hook?)"),
+    }
+
+
+# ---- the loss ----
+
+
+def test_logits_only_when_somebody_asks():
+    model, batch = make("gemma2"), some_text()
+    plain = model(**batch)
+    fastllm.patch(model)
+    assert model(**batch).logits is None
+    assert len(model(**batch, return_dict=False)) == len(model(**batch).to_tuple())
+    for ask in ({"skip_logits": False}, {"logits_to_keep": 24}, {"labels": None}):
+        torch.testing.assert_close(model(**(batch | ask)).logits, plain.logits, rtol=1e-4, atol=1e-5)
+    model.eval()
+    torch.testing.assert_close(model(**batch).logits, plain.logits, rtol=1e-4, atol=1e-5)
+    skipped = model(**batch, skip_logits=True)
+    assert skipped.logits is None
+    torch.testing.assert_close(skipped.loss, plain.loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_items_in_batch": 7},
+        {"num_items_in_batch": torch.tensor(7)},
+        {"ignore_index": 5},
+        {"shift_labels": torch.arange(48).view(2, 24)},
+    ],
+    ids=str,
+)
+def test_options_of_the_loss(options):
+    model, batch = make("llama"), some_text()
+    if "ignore_index" in options:
+        batch["labels"][batch["labels"] == -100] = 5
+    expected = model(**batch, **options).loss
+    fastllm.patch(model)
+    assert model(**batch, **options).logits is None
+    torch.testing.assert_close(model(**batch, **options).loss, expected)
+
+
+def test_positional_labels_and_the_signature():
+    model, batch = make("llama"), some_text()
+    expected, signature = model(**batch).loss, inspect.signature(model.forward)
+    fastllm.patch(model)
+    assert inspect.signature(model.forward) == signature  # Trainer chooses a data set's columns by it
+    place = list(signature.parameters).index("labels")
+    arguments = [batch["input_ids"], *[None] * (place - 1), batch["labels"]]
+    torch.testing.assert_close(model(*arguments).loss, expected)
+
+
+def test_a_loss_of_the_users_own():
+    model = make("llama")
+    model.loss_function = lambda logits, labels, **kwargs: F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    batch = some_text()
+    expected = model(**batch).loss
+    fastllm.patch(model)
+    torch.testing.assert_close(model(**batch).loss, expected)

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastllm.config import ModelConfig
+from fastllm.data.tokenizer import Tokenizer
+from fastllm.errors import UserError
+from fastllm.inference.generate import generate
+from fastllm.inference.sampling import pick
+from fastllm.model.gpt import GPT
+from fastllm.model.kv_cache import KVCache
+
+TEXT = "def f(x):\n    return x + 1\n" * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> GPT:
+    """A model that knows TEXT by heart."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, context=32, dim=64, layers=2, heads=2, kv_heads=1, hidden_dim=96
+    )
+    model, ids = GPT(config), torch.tensor([tokenizer.encode(TEXT)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for start in [*range(40)] * 3:
+        optimizer.zero_grad()
+        model(ids[:, start : start + 32], ids[:, start + 1 : start + 33]).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def test_goes_on_beyond_the_context(model, tokenizer):
+    text = "".join(generate(model, tokenizer, TEXT[:27], max_tokens=60, temperature=0))
+    assert len(tokenizer.encode(text)) > 40  # more than the context holds
+    assert TEXT[27:].startswith(text[:80])
+
+
+def test_a_prompt_longer_than_the_context(model, tokenizer):
+    prompt = TEXT[: 27 * 20]
+    text = "".join(generate(model, tokenizer, prompt, max_tokens=10, temperature=0))
+    assert TEXT.startswith(prompt + text)
+
+
+def test_the_cache_is_no_longer_than_the_text(model, tokenizer, monkeypatch):
+    """A context may be far longer than what is asked for."""
+    caches = []
+    monkeypatch.setattr(
+        "fastllm.generate.KVCache", lambda *args, **more: caches.append(KVCache(*args, **more)) or caches[-1]
+    )
+    list(generate(model, tokenizer, "def", max_tokens=3, temperature=0))
+    (cache,) = caches
+    assert cache.length <= cache.layers[0].k.shape[1] <= len(tokenizer.encode("def")) + 3
+
+
+def test_a_space_at_the_end_of_the_prompt(model, tokenizer):
+    text = "".join(generate(model, tokenizer, "def ", max_tokens=8, temperature=0))
+    assert text.startswith("f(x)")
+
+
+def test_the_same_seed_gives_the_same_text(model, tokenizer):
+    texts = ["".join(generate(model, tokenizer, "", max_tokens=20, temperature=2.0, seed=s)) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_characters_come_whole(tokenizer):
+    """Untrained, the model makes bytes that are no UTF-8: each piece is a string all the same."""
+    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, context=32, dim=64, heads=2, kv_heads=1))
+    pieces = list(generate(model, tokenizer, "é", max_tokens=100, temperature=3.0, top_k=0))
+    assert "".join(pieces).encode()
+
+
+def test_a_prompt_that_is_not_unicode(model, tokenizer):
+    with pytest.raises(UserError, match="not valid UTF-8"):
+        list(generate(model, tokenizer, "a\udcff"))
+
+
+def test_pick():
+    logits, generator = torch.tensor([0.0, 3.0, 2.0, -1.0]), torch.Generator().manual_seed(0)
+
+    def seen(**limits: float) -> set[int]:
+        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **limits}
+        return {pick(logits, generator=generator, **options) for _ in range(500)}
+
+    assert seen() == {0, 1, 2, 3}
+    assert seen(temperature=0) == {1}
+    assert seen(temperature=0.01) == {1}
+    assert seen(top_k=2) == {1, 2}
+    assert seen(top_k=9) == {0, 1, 2, 3}
+    assert seen(top_p=0.5) == {1}
+    assert seen(top_p=0.8) == {1, 2}

@@ -1,0 +1,32 @@
+"""Runs a function in several processes, which find each other as torchrun's do."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from fastllm import console
+
+
+def run(world: int, function: Callable[..., None], *args: Any) -> None:
+    """``function(rank, *args)`` in ``world`` processes; an error in one is raised here."""
+    mp.spawn(_start, (world, free_port(), function, args), nprocs=world)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _start(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    console.console.quiet = True
+    sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in sizes.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    function(rank, *args)

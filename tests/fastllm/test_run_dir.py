@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastllm import run_dir as runs
+from fastllm.config import Config, ModelConfig, dump
+from fastllm.data.tokenizer import Tokenizer
+from fastllm.errors import UserError
+from fastllm.files import atomic, write_atomic
+from fastllm.model.gpt import GPT
+from fastllm.model.weights import load_weights, save_weights
+
+TOKENIZER = Tokenizer.train(["some text " * 10], 270)
+SMALL = ModelConfig(vocab_size=TOKENIZER.vocab_size, context=32, dim=32, layers=2, heads=2, kv_heads=1, hidden_dim=48)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_save_and_load(tied, tmp_path):
+    config = replace(SMALL, tie_embeddings=tied)
+    model = GPT(config)
+    save_weights(tmp_path / "w.safetensors", model.state_dict())
+    other = load_weights(config, tmp_path / "w.safetensors")
+    assert ("lm_head.weight" in load_file(tmp_path / "w.safetensors")) is not tied
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    path, state = tmp_path / "w.safetensors", GPT(SMALL).state_dict()
+
+    def load(tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, path)
+        load_weights(SMALL, path)
+
+    with pytest.raises(UserError, match=r"lacks model\.norm\.weight and has the unknown extra"):
+        load({"extra": torch.ones(1), **{k: v for k, v in state.items() if k != "model.norm.weight"}})
+    with pytest.raises(UserError, match=r"model\.norm\.weight is \[31\], the configuration makes it \[32\]"):
+        load(state | {"model.norm.weight": torch.ones(31)})
+    with pytest.raises(UserError, match=r"and \d+ more"):
+        load({"model.norm.weight": torch.ones(32)})
+    path.write_bytes(b"not safetensors")
+    with pytest.raises(UserError, match="can't read the weights"):
+        load_weights(SMALL, path)
+    with pytest.raises(UserError, match="can't read the weights"):
+        load_weights(SMALL, tmp_path / "none")
+
+
+def test_a_run_that_is_not_whole(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="there is no run folder"):
+        runs.load_run(run)
+    run.mkdir()
+    with pytest.raises(UserError, match=r"has no config\.toml, tokenizer\.json, model\.safetensors, run\.json"):
+        runs.load_run(run)
+    (run / "config.toml").write_text(dump(Config(model=SMALL)))
+    TOKENIZER.save(run / "tokenizer.json")
+    runs.save_meta(run, {"status": "training"})
+    with pytest.raises(UserError, match=r"has no model\.safetensors: its training has not finished"):
+        runs.load_run(run)
+    save_weights(run / "model.safetensors", GPT(SMALL).state_dict())
+    assert runs.load_run(run)[2] == {"status": "training"}
+    (run / "run.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        runs.load_run(run)
+    (run / "config.toml").write_text(dump(Config(model=replace(SMALL, vocab_size=999))))
+    with pytest.raises(UserError, match=r"model\.vocab_size in config\.toml is 999"):
+        runs.load_run(run)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_write_that_fails_changes_nothing(error, tmp_path):
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+
+    def fail() -> None:
+        with atomic(path) as part:
+            part.write_bytes(b"half of the ne")
+            raise error
+
+    with pytest.raises((UserError, KeyboardInterrupt)) as raised:
+        fail()
+    if isinstance(error, OSError):
+        assert str(raised.value) == f"can't write {path}: No space left on device"
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def test_a_write_to_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="can't write"):
+        write_atomic(tmp_path / "none" / "file", b"")
