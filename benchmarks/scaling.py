@@ -30,17 +30,19 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastllm.config import Config
-from fastllm.distributed.mesh import Layout, local_device, process_group
-from fastllm.distributed.parallelize import build
+from fastllm.data.loader import TokenDataset
+from fastllm.distributed.mesh import ParallelDims, local_device, process_group
+from fastllm.distributed.parallelize import build_model
 from fastllm.files import atomic, write_atomic
 from fastllm.model.flops import count_parameters
-from fastllm.planning.memory import memory
+from fastllm.planning.memory import estimate_memory
 from fastllm.planning.plan import short
 from fastllm.planning.presets import PRESETS
-from fastllm.planning.scaling_laws import of_depth, optimal
+from fastllm.planning.scaling_laws import compute_optimal, model_of_depth
+from fastllm.training.objectives import NextTokenPrediction
 from fastllm.training.pretrain import pick_precision
 from fastllm.training.signals import StopSignals
-from fastllm.training.trainer import Loop, Text
+from fastllm.training.trainer import Trainer
 
 from .cases import COMPILED, OURS, PYTORCH
 from .record import FOLDER
@@ -77,13 +79,13 @@ def points() -> Iterator[tuple[Point, Config]]:
     for implementation in implementations:  # ours of every size first
         for name, config in _sizes().items():
             size = count_parameters(config.model)["total"]
-            yield Point(SIZE, size, name, implementation, config.train.batch_tokens), config
+            yield Point(SIZE, size, name, implementation, config.train.global_batch_tokens), config
     base = PRESETS["124m"] if ON_GPU else _small(4)
-    for context in (1024, 2048, 4096, 8192, 16_384) if ON_GPU else (128, 256, 512, 1024, 2048):
+    for seq_len in (1024, 2048, 4096, 8192, 16_384) if ON_GPU else (128, 256, 512, 1024, 2048):
         tokens = 32_768 if ON_GPU else 2048
-        config = _with(base, tokens, max(1, tokens // context), context)
+        config = _with(base, tokens, max(1, tokens // seq_len), seq_len)
         for implementation in (implementations[0], implementations[-1]):
-            yield Point(LENGTH, context, f"{context} tokens", implementation, tokens), config
+            yield Point(LENGTH, seq_len, f"{seq_len} tokens", implementation, tokens), config
     most = torch.cuda.device_count() if ON_GPU else 4
     tokens = 262_144 if ON_GPU else 2048
     for processes in (n for n in (1, 2, 4, 8) if n <= most):
@@ -99,12 +101,12 @@ def _sizes() -> dict[str, Config]:
 
 
 def _small(layers: int) -> Config:
-    return optimal(replace(of_depth(layers, 4096, 256), layers=layers), 4)
+    return compute_optimal(replace(model_of_depth(layers, 4096, 256), layers=layers), 4)
 
 
-def _with(config: Config, batch_tokens: int, micro_batch: int, context: int | None = None) -> Config:
-    model = replace(config.model, context=context or config.model.context)
-    train = replace(config.train, batch_tokens=batch_tokens, micro_batch=micro_batch)
+def _with(config: Config, global_batch_tokens: int, micro_batch: int, seq_len: int | None = None) -> Config:
+    model = replace(config.model, max_seq_len=seq_len or config.model.max_seq_len)
+    train = replace(config.train, global_batch_tokens=global_batch_tokens, micro_batch=micro_batch)
     return replace(config, model=model, train=train)
 
 
@@ -115,7 +117,7 @@ def measure(point: Point, config: Config, seconds: float) -> None:
     """Fill in the point."""
     if point.implementation == OURS:  # the others keep more for the backward pass
         with warnings.catch_warnings(action="ignore"):
-            point.planned = memory(config, point.processes, pick_precision("auto", DEVICE)).total
+            point.planned = estimate_memory(config, point.processes, pick_precision("auto", DEVICE)).total
     try:
         timed = _run(point, config, seconds, {})
         exact = timed if ON_GPU or point.implementation != OURS else _run(point, config, 0.0, EXACT)
@@ -154,38 +156,39 @@ def _train(rank: int, port: int, point: Point, config: Config, seconds: float, f
     device = local_device()
     precision = pick_precision(config.train.precision, device)
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 200_000).astype(np.uint32)
-    text = Text(tokens, np.zeros((1, 1), np.int64), np.zeros((1, 1), np.int64))
     with process_group(device), only(tuple(IN_PLACE) if OURS in point.implementation else ()):
-        layout = Layout.of(config.parallel, device.type)
+        dims = ParallelDims.from_config(config.parallel, device.type)
 
-        def make(config: Config) -> Loop:
-            model = build(config, layout, precision, device)
-            return Loop(config, layout, model, text, device, precision, Path(folder), StopSignals())
+        def make(config: Config) -> Trainer:
+            model = build_model(config, dims, precision, device)
+            data = TokenDataset(tokens, config.model.max_seq_len, config.train.seed)
+            where = {"run_dir": Path(folder), "device": device, "precision": precision, "signals": StopSignals()}
+            return Trainer(config, dims, model, NextTokenPrediction(), data, None, **where)
 
         if not ON_GPU:  # what PyTorch and the kernels take for themselves
             small = replace(_small(1), model=replace(_small(1).model, vocab_size=config.model.vocab_size))
             first = make(_with(small, 256 * point.processes, 1, 256))
-            first.step()
+            first.train_step()
             del first
         before = 0 if ON_GPU else _status("VmRSS")
         if not ON_GPU:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        loop = make(config)
-        times = [_step(loop) for _ in range(3)]
+        trainer = make(config)
+        times = [_step(trainer) for _ in range(3)]
         if seconds:
             count = torch.tensor(max(5.0, seconds / times[-1]))
             dist.broadcast(count, 0)  # all must take as many
-            times += [_step(loop) for _ in range(int(count))]
+            times += [_step(trainer) for _ in range(int(count))]
         used = torch.cuda.max_memory_allocated() if ON_GPU else _status("VmHWM") - before
     if rank == 0:
-        measured = {"times": times[3:] or times, "memory": used, "share": loop.share_of_peak}
+        measured = {"times": times[3:] or times, "memory": used, "share": trainer.mfu_per_token}
         Path(folder, "measured.json").write_text(json.dumps(measured))
 
 
-def _step(loop: Loop) -> float:
+def _step(trainer: Trainer) -> float:
     start = time.perf_counter()
-    loop.step()
-    loop.norm.item()
+    trainer.train_step()
+    trainer.metrics.grad_norm.item()
     return time.perf_counter() - start
 
 
@@ -203,8 +206,8 @@ def beyond(counts: tuple[int, ...] = (8, 32, 128, 1024)) -> dict[str, dict[int, 
     with warnings.catch_warnings(action="ignore"):
         for name in ("1.5b", "8b", "70b"):
             config = PRESETS[name]
-            config = replace(config, train=replace(config.train, micro_batch=1, batch_tokens=2**22))
-            found[name] = {n: memory(config, n, torch.bfloat16).total for n in counts}
+            config = replace(config, train=replace(config.train, micro_batch=1, global_batch_tokens=2**22))
+            found[name] = {n: estimate_memory(config, n, torch.bfloat16).total for n in counts}
     return found
 
 

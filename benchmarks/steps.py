@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import fastllm
 import fastllm.kernels.modules as modules
 from fastllm.config import Config, ParallelConfig
-from fastllm.distributed.mesh import Layout
-from fastllm.distributed.parallelize import distribute
+from fastllm.distributed.mesh import ParallelDims
+from fastllm.distributed.parallelize import parallelize
 from fastllm.model import gpt
 from fastllm.model.gpt import GPT
 from fastllm.planning.presets import PRESETS
@@ -107,12 +107,12 @@ def _rungs() -> dict[str, tuple[str, ...]]:
 
 def _ladder(preset: str) -> Case:
     config, precision = PRESETS[preset], pick_precision("auto", DEVICE)
-    size = (config.train.micro_batch, config.model.context)
+    size = (config.train.micro_batch, config.model.max_seq_len)
 
     def call(rung: str) -> Call:
         model = GPT(config.model).to(DEVICE)
         parallel = ParallelConfig(compile=COMPILED in rung)
-        distribute(model, parallel, Layout.of(parallel, DEVICE.type), precision)
+        parallelize(model, parallel, ParallelDims.from_config(parallel, DEVICE.type), precision)
         tokens, targets = (torch.randint(config.model.vocab_size, size, device=DEVICE) for _ in range(2))
         return _step(model, config, lambda: model(tokens, targets), lambda: only(_rungs()[rung]))
 

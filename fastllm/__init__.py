@@ -7,24 +7,25 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public names and where they are: imported at first use, so that the command line starts without PyTorch.
-_HOME = {
+# Public names and their modules, which are imported at first use: the command line starts without PyTorch.
+_MODULES = {
     "GPT": "model.gpt",
     "Config": "config",
     "ModelConfig": "config",
     "Tokenizer": "data.tokenizer",
     "export": "huggingface.export",
     "from_pretrained": "huggingface.load",
-    "load_run": "inference.load",
+    "load": "inference.load",
     "patch": "huggingface.patching",
     "patched": "huggingface.patching",
+    "train": "training.pretrain",
     "unpatch": "huggingface.patching",
 }
 
-__all__ = [*_HOME, "__version__"]
+__all__ = [*_MODULES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

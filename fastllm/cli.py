@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
 
 from . import __version__
 from . import config as configs
@@ -18,27 +17,26 @@ from .planning.presets import preset
 NEEDED = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro")  # the extra "train"
 
 
-@dataclass(frozen=True)
-class TrainArguments(configs.Config):
-    """Train a GPT, on the source of Python's standard library or on text of your own.
-
-    A TOML file with the tables [model], [data], [optim] and so on may come first:
-    fastllm train CONFIG.toml [OPTIONS]. Its keys are those of the options below, which have
-    precedence over the file, as the file has over the preset. In several processes:
-    torchrun --nproc-per-node 8 -m fastllm train [OPTIONS].
-    """
-
-    preset: str = "default"  # where the settings start from: default, or 15m to 70b as fastllm plan lists them
-    out: Path | None = None  # the run folder, new or empty; None: a new one under runs/
-    resume: Path | None = None  # go on with the run in this folder, from its last checkpoint
+# Options that most people need; --help-all shows the others.
+COMMON_TRAIN_OPTIONS = (
+    "--data.paths", "--preset", "--out", "--resume",
+    "--model.max-seq-len", "--model.dim", "--model.layers", "--model.heads",
+    "--optim.lr", "--optim.optimizer",
+    "--train.steps", "--train.seconds", "--train.global-batch-tokens", "--train.micro-batch", "--train.precision",
+    "--train.eval-every", "--train.seed",
+    "--spikes.policy", "--checkpoint.every",
+    "--parallel.dp-replicate", "--parallel.tensor-parallel", "--parallel.activation-checkpointing",
+    "--parallel.compile",
+)  # fmt: skip
 
 
 def train(argv: list[str]) -> int:
-    import tyro
+    from . import arguments
 
     # The preset and the file give the defaults of all the other options, so they are read first.
     file = argv[0] if argv and not argv[0].startswith("-") else None
-    options = argv[1:] if file else argv
+    options = ["--data.paths" if word == "--data" else word for word in (argv[1:] if file else argv)]
+    arguments.check_renamed(options, arguments.renamed_options())
     resumed = _value_of("--resume", options)
     if resumed:
         if file or _value_of("--preset", options) or _value_of("--out", options):
@@ -48,17 +46,22 @@ def train(argv: list[str]) -> int:
         base = preset(_value_of("--preset", options) or "default")
     if file:
         base = configs.load(file, base)
-    arguments = tyro.cli(
-        TrainArguments,
-        prog=f"fastllm train {file or '[CONFIG.toml]'}",
-        args=["--data.paths" if word == "--data" else word for word in options],
-        default=TrainArguments(**_fields(base)),
-    )
+    default = arguments.TrainArguments(**_fields(base))
+    usage = "fastllm train [CONFIG.toml] [OPTIONS]"
+    if _asks_for_help(options):
+        fields = list(arguments.fields_of(arguments.TrainArguments, default))
+        footer = "--data PATH ... is short for --data.paths."
+        if "--help-all" not in options:
+            fields = [f for name in COMMON_TRAIN_OPTIONS for f in fields if f.flag == name]
+            footer += f" fastllm train --help-all lists all options. Examples:\n{_examples('train')}"
+        print(arguments.help_text(usage, arguments.TrainArguments, fields, footer))
+        return 0
+    chosen = arguments.parse(arguments.TrainArguments, f"fastllm train {file or '[CONFIG.toml]'}", options, default)
 
     from .training.pretrain import train
 
-    config = configs.Config(**_fields(arguments))
-    return train(config, arguments.resume or arguments.out, resume=arguments.resume is not None)
+    config = configs.Config(**_fields(chosen))
+    return train(config, chosen.resume or chosen.out, resume=chosen.resume is not None)
 
 
 def _fields(config: configs.Config) -> dict[str, object]:
@@ -74,97 +77,84 @@ def _value_of(option: str, argv: list[str]) -> str | None:
     return None
 
 
+def _asks_for_help(argv: list[str]) -> bool:
+    return any(word in ("-h", "--help", "--help-all") for word in argv)
+
+
+def _examples(command: str) -> str:
+    return "\n".join(f"  {example}" for example in COMMANDS[command].examples)
+
+
+def _print_help(command: str, usage: str, cls: type) -> int:
+    from . import arguments
+
+    fields = list(arguments.fields_of(cls))
+    print(arguments.help_text(f"fastllm {command} {usage} [OPTIONS]", cls, fields, f"examples:\n{_examples(command)}"))
+    return 0
+
+
 def generate(argv: list[str]) -> int:
-    import tyro
+    from . import arguments
 
-    return tyro.cli(_generate, prog="fastllm generate", args=argv)
-
-
-def _generate(
-    run: Path,
-    /,
-    prompt: str = "",
-    max_tokens: int = 200,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> int:
-    """Print text from a trained model, as it comes.
-
-    Args:
-        run: the run folder that `fastllm train` made, or a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3.
-        prompt: the text to go on from.
-        max_tokens: end after this many tokens, if the model doesn't end the text before.
-        temperature: below 1 the likely tokens get likelier; 0 takes the likeliest each time.
-        top_k: choose among this many tokens; 0: all.
-        top_p: choose among the likeliest tokens that make up this probability.
-        seed: the same seed gives the same text.
-    """
-    for name, ok, rule in (
-        ("max-tokens", max_tokens > 0, "be greater than 0"),
-        ("temperature", temperature >= 0, "not be negative"),
-        ("top-k", top_k >= 0, "not be negative"),
-        ("top-p", 0 < top_p <= 1, "be greater than 0 and at most 1"),
-        ("seed", seed >= 0, "not be negative"),
-    ):
-        if not ok:
-            raise UserError(f"--{name} must {rule}")
+    if _asks_for_help(argv):
+        return _print_help("generate", "MODEL", arguments.GenerateArguments)
+    chosen = arguments.parse(arguments.GenerateArguments, "fastllm generate", argv)
 
     import torch
 
+    from . import run_dir
     from .inference.generate import generate
-    from .inference.load import load_run
+    from .inference.load import load
 
-    model, tokenizer, meta = load_run(run, "cuda" if torch.cuda.is_available() else "cpu")
-    if meta.get("status") != "finished":
-        early = f"ended early, at step {meta.get('step')} of {meta.get('steps')}"
+    model, tokenizer = load(chosen.model, "cuda" if torch.cuda.is_available() else "cpu")
+    metadata = run_dir.load_metadata(chosen.model) if (chosen.model / run_dir.METADATA).is_file() else {}
+    if metadata.get("status", "finished") != "finished":
+        early = f"ended early, at step {metadata.get('step')} of {metadata.get('steps')}"
         print(f"fastllm: note: this run {early}", file=sys.stderr)
-    if len(tokenizer.encode(prompt)) > model.config.context:
-        print(f"fastllm: note: the model sees the last {model.config.context} tokens of the prompt", file=sys.stderr)
-    print(prompt, end="", flush=True)
-    for piece in generate(
-        model, tokenizer, prompt,
-        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-    ):  # fmt: skip
-        print(piece, end="", flush=True)
+    if len(tokenizer.encode(chosen.prompt)) > model.config.max_seq_len:
+        seen = f"the last {model.config.max_seq_len} tokens of the prompt"
+        print(f"fastllm: note: the model sees {seen}", file=sys.stderr)
+    print(chosen.prompt, end="", flush=True)
+    options = {name: getattr(chosen, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
+    for text in generate(model, tokenizer, chosen.prompt, **options):
+        print(text, end="", flush=True)
     print()
     return 0
 
 
 def export(argv: list[str]) -> int:
-    import tyro
+    from . import arguments
 
-    return tyro.cli(_export, prog="fastllm export", args=argv)
+    if _asks_for_help(argv):
+        return _print_help("export", "RUN OUT", arguments.ExportArguments)
+    chosen = arguments.parse(arguments.ExportArguments, "fastllm export", argv)
 
-
-def _export(run: Path, out: Path, /, dtype: Literal["float32", "bfloat16", "float16"] | None = None) -> int:
-    """Write a trained model as a Hugging Face folder, for transformers and vLLM.
-
-    Args:
-        run: the run folder that `fastllm train` made.
-        out: the folder to make.
-        dtype: of the weights; None: as they are.
-    """
     import torch
 
     from .huggingface.export import export
 
-    export(run, out, dtype=dtype and getattr(torch, dtype))
-    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    export(chosen.run, chosen.out, dtype=chosen.dtype and getattr(torch, chosen.dtype))
+    print(f"{chosen.out}: {', '.join(sorted(p.name for p in chosen.out.iterdir()))}")
     return 0
 
 
-def plan(argv: list[str]) -> int:
-    import tyro
+# Options of fastllm plan in earlier versions.
+RENAMED_PLAN_OPTIONS = {
+    "--tensor": "--tensor-parallel",
+    "--replicate": "--dp-replicate",
+    "--recompute": "--activation-checkpointing",
+    "--context": "--max-seq-len",
+}
 
+
+def plan(argv: list[str]) -> int:
+    from . import arguments
     from .planning.plan import PlanArguments, plan
 
-    # The preset or file stands first, without the name of an option.
-    named = argv and not argv[0].startswith("-")
-    return plan(
-        tyro.cli(PlanArguments, prog="fastllm plan [PRESET|FILE.toml]", args=["--what", *argv] if named else argv)
-    )
+    if _asks_for_help(argv):
+        return _print_help("plan", "[PRESET | CONFIG.toml]", PlanArguments)
+    arguments.check_renamed(argv, RENAMED_PLAN_OPTIONS)
+    return plan(arguments.parse(PlanArguments, "fastllm plan [PRESET | CONFIG.toml]", argv))
 
 
 def bench(argv: list[str]) -> int:
@@ -175,7 +165,7 @@ def bench(argv: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: the function that takes its arguments, what it does in a line, and examples."""
+    """A subcommand: its function, what it does in a line, and examples."""
 
     run: Callable[[list[str]], int]
     summary: str
@@ -191,7 +181,7 @@ COMMANDS = {
             "fastllm train --data book.txt notes/           on text files and folders of your own",
             "fastllm train my.toml --train.steps 500        settings from a file, and one changed",
             "fastllm train --preset 124m --out runs/gpt2    a larger model, into a named folder",
-            "fastllm train --resume runs/gpt2               go on from its last checkpoint",
+            "fastllm train --resume runs/gpt2               continue from its last checkpoint",
             "torchrun --nproc-per-node 8 -m fastllm train   on eight GPUs",
         ),
     ),
@@ -207,7 +197,7 @@ COMMANDS = {
     ),
     "plan": Command(
         plan,
-        "tell what a run will take: settings, memory, time and money",
+        "show what a run takes: settings, memory, time and cost",
         (
             "fastllm plan                                   all presets, 15m to 70b",
             "fastllm plan 1.5b --gpus 8                     one of them on eight GPUs",
@@ -216,7 +206,7 @@ COMMANDS = {
     ),
     "bench": Command(
         bench,
-        "measure the kernels and the training step on this machine, beside PyTorch",
+        "measure the kernels and the training step on this machine, against PyTorch",
         ("fastllm bench --quick                          two minutes on two CPU cores",),
     ),
 }
@@ -226,12 +216,12 @@ def usage() -> str:
     lines = ["usage: fastllm COMMAND [OPTIONS]", "", "Train a GPT on fused kernels, and use it.", "", "commands:"]
     lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "examples:", *(f"  {example}" for command in COMMANDS.values() for example in command.examples)]
-    lines += ["", "fastllm COMMAND --help lists a command's options; fastllm --version tells the version."]
+    lines += ["", "fastllm COMMAND --help shows its options; fastllm --version the version."]
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; the exit code (0 well, 2 an error that the message explains, 128 + n ended by signal n)."""
+    """Run a command. The exit code: 0, 2 for an error that the message explains, 128 + n if signal n ended it."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())

@@ -1,4 +1,4 @@
-"""What a run is made of: the configuration, and its TOML files."""
+"""The configuration of a run, and its TOML files."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ RopeScaling = Literal["none", "linear", "llama3", "yarn"]
 class ModelConfig:
     """The shape of the GPT."""
 
-    vocab_size: int = 4096  # tokens that the tokenizer is trained to have; fewer where the text is short
-    context: int = 256  # tokens that the model sees at once
+    vocab_size: int = 4096  # tokens of the tokenizer that is trained; fewer where the data is small
+    max_seq_len: int = 256  # tokens that the model sees at once
     dim: int = 128  # features of the residual stream
-    layers: int = 2
+    layers: int = 2  # blocks of attention and MLP
     heads: int = 2  # query heads; a head has dim / heads features
     kv_heads: int = 1  # key/value heads, a divisor of heads
     attention_dim: int = 0  # features of all query heads together; 0: dim
-    hidden_dim: int = 352  # features inside the MLP
-    window: int = 0  # a token sees this many latest ones, itself included; 0: all
+    ffn_dim: int = 352  # features inside the MLP
+    window: int = 0  # a token attends to this many latest tokens, itself included; 0: all
     rope_theta: float = 10_000.0  # base of the rotary frequencies
-    rope_scaling: RopeScaling = "none"  # how they were stretched to a longer context
+    rope_scaling: RopeScaling = "none"  # how they are scaled to longer sequences
     rope_factor: float = 1.0  # by how much
-    rope_original_context: int = 0  # the context that they were made for (llama3 and yarn)
-    norm_eps: float = 1e-6  # added to the mean of squares in RMSNorm
+    rope_original_max_seq_len: int = 0  # the length before scaling (llama3 and yarn)
+    norm_eps: float = 1e-6  # epsilon of RMSNorm
     qk_norm: bool = False  # normalise queries and keys, as Qwen3 does
     qkv_bias: bool = False  # add a bias to queries, keys and values, as Qwen2 does
     tie_embeddings: bool = True  # the head shares the embedding's weight
 
     def __post_init__(self) -> None:
         _check_positive(
-            "model", self, "vocab_size", "context", "dim", "layers", "heads", "kv_heads", "hidden_dim", "rope_theta"
+            "model", self, "vocab_size", "max_seq_len", "dim", "layers", "heads", "kv_heads", "ffn_dim", "rope_theta"
         )
         _check(
             self.vocab_size >= 257, f"model.vocab_size must be at least 257 (256 bytes and 1), it is {self.vocab_size}"
@@ -79,9 +79,9 @@ class ModelConfig:
         )
         stretched = self.rope_scaling in ("llama3", "yarn")
         _check(
-            self.rope_original_context > 0 if stretched else self.rope_original_context == 0,
+            self.rope_original_max_seq_len > 0 if stretched else self.rope_original_max_seq_len == 0,
             f"model.rope_scaling {self.rope_scaling!r} {'needs' if stretched else 'has no'} "
-            "model.rope_original_context",
+            "model.rope_original_max_seq_len",
         )
 
     @property
@@ -92,10 +92,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The text."""
+    """What is trained on."""
 
     paths: tuple[str, ...] = ()  # text files and folders (--data for short); none: Python's standard library
-    validation: float = 0.05  # share of the text that is held out
+    validation: float = 0.05  # share of the data for validation
 
     def __post_init__(self) -> None:
         _check(0 < self.validation < 1, f"data.validation must be between 0 and 1, it is {self.validation}")
@@ -109,73 +109,74 @@ Schedule = Literal["wsd", "linear", "cosine"]
 class OptimConfig:
     """The optimizer and its learning rate."""
 
-    optimizer: Optimizer = "adamw"  # or muon, for the matrices of the blocks
+    optimizer: Optimizer = "adamw"  # adamw, or muon for the matrices of the blocks
     lr: float = 4e-3  # peak learning rate
-    schedule: Schedule = "wsd"  # after the warm-up: constant and then a line down, a line down, or half a cosine
-    warmup: float = 0.02  # share of the run in which the learning rate rises
-    decay: float = 0.8  # share of the run in which it falls, with wsd
-    final: float = 0.0  # the learning rate at the end, as a share of the peak
-    beta1: float = 0.9
-    beta2: float = 0.95
+    schedule: Schedule = "wsd"  # after the warmup: constant, then linear decay (wsd); linear decay; cosine decay
+    warmup_ratio: float = 0.02  # share of the run in which the learning rate rises
+    decay_ratio: float = 0.8  # share of the run in which it decays, with wsd
+    min_lr_ratio: float = 0.0  # the learning rate at the end, as a share of the peak
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
     weight_decay: float = 0.1  # on matrices only
-    clip: float = 1.0  # largest norm of the gradient
+    max_grad_norm: float = 1.0  # larger gradients are clipped to this norm
 
     def __post_init__(self) -> None:
-        _check_positive("optim", self, "lr", "clip")
+        _check_positive("optim", self, "lr", "max_grad_norm")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 <= value < 1, f"optim.{name} must be at least 0 and less than 1, it is {value}")
         _check_choice("optim", self, "optimizer", Optimizer)
         _check_choice("optim", self, "schedule", Schedule)
-        _check(0 <= self.final <= 1, f"optim.final must be between 0 and 1, it is {self.final}")
+        _check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio must be between 0 and 1, it is {self.min_lr_ratio}")
         _check(self.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {self.weight_decay}")
         _check(
-            self.warmup >= 0 and self.decay >= 0 and self.warmup + self.decay <= 1,
-            f"optim.warmup ({self.warmup}) and optim.decay ({self.decay}) are shares of the run: 1 at most together",
+            self.warmup_ratio >= 0 and self.decay_ratio >= 0 and self.warmup_ratio + self.decay_ratio <= 1,
+            f"optim.warmup_ratio ({self.warmup_ratio}) and optim.decay_ratio ({self.decay_ratio}) are shares of the "
+            "run: at most 1 together",
         )
 
 
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes that torchrun starts share the model. Parameters are sharded over all of them (FSDP2)."""
+    """How the ranks that torchrun starts share the model. Parameters are sharded over all of them (FSDP2)."""
 
-    replicate: int = 1  # copies of the sharded model (HSDP): gradients are summed over them
-    tensor: int = 1  # processes that share each matrix and each sequence (tensor and sequence parallel)
-    reshard: bool = False  # gather a block's parameters once more in the backward pass: less memory, more traffic
-    recompute: Recompute = "none"  # in the backward pass: none, selective (what is cheap) or full (all of a block)
+    dp_replicate: int = 1  # replicas of the sharded model (HSDP); gradients are summed over them
+    tensor_parallel: int = 1  # ranks that share each matrix and each sequence (tensor and sequence parallel)
+    reshard_after_forward: bool = False  # free gathered parameters until the backward: less memory, more traffic
+    activation_checkpointing: ActivationCheckpointing = "none"  # none, selective (cheap ops) or full (whole blocks)
     compile: bool = False  # torch.compile each block
 
     def __post_init__(self) -> None:
-        _check_positive("parallel", self, "replicate", "tensor")
-        _check_choice("parallel", self, "recompute", Recompute)
+        _check_positive("parallel", self, "dp_replicate", "tensor_parallel")
+        _check_choice("parallel", self, "activation_checkpointing", ActivationCheckpointing)
 
 
-Policy = Literal["skip", "rollback", "stop"]
+SpikePolicy = Literal["skip", "rollback", "stop"]
 
 
 @dataclass(frozen=True)
-class GuardConfig:
-    """What happens at a spike: a loss or gradient norm that is not finite, or far above the latest ones."""
+class SpikeConfig:
+    """What happens when loss or gradient norm is not finite, or far above the latest ones."""
 
-    policy: Policy = "skip"  # skip the update, rollback to the last checkpoint and on behind that text, or stop
+    policy: SpikePolicy = "skip"  # at a spike: skip the update, return to the last checkpoint (rollback), or stop
     sigma: float = 6.0  # standard deviations above the mean of the window
     window: int = 128  # steps
     limit: int = 10  # spikes in a window that end the run
 
     def __post_init__(self) -> None:
-        _check_positive("guard", self, "sigma", "window", "limit")
-        _check_choice("guard", self, "policy", Policy)
+        _check_positive("spikes", self, "sigma", "window", "limit")
+        _check_choice("spikes", self, "policy", SpikePolicy)
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run can go on from."""
+    """What a run can be resumed from."""
 
-    every: int = 100  # steps between checkpoints; there is one at the end in any case
-    keep: int = 2  # the latest ones; older ones are deleted
+    every: int = 100  # steps between checkpoints; there is always one at the end
+    keep: int = 2  # this many latest checkpoints; older ones are deleted
 
     def __post_init__(self) -> None:
         _check_positive("checkpoint", self, "every", "keep")
@@ -186,22 +187,23 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     steps: int = 1200  # optimizer steps
     seconds: float = 0.0  # end after this time, even if steps are left; 0: no limit
-    batch_tokens: int = 1024  # tokens in an optimizer step
-    micro_batch: int = 4  # sequences in a forward pass, at most; the rest is accumulated
+    global_batch_tokens: int = 1024  # tokens of an optimizer step, over all ranks
+    micro_batch: int = 4  # sequences of a forward pass, at most; gradients of the others are accumulated
     precision: Precision = "auto"  # auto: bfloat16 where the device is fast at it
-    seed: int = 0  # of the initial weights and of the order of the text
-    log_every: int = 10  # steps
-    eval_every: int = 200  # steps
-    eval_tokens: int = 65_536  # of the held-out text, spread evenly over it
+    seed: int = 0  # of the initial weights and the order of the data
+    log_every: int = 10  # steps between lines of the log
+    eval_every: int = 200  # steps between evaluations
+    eval_tokens: int = 65_536  # tokens of an evaluation, evenly spaced over the validation split
     profile: int = 0  # steps to trace, after the first twelve; 0: none
-    tensorboard: bool = False  # write what the log has for TensorBoard too
+    tensorboard: bool = False  # log to TensorBoard too
 
     def __post_init__(self) -> None:
-        _check_positive("train", self, "steps", "batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens")
+        counts = ("steps", "global_batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens")
+        _check_positive("train", self, *counts)
         for name in ("seconds", "seed", "profile"):
             value = getattr(self, name)
             _check(value >= 0, f"train.{name} must not be negative, it is {value}")
@@ -210,31 +212,52 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All that a training run depends on, beside the text itself."""
+    """All that a training run depends on, except the data itself."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
+    spikes: SpikeConfig = field(default_factory=SpikeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        context, tokens = self.model.context, self.train.batch_tokens
-        _check(tokens % context == 0, f"train.batch_tokens ({tokens}) must be a multiple of model.context ({context})")
-        for name in ("heads", "kv_heads", "hidden_dim", "context"):
-            size, parts = getattr(self.model, name), self.parallel.tensor
-            _check(size % parts == 0, f"model.{name} ({size}) must be a multiple of parallel.tensor ({parts})")
+        seq_len, tokens = self.model.max_seq_len, self.train.global_batch_tokens
+        _check(
+            tokens % seq_len == 0,
+            f"train.global_batch_tokens ({tokens}) must be a multiple of model.max_seq_len ({seq_len})",
+        )
+        for name in ("heads", "kv_heads", "ffn_dim", "max_seq_len"):
+            size, ranks = getattr(self.model, name), self.parallel.tensor_parallel
+            _check(size % ranks == 0, f"model.{name} ({size}) must be a multiple of parallel.tensor_parallel ({ranks})")
 
     @property
     def sequences(self) -> int:
-        """Sequences in an optimizer step."""
-        return self.train.batch_tokens // self.model.context
+        """Sequences of an optimizer step."""
+        return self.train.global_batch_tokens // self.model.max_seq_len
+
+
+# Names of earlier versions, section.key or section, and what they are called now.
+RENAMED = {
+    "model.context": "max_seq_len",
+    "model.hidden_dim": "ffn_dim",
+    "model.rope_original_context": "rope_original_max_seq_len",
+    "optim.clip": "max_grad_norm",
+    "optim.final": "min_lr_ratio",
+    "optim.warmup": "warmup_ratio",
+    "optim.decay": "decay_ratio",
+    "train.batch_tokens": "global_batch_tokens",
+    "parallel.replicate": "dp_replicate",
+    "parallel.tensor": "tensor_parallel",
+    "parallel.recompute": "activation_checkpointing",
+    "parallel.reshard": "reshard_after_forward",
+}
+RENAMED_SECTIONS = {"guard": "spikes"}
 
 
 def load(path: str | Path, base: Config | None = None) -> Config:
-    """The configuration in a TOML file; what the file doesn't set is taken from ``base``."""
+    """The configuration in a TOML file; keys that the file does not set come from ``base`` (None: the defaults)."""
     try:
         tables = tomllib.loads(Path(path).read_bytes().decode())
     except OSError as error:
@@ -249,6 +272,8 @@ def load(path: str | Path, base: Config | None = None) -> Config:
 def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
     sections = {}
     for section, values in tables.items():
+        if section in RENAMED_SECTIONS:
+            raise UserError(f"{path}: [{section}] is now called [{RENAMED_SECTIONS[section]}]")
         if section not in {f.name for f in dataclasses.fields(Config)}:
             raise UserError(f"{path}: unknown key {section!r}{did_you_mean(section, get_type_hints(Config))}")
         if not isinstance(values, dict):
@@ -256,6 +281,8 @@ def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
         old = getattr(base, section)
         hints = get_type_hints(type(old))
         for key, value in values.items():
+            if f"{section}.{key}" in RENAMED:
+                raise UserError(f"{path}: {key!r} in [{section}] is now called {RENAMED[f'{section}.{key}']!r}")
             if key not in hints:
                 raise UserError(f"{path}: unknown key {key!r} in [{section}]{did_you_mean(key, hints)}")
             values[key] = _typed(value, hints[key], f"{path}: {section}.{key}")

@@ -1,4 +1,4 @@
-"""What a person sees of a run: lines, live progress, and the plot of the loss."""
+"""The terminal: labelled lines and a spinner."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ console = Console(highlight=False, markup=False, soft_wrap=True)
 
 
 def say(label: str, text: str) -> None:
-    """A line with a label; further lines of ``text`` stand below it."""
+    """Print a line with a label; further lines of ``text`` are indented below it."""
     console.print(f"{label:<12}" + text.replace("\n", "\n" + 12 * " "))
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Show on a terminal that ``what`` is being done."""
+    """Show a spinner with ``what`` on a terminal while the block runs."""
     with console.status(what) if console.is_terminal else nullcontext():
         yield

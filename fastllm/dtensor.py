@@ -1,4 +1,4 @@
-"""DTensors, the parameters of a sharded model: what this process holds of one, and the whole of it."""
+"""DTensors, the parameters of a sharded model: this rank's shard, and the full tensor."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part; an ordinary tensor is its own."""
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's shard; an ordinary tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole, gathered: all processes that hold a part must call this together."""
+def to_full(tensor: Tensor) -> Tensor:
+    """The full tensor, gathered. All ranks that hold a shard must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_slice(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this process's part lies in the whole."""
+def local_slice(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this rank's shard lies in the full tensor."""
     ranges = [(0, size) for size in tensor.shape]
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
-        for i in reversed(range(mesh.ndim)):  # tensor parallelism has cut first, and FSDP what that left
+        for i in reversed(range(mesh.ndim)):  # tensor parallelism shards first, then FSDP shards the result
             dim = getattr(tensor.placements[i], "dim", None)
             if dim is not None:  # sharded; else replicated
                 start, end = ranges[dim]

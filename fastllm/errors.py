@@ -1,4 +1,4 @@
-"""Errors that the person at the command line can mend."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 

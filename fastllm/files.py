@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or not there."""
+"""Atomic writes: a file is complete or not there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import UserError
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """A path to write to; at the end of the block the file is on disk and gets its name ``path``."""
+    """A path to write to. At the end of the block the file is flushed to disk and renamed to ``path``."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -27,7 +27,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
 
 
 def to_disk(path: Path) -> None:
-    """Return when a file's content, or a folder's names, would outlive a loss of power."""
+    """Flush a file's content, or a folder's names, to disk: they survive a loss of power."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -42,7 +42,7 @@ def write_atomic(path: str | Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write files into; at the end it gets its name ``path``, which is free or an empty folder."""
+    """A folder to write files into. At the end it is renamed to ``path``, which is new or an empty folder."""
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

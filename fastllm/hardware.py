@@ -1,4 +1,4 @@
-"""What the devices that people train on can do."""
+"""What devices can do: peak FLOP/s, memory, price."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .kernels.native import multiplies_bfloat16
 
 @dataclass(frozen=True)
 class Gpu:
-    """Figures of a data sheet, and what an hour of it costs."""
+    """Figures of a data sheet, and the price of an hour."""
 
     name: str  # as PyTorch gives it
     memory: float  # bytes
@@ -35,7 +35,7 @@ GPUS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of matrix products: of the data sheet for bfloat16 on a known GPU, else measured in a moment."""
+    """FLOP/s of matrix products: the data sheet's for bfloat16 on a known GPU, else measured, which takes a moment."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for gpu in GPUS.values():
@@ -54,7 +54,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def this_machine() -> Gpu:
-    """The device that training would use here, measured in a moment; its hour costs nothing."""
+    """The device that training would use here, measured; its hour costs nothing."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         device, name, memory = torch.device("cuda", 0), properties.name, float(properties.total_memory)
@@ -66,7 +66,7 @@ def this_machine() -> Gpu:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far: of PyTorch's on a GPU, of all on a CPU."""
+    """The most bytes that this process has held: on a GPU those of PyTorch, on a CPU all."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

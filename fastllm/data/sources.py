@@ -25,7 +25,7 @@ TEST_FOLDERS = frozenset(("test", "tests", "idle_test", "site-packages", "dist-p
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents, the held-out ones apart, and what was noticed while reading them."""
+    """Documents of both splits, and notes for the user about what was skipped."""
 
     train: list[str]
     validation: list[str]
@@ -34,12 +34,15 @@ class Corpus:
 
     @property
     def size(self) -> int:
-        """Characters."""
+        """Characters in total."""
         return sum(map(len, self.train)) + sum(map(len, self.validation))
 
 
 def load_corpus(paths: Iterable[str | Path], validation: float) -> Corpus:
-    """Read text files, and the text files in folders; no paths: the source of Python's standard library."""
+    """Read text files, and the text files in folders; without paths the source of Python's standard library.
+
+    ``validation``: the share of the validation split. Raises UserError where a named file can't be read or has no text.
+    """
     paths = [Path(p) for p in paths]
     notes: list[str] = []
     if paths:
@@ -74,7 +77,7 @@ def _read(path: Path, notes: list[str]) -> list[str]:
 
 
 def _read_all(files: list[Path], notes: list[str]) -> list[str]:
-    """The texts of files that nobody named: those that can't be read are skipped and noted."""
+    """The texts of files in a folder: those that can't be read are skipped and noted."""
     texts, skipped = [], []
     for file in files:
         try:
@@ -87,21 +90,21 @@ def _read_all(files: list[Path], notes: list[str]) -> list[str]:
 
 
 def split(documents: Iterable[str], share: float) -> tuple[list[str], list[str]]:
-    """``(train, validation)``, by the hash of each document: the same for any order and place of the files.
+    """``(train, validation)`` by the hash of each document: the same for any order and location of the files.
 
-    A document that occurs twice counts once. Where whole documents don't make up half of ``share`` (one
-    file, or few of unequal size), the rest is the tail of the longest.
+    Duplicates count once. Where whole documents make up less than half of ``share`` (one file, or a few of unequal
+    size), the end of the longest document is added.
     """
     unique = {hashlib.blake2b(d.encode(), digest_size=16).digest(): d for d in documents if d}
     train, validation, room = [], [], share * sum(map(len, unique.values()))
-    wanted = room
+    limit = room
     for _, document in sorted(unique.items()):
         if len(document) <= room:
             validation.append(document)
             room -= len(document)
         else:
             train.append(document)
-    if room > wanted / 2:
+    if room > limit / 2:
         longest = max(range(len(train)), key=lambda i: len(train[i]))
         document = train[longest]
         cut = max(1, len(document) - max(1, round(room)))

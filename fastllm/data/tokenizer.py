@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer, trained on the run's own text (Hugging Face ``tokenizers``)."""
+"""A byte-level BPE tokenizer (Hugging Face ``tokenizers``)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from ..errors import UserError
 from ..files import write_atomic
 
-END = "<|endoftext|>"  # stands before each document, and ends what is generated
+EOS_TOKEN = "<|endoftext|>"  # before each document, and where generation stops
 
-# The split of GPT-4's tokenizer: words with the space before them, up to three digits, punctuation, line ends.
+# How GPT-4's tokenizer splits text: words with the space before them, up to three digits, punctuation, line ends.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,18 +24,18 @@ SPLIT = (
 class Tokenizer:
     """Text to token ids and back, exactly: every text is a sequence of bytes, and all 256 bytes are tokens."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, ends: tuple[int, ...] = ()) -> None:
-        """``ends``: the tokens that end a text, by default the one named END; the first also stands for no text."""
+    def __init__(self, backend: tokenizers.Tokenizer, eos_ids: tuple[int, ...] = ()) -> None:
+        """``eos_ids``: tokens that end a text, by default EOS_TOKEN. The first also begins a text without a prompt."""
         self.backend = backend
         self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        self.ends: tuple[int, ...] = ends or (backend.token_to_id(END),)
-        self.end: int = self.ends[0]
+        self.eos_ids: tuple[int, ...] = eos_ids or (backend.token_to_id(EOS_TOKEN),)
+        self.eos_id: int = self.eos_ids[0]
         self.vocab_size: int = backend.get_vocab_size()
         self._special = {t: added.content.encode() for t, added in backend.get_added_tokens_decoder().items()}
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """The most frequent merges of ``texts``; fewer than ``vocab_size`` where the texts don't have as many."""
+        """Train on ``texts``. The vocabulary is smaller than ``vocab_size`` where they have too few merges."""
         backend = tokenizers.Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -44,7 +44,7 @@ class Tokenizer:
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END],
+            special_tokens=[EOS_TOKEN],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -52,18 +52,18 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def load(cls, path: str | Path, ends: tuple[int, ...] = ()) -> Tokenizer:
+    def load(cls, path: str | Path, eos_ids: tuple[int, ...] = ()) -> Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(Path(path).read_text("utf-8"))
         except OSError as error:
             raise UserError(f"can't read the tokenizer {path}: {error.strerror}") from None
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{path} is not a tokenizer: {error}") from None
-        if not ends and backend.token_to_id(END) is None:
-            raise UserError(f"the tokenizer {path} has no token {END}")
+        if not eos_ids and backend.token_to_id(EOS_TOKEN) is None:
+            raise UserError(f"the tokenizer {path} has no token {EOS_TOKEN}")
         if "ByteLevel" not in str(backend.decoder):
             raise UserError(f"the tokenizer {path} is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are")
-        return cls(backend, ends)
+        return cls(backend, eos_ids)
 
     def save(self, path: str | Path) -> None:
         write_atomic(path, self.backend.to_str(pretty=True).encode())
@@ -78,22 +78,22 @@ class Tokenizer:
                 yield np.asarray(encoding.ids, dtype=np.uint32)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Bytes that are not UTF-8 become U+FFFD."""
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        """Nothing for a number that is no token: models round their vocabulary up."""
+        """The bytes of a token; none for an id without a token, because models round their vocabulary up."""
         if token in self._special:
             return self._special[token]
         return bytes(BYTE_OF[c] for c in self.backend.id_to_token(token) or "")
 
     def byte_lengths(self) -> np.ndarray:
-        """Bytes of text that each token stands for, int64 ``[vocab_size]``; 0 for the end-of-text token."""
-        return np.array([0 if t == self.end else len(self.token_bytes(t)) for t in range(self.vocab_size)])
+        """Bytes of text of each token, int64 ``[vocab_size]``; 0 for the end-of-text token."""
+        return np.array([0 if t == self.eos_id else len(self.token_bytes(t)) for t in range(self.vocab_size)])
 
 
 def _byte_of() -> dict[str, int]:
-    """GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    """GPT-2's alphabet: printable bytes are themselves, the others are characters from U+0100 on."""
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [b for b in range(256) if b not in own]
     return {chr(b): b for b in own} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -7,49 +7,49 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..dtensor import full, local
-from .mesh import Layout
+from ..dtensor import to_full, to_local
+from .mesh import ParallelDims
 
 
-def is_split(tensor: Tensor) -> bool:
-    """Whether tensor parallelism has cut it."""
-    return isinstance(tensor, DTensor) and "tensor" in (tensor.device_mesh.mesh_dim_names or ())
+def is_tensor_sharded(tensor: Tensor) -> bool:
+    """Whether tensor parallelism shards it."""
+    return isinstance(tensor, DTensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ())
 
 
-def sum_whole_gradients(model: nn.Module, layout: Layout) -> None:
-    """Complete the gradients of what tensor parallelism did not cut: each process has them of its tokens only."""
-    if layout.tensor_size == 1:
+def all_reduce_replicated_grads(model: nn.Module, dims: ParallelDims) -> None:
+    """Complete the gradients of parameters that tensor parallelism replicates: each rank has those of its tokens."""
+    if dims.tp_size == 1:
         return
-    group = layout.mesh["tensor"].get_group()
+    group = dims.mesh["tp"].get_group()
     works = [
-        dist.all_reduce(local(p.grad), group=group, async_op=True)
+        dist.all_reduce(to_local(p.grad), group=group, async_op=True)
         for p in model.parameters()
-        if p.grad is not None and not is_split(p)
+        if p.grad is not None and not is_tensor_sharded(p)
     ]
     for work in works:
         work.wait()
 
 
-def squared_norm_share(model: nn.Module, layout: Layout) -> Tensor:
-    """This process's share, float32: over all processes they add up to the squared norm of the whole gradient."""
-    replicas = layout.batch_size // layout.mesh["shard"].size()
-    parts: dict[bool, list[Tensor]] = {True: [], False: []}
+def local_grad_norm_sq(model: nn.Module, dims: ParallelDims) -> Tensor:
+    """This rank's share of the squared gradient norm, float32 0-d: summed over all ranks they give the whole."""
+    replicas = dims.dp_size // dims.mesh["dp_shard"].size()
+    shards: dict[bool, list[Tensor]] = {True: [], False: []}
     for p in model.parameters():
         if p.grad is not None:
-            parts[is_split(p)].append(local(p.grad))
+            shards[is_tensor_sharded(p)].append(to_local(p.grad))
     total = torch.zeros((), device=next(model.parameters()).device)
-    for split, gradients in parts.items():
+    for tensor_sharded, gradients in shards.items():
         if gradients:
-            held_by = replicas * (1 if split else layout.tensor_size)
-            total += torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)).square().sum() / held_by
+            copies = replicas * (1 if tensor_sharded else dims.tp_size)
+            total += torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)).square().sum() / copies
     return total
 
 
-def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The whole weights on the CPU of the first process, gathered one after the other; elsewhere nothing."""
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The full weights on the CPU of rank 0, gathered one after the other; on the other ranks nothing."""
     state = {}
     for name, tensor in model.state_dict().items():
-        whole = full(tensor)
+        full = to_full(tensor)
         if dist.get_rank() == 0:
-            state[name] = whole.cpu()
+            state[name] = full.cpu()
     return state

@@ -1,4 +1,4 @@
-"""Process group, device mesh, and what all ranks decide together."""
+"""Process group, device mesh, and decisions that all ranks take together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ..config import ParallelConfig
 from ..errors import UserError
 
+T = TypeVar("T")
+
+# What errors of a collective say when another rank is gone.
+_LOST_RANK_ERRORS = ("connection closed", "connection reset", "broken pipe", "nccl", "timed out", "connection refused")
+
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """The process group of the processes that torchrun started; without it of this process alone (no port is opened).
+    """The default process group: of torchrun's ranks, or of this process alone (then no port is opened).
 
-    All leave together: one that goes while another still talks to it makes that one abort.
+    All ranks leave together: a rank that left while another still communicates would abort that one.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
@@ -41,46 +46,44 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def lost_processes(out: Path) -> Iterator[None]:
-    """In the block: the loss of another process ends this one, with what a person can do about it."""
+def lost_ranks(run_dir: Path) -> Iterator[None]:
+    """In the block, the loss of another rank becomes a UserError that says how to resume the run."""
     try:
         yield
     except RuntimeError as error:
-        if dist.get_world_size() == 1 or not any(word in str(error).lower() for word in _LOST):
+        if dist.get_world_size() == 1 or not any(word in str(error).lower() for word in _LOST_RANK_ERRORS):
             raise
         reason = str(error).partition("\n")[0]
         raise UserError(
-            f"process {dist.get_rank()} of {dist.get_world_size()} lost the connection to another one, which ended "
-            f"first: see what that one said. fastllm train --resume {out} goes on from the last checkpoint ({reason})"
+            f"rank {dist.get_rank()} of {dist.get_world_size()} lost the connection to another rank, which ended "
+            f"first: see its message. fastllm train --resume {run_dir} continues from the last checkpoint ({reason})"
         ) from None
 
 
-_LOST = ("connection closed", "connection reset", "broken pipe", "nccl", "timed out", "connection refused")
-
-
-def fail(message: str) -> NoReturn:
-    """Raise what all processes have seen, once: the first one says it."""
+def abort_all_ranks(message: str) -> NoReturn:
+    """End every rank, all of which call this; rank 0 alone raises the message as a UserError."""
     if dist.get_rank() == 0:
         raise UserError(message)
     raise SystemExit(2)
 
 
-def done_by_first(call: Callable[[], Any]) -> Any:
-    """What ``call`` gave the first process; the others wait for it."""
-    result: list[Any] = [None, None]
+def run_on_rank0(call: Callable[[], T]) -> T:
+    """``call()`` on rank 0; every rank returns its result. A UserError in it ends every rank."""
+    shared: list = [None, None]
     if dist.get_rank() == 0:
         try:
-            result[0] = call()
+            shared[0] = call()
         except UserError as error:
-            result[1] = str(error)
-    dist.broadcast_object_list(result)
-    if result[1] is not None:
-        fail(result[1])
-    return result[0]
+            shared[1] = str(error)
+    dist.broadcast_object_list(shared)
+    result, problem = shared
+    if problem is not None:
+        abort_all_ranks(problem)
+    return result
 
 
 def local_device() -> torch.device:
-    """The GPU of this process, or the CPU."""
+    """The GPU of this rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -88,52 +91,52 @@ def local_device() -> torch.device:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Who does what: the mesh ``(replicate, shard, tensor)``, without the dimensions of size one but for ``shard``.
+class ParallelDims:
+    """The device mesh ``(dp_replicate, dp_shard, tp)`` and this rank's place in it.
 
-    Each of the ``batch_size`` parts of a batch belongs to ``tensor_size`` processes, which share its tokens.
+    The mesh lacks dimensions of size one, except ``dp_shard``. A batch is divided into ``dp_size`` parts; the
+    ``tp_size`` ranks of one part share the tokens of each sequence.
     """
 
     mesh: DeviceMesh
-    batch_rank: int
-    batch_size: int
-    tensor_rank: int
-    tensor_size: int
+    dp_rank: int
+    dp_size: int
+    tp_rank: int
+    tp_size: int
 
     @classmethod
-    def of(cls, config: ParallelConfig, device_type: str) -> Layout:
-        """For the process group that is there."""
-        world = dist.get_world_size()
-        others = config.replicate * config.tensor
-        if world % others:
+    def from_config(cls, config: ParallelConfig, device_type: str) -> ParallelDims:
+        """For the default process group. Raises UserError where its size does not fit ``config``."""
+        world, tp = dist.get_world_size(), config.tensor_parallel
+        fixed = config.dp_replicate * tp
+        if world % fixed:
             raise UserError(
-                f"{world} processes can't be split into parallel.replicate ({config.replicate}) x parallel.tensor "
-                f"({config.tensor}): start a multiple of {others} with torchrun --nproc-per-node"
+                f"{world} ranks can't be divided into parallel.dp_replicate ({config.dp_replicate}) x "
+                f"parallel.tensor_parallel ({tp}): start a multiple of {fixed} with torchrun --nproc-per-node"
             )
-        sizes = {"replicate": config.replicate, "shard": world // others, "tensor": config.tensor}
-        sizes = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+        sizes = {"dp_replicate": config.dp_replicate, "dp_shard": world // fixed, "tp": tp}
+        sizes = {name: size for name, size in sizes.items() if size > 1 or name == "dp_shard"}
         mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-        batch_rank, tensor_rank = divmod(dist.get_rank(), config.tensor)
-        return cls(mesh, batch_rank, world // config.tensor, tensor_rank, config.tensor)
+        dp_rank, tp_rank = divmod(dist.get_rank(), tp)
+        return cls(mesh, dp_rank, world // tp, tp_rank, tp)
 
     def __str__(self) -> str:
         sizes = zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True)
-        return f"{dist.get_world_size()} processes ({', '.join(f'{name} {size}' for name, size in sizes)})"
+        return f"{dist.get_world_size()} ranks ({', '.join(f'{name} {size}' for name, size in sizes)})"
 
     @property
-    def data(self) -> DeviceMesh:
-        """The part of the mesh that FSDP shards over: ``shard``, or ``(replicate, shard)`` for HSDP."""
-        names = tuple(name for name in self.mesh.mesh_dim_names or () if name != "tensor")
-        return self.mesh[names]
+    def fsdp_mesh(self) -> DeviceMesh:
+        """The part of the mesh that FSDP shards over: ``dp_shard``, or ``(dp_replicate, dp_shard)`` for HSDP."""
+        return self.mesh[tuple(name for name in self.mesh.mesh_dim_names or () if name != "tp")]
 
-    def rows(self, count: int) -> range:
-        """Which of the ``count`` sequences of a batch are this process's."""
-        return range(self.batch_rank * count // self.batch_size, (self.batch_rank + 1) * count // self.batch_size)
+    def local_batch(self, n: int) -> range:
+        """Which of the ``n`` items of a batch this rank owns."""
+        return range(self.dp_rank * n // self.dp_size, (self.dp_rank + 1) * n // self.dp_size)
 
-    def most_rows(self, count: int) -> int:
-        """The most sequences that a process has of ``count``: all do as many passes."""
-        return -(-count // self.batch_size)
+    def max_local_batch(self, n: int) -> int:
+        """The most items that any rank owns of ``n``."""
+        return -(-n // self.dp_size)
 
-    def own_tokens(self, tokens: Tensor) -> Tensor:
-        """This process's share of ``[batch, seq]``."""
-        return tokens.chunk(self.tensor_size, dim=1)[self.tensor_rank]
+    def shard_sequence(self, tensor: Tensor) -> Tensor:
+        """This rank's share of the tokens of ``[batch, seq, ...]``; a tensor ``[batch]`` has none and stays whole."""
+        return tensor.chunk(self.tp_size, dim=1)[self.tp_rank] if tensor.dim() > 1 else tensor

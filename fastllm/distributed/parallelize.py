@@ -1,4 +1,4 @@
-"""One model on many processes: process group, device mesh, FSDP2, tensor parallelism, activation checkpointing."""
+"""The GPT on many ranks: FSDP2, tensor and sequence parallelism, activation checkpointing."""
 
 from __future__ import annotations
 
@@ -23,37 +23,38 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..config import Config, ParallelConfig
 from ..model.gpt import GPT
-from .gloo import ExchangeAndAdd, SendToAll
-from .mesh import Layout
+from .gloo import AllToAllReduceScatter, PointToPointAllGather
+from .mesh import ParallelDims
 
-ONE_UNIT = 2**24  # parameters below which a model is sharded as one, not by blocks: it saves more than it costs
+SINGLE_UNIT_LIMIT = 2**24  # a model of fewer parameters is one FSDP unit: units for each block cost more than they save
 
 
-def build(config: Config, layout: Layout, precision: torch.dtype, device: torch.device) -> GPT:
-    """A sharded GPT on ``device``; it never exists whole anywhere, and its weights depend on the seed alone."""
+def build_model(config: Config, dims: ParallelDims, precision: torch.dtype, device: torch.device) -> GPT:
+    """A sharded GPT on ``device``, never materialized unsharded. Its initial weights depend on the seed alone."""
     with torch.device("meta"):
         model = GPT(config.model, seed=None)
-    distribute(model, config.parallel, layout, precision)
+    parallelize(model, config.parallel, dims, precision)
     model.to_empty(device=device)
     model.init_weights(config.train.seed)
     return model
 
 
-def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: torch.dtype) -> GPT:
-    """Split, recompute, compile and shard a GPT, in place. Float32 weights, copies in ``precision`` to compute with.
+def parallelize(model: GPT, config: ParallelConfig, dims: ParallelDims, precision: torch.dtype) -> GPT:
+    """Apply tensor parallelism, activation checkpointing, torch.compile and FSDP2 to a GPT, in place.
 
-    Gradients are summed over the processes, not averaged: the processes may have different numbers of tokens.
+    Weights are float32; FSDP2 casts them to ``precision`` for the computation. Gradients are summed over the ranks,
+    not averaged: ranks may have different numbers of tokens.
     """
-    if layout.tensor_size > 1:
-        # A block returns views of DTensors then, which FSDP2 warns of (nothing here writes to them); and whole weights
-        # are gathered in two steps, of which DTensor says that they could be slow.
+    if dims.tp_size > 1:
+        # With tensor parallelism a block returns views of DTensors, which FSDP2 warns about (nothing writes to them
+        # here). Gathering full weights takes two steps, which DTensor warns could be slow.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
         logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         for block in model.model.layers:
-            split_matrices(block, layout.mesh["tensor"])
+            apply_tensor_parallel(block, dims.mesh["tp"])
     for block in model.model.layers:
-        if config.recompute != "none":
-            recompute(block, selective=config.recompute == "selective")
+        if config.activation_checkpointing != "none":
+            apply_activation_checkpointing(block, selective=config.activation_checkpointing == "selective")
         if config.compile:
             block.forward = torch.compile(block.forward)
     policy = MixedPrecisionPolicy(
@@ -61,43 +62,45 @@ def distribute(model: GPT, config: ParallelConfig, layout: Layout, precision: to
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotary tables stay float32
     )
-    # The root holds the norm, the head and the embedding, one unit for tied ones too, and keeps them gathered.
-    small = sum(p.numel() for p in model.parameters()) < ONE_UNIT and not config.reshard
-    for block in () if small else model.model.layers:
-        fully_shard(block, mesh=layout.data, mp_policy=policy, reshard_after_forward=config.reshard)
-    fully_shard(model, mesh=layout.data, mp_policy=policy, reshard_after_forward=False)
-    if layout.batch_size > 1:
-        for part in model.modules():
-            if isinstance(part, FSDPModule):
-                part.set_gradient_divide_factor(1.0)
-                part.set_force_sum_reduction_for_comms(True)
-                if dist.get_backend(layout.mesh["shard"].get_group()) == "gloo":
-                    part.set_custom_all_gather(SendToAll())
-                    part.set_custom_reduce_scatter(ExchangeAndAdd())
+    reshard = config.reshard_after_forward
+    # The root unit holds the norm, the head and the embedding (one unit, as they may be tied) and stays gathered.
+    single_unit = sum(p.numel() for p in model.parameters()) < SINGLE_UNIT_LIMIT and not reshard
+    for block in () if single_unit else model.model.layers:
+        fully_shard(block, mesh=dims.fsdp_mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=dims.fsdp_mesh, mp_policy=policy, reshard_after_forward=False)
+    if dims.dp_size > 1:
+        for unit in model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_gradient_divide_factor(1.0)
+                unit.set_force_sum_reduction_for_comms(True)
+                if dist.get_backend(dims.mesh["dp_shard"].get_group()) == "gloo":
+                    unit.set_custom_all_gather(PointToPointAllGather())
+                    unit.set_custom_reduce_scatter(AllToAllReduceScatter())
     return model
 
 
-def begin_pass(model: GPT, config: ParallelConfig, last: bool) -> None:
-    """Before each forward pass of a step: gradients are exchanged after the last one.
+def begin_micro_batch(model: GPT, config: ParallelConfig, last: bool) -> None:
+    """Call before each forward pass of a step: ranks exchange gradients after the last one.
 
-    With ``reshard`` they are scattered after each, as whole gradients would take the memory that it is to save.
+    With ``reshard_after_forward`` they reduce-scatter after each, because unsharded gradients would take the memory
+    that the option is there to save.
     """
-    scatter = last or config.reshard
+    scatter = last or config.reshard_after_forward
     model.set_requires_gradient_sync(scatter)
     model.set_reshard_after_backward(scatter)
     model.set_requires_all_reduce(last)  # over replicas
 
 
-def split_matrices(block: nn.Module, mesh: DeviceMesh) -> None:
-    """Tensor parallelism within a block (Shoeybi et al. 2019, arXiv:1909.08053), sequence parallelism around it.
+def apply_tensor_parallel(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Tensor parallelism inside a block (Shoeybi et al. 2019, arXiv:1909.08053), sequence parallelism around it.
 
-    Heads and MLP features are shared out over ``mesh``. Everything else sees this process's tokens only (Korthikanti
-    et al. 2022, arXiv:2205.05198): they are gathered before the matrices and scattered, summed, after them.
+    The ranks of ``mesh`` share heads and MLP features. Everything else sees this rank's tokens only (Korthikanti et
+    al. 2022, arXiv:2205.05198): tokens are gathered before the matrices, and reduce-scattered after them.
     """
-    tokens, whole = Shard(1), Replicate()
+    tokens, full = Shard(1), Replicate()
     plan: dict[str, Any] = {
-        "self_attn": PrepareModuleInput(input_layouts=(tokens, None, None), desired_input_layouts=(whole, None, None)),
-        "mlp": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(whole,)),
+        "self_attn": PrepareModuleInput(input_layouts=(tokens, None, None), desired_input_layouts=(full, None, None)),
+        "mlp": PrepareModuleInput(input_layouts=(tokens,), desired_input_layouts=(full,)),
         "self_attn.o_proj": RowwiseParallel(output_layouts=tokens),
         "mlp.down_proj": RowwiseParallel(output_layouts=tokens),
     }
@@ -106,22 +109,19 @@ def split_matrices(block: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(block, mesh, plan)
 
 
-def recompute(block: nn.Module, *, selective: bool) -> None:
-    """Let ``block`` keep less for its backward pass, and compute it again there (Chen et al. 2016, arXiv:1604.06174).
+def apply_activation_checkpointing(block: nn.Module, *, selective: bool) -> None:
+    """Keep fewer activations of ``block`` and recompute them in the backward (Chen et al. 2016, arXiv:1604.06174).
 
-    Selective: what is cheap to compute (norms, rotation, gate) is; results of matrix products and attention are kept.
+    Selective: recompute what is cheap (norms, rotary, gate) and keep the results of matrix products and attention.
     """
     forward = block.forward
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
     if selective:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_costly)
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _save_expensive)
     block.forward = functools.partial(checkpoint, forward, **options)
 
 
-def _keep_costly(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _save_expensive(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = str(op)
-    costly = any(part in name for part in ("aten.mm", "aten.addmm", "attention"))
-    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-# ---- gradients ----
+    expensive = any(part in name for part in ("aten.mm", "aten.addmm", "attention"))
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

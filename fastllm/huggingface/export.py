@@ -1,4 +1,4 @@
-"""Models as Hugging Face folders, as transformers and vLLM read them."""
+"""Write models as Hugging Face folders, which transformers and vLLM read."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def export(
 
     Args:
         run: the run folder.
-        out: the folder to make; it appears whole or not at all.
-        dtype: of the weights; None: as they are, float32 after training.
-        max_shard_size: weights beyond it are split into several files.
+        out: the folder to make; it appears complete or not at all.
+        dtype: of the weights; None: unchanged, which is float32 after training.
+        max_shard_size: larger weights are split into several files.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: ``out`` is not empty, ``run`` is not a whole run or is such a folder itself, or no layout has what
-            the model has.
+        UserError: ``out`` is not empty, ``run`` is not a complete run or is a Hugging Face folder itself, or no layout
+            of transformers has what the model has.
     """
     from huggingface_hub import save_torch_state_dict  # slow to import
 
@@ -46,18 +46,20 @@ def export(
         raise UserError(f"{out} is there already and not empty; choose another folder")
     if (Path(run) / CONFIG).is_file():
         raise UserError(f"{run} is a Hugging Face folder already")
-    model, tokenizer, _ = load_run(run)
+    if not Path(run).is_dir():
+        raise UserError(f"there is no run folder {run}")
+    model, tokenizer = load_run(Path(run))
     model = model if dtype is None else model.to(dtype)
-    kept = str(model.head_weight.dtype).removeprefix("torch.")
-    end = {"bos_token_id": tokenizer.end, "eos_token_id": tokenizer.end}
-    config = {**layout(model.config), "torch_dtype": kept, **end}
-    text = tokenizer.backend.id_to_token(tokenizer.end)
+    weight_dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    special = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    config = {**layout(model.config), "torch_dtype": weight_dtype, **special}
+    text = tokenizer.backend.id_to_token(tokenizer.eos_id)
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": text, "eos_token": text,
-        "model_max_length": model.config.context, "clean_up_tokenization_spaces": False,
+        "model_max_length": model.config.max_seq_len, "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     with atomic_folder(out) as part:
-        for name, content in ((CONFIG, config), (GENERATION, end), ("tokenizer_config.json", described)):
+        for name, content in ((CONFIG, config), (GENERATION, special), ("tokenizer_config.json", described)):
             (part / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         (part / TOKENIZER).write_text(tokenizer.backend.to_str(pretty=True), "utf-8")
         save_torch_state_dict(model.state_dict(), part, max_shard_size=max_shard_size, metadata={"format": "pt"})
@@ -65,7 +67,7 @@ def export(
 
 
 def layout(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of the layout that has what ``config`` has, in keys that transformers 4 and 5 and vLLM know."""
+    """The config.json of the layout that fits ``config``, with keys that transformers 4 and 5 and vLLM know."""
     if config.qk_norm and config.qkv_bias:
         raise UserError("no Hugging Face layout has both model.qk_norm and model.qkv_bias")
     if config.attention_dim not in (0, config.dim) and config.qkv_bias:
@@ -74,21 +76,21 @@ def layout(config: ModelConfig) -> dict[str, Any]:
     kind = "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else kind
     names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     rope: dict[str, Any] = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
-    if config.rope_original_context:
-        rope["original_max_position_embeddings"] = config.rope_original_context
+    if config.rope_original_max_seq_len:
+        rope["original_max_position_embeddings"] = config.rope_original_max_seq_len
     rope |= {key: value for key, value in ROPE_FIXED.get(config.rope_scaling, {}).items() if key != "truncate"}
     keys = {
         "architectures": [f"{names[kind]}ForCausalLM"],
         "model_type": kind,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
-        "intermediate_size": config.hidden_dim,
+        "intermediate_size": config.ffn_dim,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.context,
+        "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": None if config.rope_scaling == "none" else rope,

@@ -1,12 +1,13 @@
 """Models from Hugging Face folders: config.json, safetensors and tokenizer.json.
 
-Four of transformers' layouts are the GPT's own, but for small differences: Llama, Mistral (a window), Qwen2 (biases)
-and Qwen3 (normalised queries and keys, a window).
+The GPT covers four layouts of transformers: Llama, Mistral (a window), Qwen2 (biases) and Qwen3 (normalised queries
+and keys, a window).
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from ..model.weights import load_weights
 
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
-# The layouts, and what transformers takes for keys that their config.json leaves out, where they don't agree.
-ABSENT: dict[str, dict[str, int]] = {
+# The layouts, and transformers' defaults for keys that config.json may omit, where the layouts differ.
+DEFAULTS: dict[str, dict[str, int]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096},
@@ -33,7 +34,7 @@ ABSENT: dict[str, dict[str, int]] = {
 def from_pretrained(
     path: str | Path,
     *,
-    context: int | None = None,
+    max_seq_len: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> GPT:
@@ -41,40 +42,41 @@ def from_pretrained(
 
     Args:
         path: a folder with config.json and safetensors, in one file or several, of a Llama, Mistral, Qwen2 or Qwen3.
-        context: tokens that the model shall see at once, at most what its configuration says (None: that); the rotary
-            tables and the key/value cache are that long.
+        max_seq_len: tokens that the model sees at once, which sets the size of rotary tables and key/value caches;
+            None: what its configuration says, which is also the most.
         dtype: of the weights; None: that of the files.
-        device: where to put it.
+        device: where the model is placed.
 
     Raises:
-        UserError: there is no such folder, its configuration has something that the GPT can't express, or the weights
-            are not those of the configuration. Pickled weights are not read.
+        UserError: there is no such folder, its configuration has something that the GPT does not have, or the weights
+            don't fit the configuration. Pickled weights are not read.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"there is no folder {path} (hf download NAME --local-dir FOLDER gets a model from the Hub)")
     config = model_config(path / CONFIG)
-    if context is not None:
-        if not 0 < context <= config.context:
-            raise UserError(f"context must be from 1 to the {config.context} of {path / CONFIG}, it is {context}")
-        config = ModelConfig(**{**vars(config), "context": context})
+    if max_seq_len is not None:
+        if not 0 < max_seq_len <= config.max_seq_len:
+            limit = f"{config.max_seq_len} of {path / CONFIG}"
+            raise UserError(f"max_seq_len must be from 1 to the {limit}, it is {max_seq_len}")
+        config = replace(config, max_seq_len=max_seq_len)
     return load_weights(config, *_weight_files(path), dtype=dtype).to(device).eval()
 
 
-def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """As ``runs.load_run``."""
+def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer]:
+    """The model in eval mode, and its tokenizer."""
     if not (path / TOKENIZER).is_file():
         raise UserError(f"{path} has no {TOKENIZER}")
     found = [_json(path / name).get("eos_token_id") for name in (GENERATION, CONFIG) if (path / name).is_file()]
-    ends = next((e for e in found if e is not None), [])
-    tokenizer = Tokenizer.load(path / TOKENIZER, ends=(ends,) if isinstance(ends, int) else tuple(ends))
+    eos = next((e for e in found if e is not None), [])
+    tokenizer = Tokenizer.load(path / TOKENIZER, eos_ids=(eos,) if isinstance(eos, int) else tuple(eos))
     model = from_pretrained(path, device=device)
-    if tokenizer.vocab_size > model.config.vocab_size:  # fewer is well: models round their vocabulary up
+    if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: models round their vocabulary up
         raise UserError(
             f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens, "
             f"but vocab_size in {CONFIG} is {model.config.vocab_size}"
         )
-    return model, tokenizer, {"status": "finished"}
+    return model, tokenizer
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -107,12 +109,12 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def model_config(path: Path) -> ModelConfig:
-    """The GPT's configuration for a config.json, of transformers 5 or older."""
+    """The GPT's configuration for a config.json, of transformers 5 or older; UserError where there is none."""
     content = _json(path)
     kind = content.get("model_type")
-    if kind not in ABSENT:
-        raise UserError(f"{path}: model_type is {kind!r}; fastllm's GPT reads {', '.join(ABSENT)}")
-    given = {key: value for key, value in {**ABSENT[kind], **content}.items() if value is not None}
+    if kind not in DEFAULTS:
+        raise UserError(f"{path}: model_type is {kind!r}; fastllm's GPT reads {', '.join(DEFAULTS)}")
+    given = {key: value for key, value in {**DEFAULTS[kind], **content}.items() if value is not None}
 
     def must(key: str, *allowed: Any) -> None:
         if given.get(key, allowed[0]) not in allowed:
@@ -135,13 +137,13 @@ def model_config(path: Path) -> ModelConfig:
         path,
         ModelConfig,
         vocab_size=given["vocab_size"],
-        context=given["max_position_embeddings"],
+        max_seq_len=given["max_position_embeddings"],
         dim=dim,
         layers=given["num_hidden_layers"],
         heads=heads,
         kv_heads=given.get("num_key_value_heads", heads),
         attention_dim=0 if head_dim * heads == dim else head_dim * heads,
-        hidden_dim=given["intermediate_size"],
+        ffn_dim=given["intermediate_size"],
         window=_window(path, kind, given),
         norm_eps=given.get("rms_norm_eps", 1e-6),
         qk_norm=kind == "qwen3",
@@ -168,7 +170,7 @@ def _window(path: Path, kind: str, given: dict[str, Any]) -> int:
     return window
 
 
-# What each kind of scaling may say beside its factor and original context, and the only values that it may have.
+# Further keys of each kind of scaling, and the only values that the GPT has.
 ROPE_FIXED = {
     "default": {},
     "linear": {},
@@ -180,7 +182,7 @@ ROPE_FIXED = {
 def _rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
     """The rotary fields, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
 
-    Where both are there transformers takes the older.
+    Where both are present, transformers reads the older ones.
     """
     rope = {k: v for k, v in (given.get("rope_scaling") or given.get("rope_parameters") or {}).items() if v is not None}
     theta, kind = rope.pop("rope_theta", given.get("rope_theta", 10_000.0)), rope.pop("rope_type", rope.get("type"))
@@ -197,7 +199,7 @@ def _rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
         fields |= {"rope_scaling": kind, "rope_factor": rope.pop("factor")}
     if kind in ("llama3", "yarn"):
         original = rope.pop("original_max_position_embeddings", given["max_position_embeddings"])
-        fields["rope_original_context"] = given.get("original_max_position_embeddings", original)
+        fields["rope_original_max_seq_len"] = given.get("original_max_position_embeddings", original)
     if kind == "yarn":
         fixed["attention_factor"] = attention_factor(built(path, ModelConfig, **fields))
     for key, value in rope.items():

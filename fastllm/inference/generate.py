@@ -1,4 +1,4 @@
-"""Text from a trained model: sampling with a key/value cache."""
+"""Text generation with a key/value cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..model.gpt import GPT
 from ..model.kv_cache import KVCache
-from .sampling import pick
+from .sampling import SamplingParams, sample_token
 
 
 def generate(
@@ -25,63 +25,73 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """The text that follows ``prompt``, piece by piece, until the model ends it or ``max_tokens`` are made.
+    """Continue ``prompt``; yields text as it is generated.
 
-    Text longer than the model's context is cropped from the left.
+    Args:
+        model: in eval mode.
+        tokenizer: of the model.
+        prompt: the text to continue; the model sees its last ``max_seq_len`` tokens.
+        max_tokens: stop after this many tokens, if the model does not end the text before.
+        temperature, top_k, top_p: see :class:`SamplingParams`.
+        seed: the same seed gives the same text.
+
+    Raises:
+        UserError: the prompt is not valid Unicode text.
     """
     try:
-        ids = tokenizer.encode(prompt) or [tokenizer.end]
-    except TypeError:  # a lone surrogate: what Python makes of bytes that are no UTF-8
+        ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    except TypeError:  # a lone surrogate, which Python makes of bytes that are not UTF-8
         raise UserError("the prompt is not valid UTF-8 text") from None
     generator = torch.Generator(model.head_weight.device).manual_seed(seed)
+    params = SamplingParams(temperature, top_k, top_p)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ids, begun = unfinished(tokenizer, ids)
-    for token in sample(model, ids, max_tokens, allowed(tokenizer, begun), temperature, top_k, top_p, generator):
-        if token in tokenizer.ends:
+    ids, prefix = heal_prompt(tokenizer, ids)
+    allowed = tokens_with_prefix(tokenizer, prefix) if prefix else None
+    for token in generate_tokens(model, ids, max_tokens, params, generator, first_token=allowed):
+        if token in tokenizer.eos_ids:
             break
-        piece, begun = tokenizer.token_bytes(token)[len(begun) :], b""
-        yield decoder.decode(piece)
+        text, prefix = tokenizer.token_bytes(token)[len(prefix) :], b""
+        yield decoder.decode(text)
     yield decoder.decode(b"", final=True)
 
 
-def unfinished(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], bytes]:
-    """Take a last space off a prompt: tokens begin with their space, so the model has to choose it again."""
+def heal_prompt(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], bytes]:
+    """Token healing: take a final space off the prompt, because tokens begin with their space.
+
+    Returns the shorter prompt and the bytes with which the first generated token must begin.
+    """
     last = tokenizer.token_bytes(ids[-1])
     return (ids[:-1], last) if len(ids) > 1 and last == b" " else (ids, b"")
 
 
-def allowed(tokenizer: Tokenizer, prefix: bytes) -> list[int] | None:
-    """The tokens that begin with ``prefix`` and go on; None: all."""
-    if not prefix:
-        return None
+def tokens_with_prefix(tokenizer: Tokenizer, prefix: bytes) -> list[int]:
+    """The tokens that begin with ``prefix`` and are longer."""
     tokens = range(tokenizer.vocab_size)
     return [t for t in tokens if (b := tokenizer.token_bytes(t)).startswith(prefix) and len(b) > len(prefix)]
 
 
 @torch.no_grad()
-def sample(
+def generate_tokens(
     model: GPT,
     ids: list[int],
     max_tokens: int,
-    first: list[int] | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    params: SamplingParams,
     generator: torch.Generator,
+    first_token: list[int] | None = None,
 ) -> Iterator[int]:
-    """Up to ``max_tokens`` tokens that follow ``ids``; ``first`` limits the choice of the first."""
-    context, device = model.config.context, model.head_weight.device
-    new = ids[-context:]
-    size = min(context, len(new) + max_tokens)
+    """Up to ``max_tokens`` token ids after ``ids``; the first is one of ``first_token`` (None: any)."""
+    max_seq_len, device = model.config.max_seq_len, model.head_weight.device
+    new = ids[-max_seq_len:]
+    size = min(max_seq_len, len(new) + max_tokens)
     cache = KVCache(model, size=size)
     for _ in range(max_tokens):
-        if cache.length + len(new) > size:  # full: go on with the latest half
-            cache, new = KVCache(model), ids[-max(context // 2, 1) :]
+        if cache.length + len(new) > size:  # full: continue with the latest half
+            cache, new = KVCache(model), ids[-max(max_seq_len // 2, 1) :]
         logits = model.next_logits(torch.tensor([new], device=device), cache)[0].float()
-        if first is not None:
+        if first_token is not None:
             mask = torch.full_like(logits, float("-inf"))
-            mask[first] = 0.0
-            logits, first = logits + mask, None
-        token = pick(logits, temperature, top_k, top_p, generator)
-        ids, new = [*ids[-context:], token], [token]
+            mask[first_token] = 0.0
+            logits, first_token = logits + mask, None
+        token = sample_token(logits, params, generator)
+        ids, new = [*ids[-max_seq_len:], token], [token]
         yield token

@@ -1,24 +1,32 @@
-"""Models of any kind by their path."""
+"""Models by their path, whatever kind of folder it is."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from .. import run_dir
-from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..huggingface import load as huggingface
-from ..model.gpt import GPT
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..data.tokenizer import Tokenizer
+    from ..model.gpt import GPT
 
 
-def load_run(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model, its tokenizer and the contents of run.json; ``path`` may be a Hugging Face folder too."""
+def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
+    """A trained model in eval mode and its tokenizer.
+
+    Args:
+        path: a run folder of ``fastllm train``, or a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3.
+        device: where the model is placed.
+
+    Raises:
+        UserError: there is no such folder, files are missing or damaged, or the model is of another kind.
+    """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"there is no run folder {path}")
-    if (path / huggingface.CONFIG).is_file():
-        return huggingface.load(path, device)
-    return run_dir.load_run(path, device)
+    return huggingface.load(path, device) if (path / huggingface.CONFIG).is_file() else run_dir.load_run(path, device)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..dtensor import local, own_slice
+from ..dtensor import local_slice, to_local
 from ..kernels import CausalSelfAttention, RMSNorm, SwiGLU, linear_cross_entropy
 from .kv_cache import KVCache, LayerCache
 from .rope import rotary_tables
 
 
 class Block(nn.Module):
-    """Attention and MLP, each behind a norm that also adds what the layer before it gave to the residual stream."""
+    """Attention and MLP, each after a norm, which also adds the layer before it to the residual stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Block(nn.Module):
             eps=config.norm_eps, window=config.window or None,
         )  # fmt: skip
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = SwiGLU(config.dim, config.hidden_dim)
+        self.mlp = SwiGLU(config.dim, config.ffn_dim)
 
     def forward(
         self,
@@ -37,7 +37,7 @@ class Block(nn.Module):
         positions: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``x`` and ``residual`` ``[batch, seq, dim]``: what is to be added to the stream, and the stream."""
+        """``x``, ``residual`` ``[batch, seq, dim]``: the last block's output, not yet added; the residual stream."""
         if residual is None:
             x, residual = self.input_layernorm(x), x
         else:
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and last norm: everything but the head. Called ``model``, as in Hugging Face's Llama."""
+    """Embedding, blocks and last norm: all but the head. The GPT calls it ``model``, as Hugging Face's Llama does."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """``tokens`` ``[batch, seq]`` to hidden states ``[batch, seq, dim]``."""
         start = cache.length if cache else 0
-        end, context = start + tokens.shape[1], self.cos.shape[0]
-        if end > context:
-            raise ValueError(f"GPT: {end} tokens are more than the context of {context}")
+        end, max_seq_len = start + tokens.shape[1], self.cos.shape[0]
+        if end > max_seq_len:
+            raise ValueError(f"GPT: {end} tokens are more than max_seq_len ({max_seq_len})")
         positions = torch.arange(start, end, device=tokens.device).expand_as(tokens) if cache else None
         x, residual = self.embed_tokens(tokens), None
         for i, layer in enumerate(self.layers):
@@ -75,7 +75,9 @@ class Decoder(nn.Module):
 class GPT(nn.Module):
     """A language model; parameter names are those of Hugging Face's Llama.
 
-    Built on the CPU with weights that depend on ``seed`` and their names only; None leaves them as they are allocated.
+    Args:
+        config: its shape.
+        seed: of the initial weights, which depend on it and on their names only; None leaves them uninitialized.
     """
 
     def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
@@ -88,19 +90,20 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal, 1/sqrt(features); zero where a layer writes to the residual stream: each begins as the identity.
+        """Initialize the weights: normal with standard deviation 1/sqrt(features); zero in projections that write to
+        the residual stream, so that each block begins as the identity. Fills the rotary tables too.
 
-        A sharded parameter gets its part of what the whole would have been. The rotary tables are filled too.
+        A shard gets its part of what the full parameter would be.
         """
         for table, values in zip((self.model.cos, self.model.sin), rotary_tables(self.config), strict=True):
             table.copy_(values)
         for name, p in self.named_parameters():
             if p.dim() < 2:
-                local(p).fill_(0.0 if name.endswith("bias") else 1.0)
+                to_local(p).fill_(0.0 if name.endswith("bias") else 1.0)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
-                local(p).zero_()
+                to_local(p).zero_()
             else:
-                _normal(local(p), own_slice(p), p.shape[1], f"{seed} {name}")
+                _normal(to_local(p), local_slice(p), p.shape[1], f"{seed} {name}")
 
     @property
     def head_weight(self) -> Tensor:
@@ -117,8 +120,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """``tokens`` ``[batch, seq]``; with ``targets`` ``[batch, seq]`` the loss in nats per token, else logits.
 
-        Targets of -100 don't count. ``reduction="sum"``: the nats of all of them. With a cache the tokens follow those
-        that it holds, and join them.
+        Targets of -100 are ignored. ``reduction="sum"`` adds up the nats of all targets. With a cache, ``tokens``
+        follow the tokens that it holds and are appended to it.
         """
         hidden = self.model(tokens, cache)
         if targets is not None:
@@ -130,17 +133,17 @@ class GPT(nn.Module):
         return nn.functional.linear(self.model(tokens, cache)[:, -1], self.head_weight)
 
 
-ROWS = 64  # of a weight that are drawn together
+ROWS_PER_DRAW = 64  # rows of a weight that one generator draws
 
 
-def _normal(part: Tensor, where: tuple[slice, ...], features: int, name: str) -> None:
-    """Fill ``part`` with what lies at ``where`` in a matrix that ``name`` alone decides.
+def _normal(shard: Tensor, where: tuple[slice, ...], features: int, name: str) -> None:
+    """Fill ``shard``, which lies at ``where`` in the full matrix, from generators seeded with ``name``.
 
-    Every block of rows has a generator of its own, so that a process draws only the blocks that it holds rows of.
+    Each block of rows has its own generator, so that each rank draws only the rows it owns.
     """
     rows, columns = where
-    for first in range(rows.start // ROWS * ROWS, rows.stop, ROWS):
+    for first in range(rows.start // ROWS_PER_DRAW * ROWS_PER_DRAW, rows.stop, ROWS_PER_DRAW):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {first}".encode()))
-        block = torch.empty(ROWS, features).normal_(0.0, features**-0.5, generator=generator)
-        low, high = max(first, rows.start), min(first + ROWS, rows.stop)
-        part[low - rows.start : high - rows.start] = block[low - first : high - first, columns]
+        block = torch.empty(ROWS_PER_DRAW, features).normal_(0.0, features**-0.5, generator=generator)
+        low, high = max(first, rows.start), min(first + ROWS_PER_DRAW, rows.stop)
+        shard[low - rows.start : high - rows.start] = block[low - first : high - first, columns]

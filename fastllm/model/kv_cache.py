@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class LayerCache:
-    """The keys and values of one layer, ``[batch, size, kv_heads, head_dim]``, filled from the front."""
+    """The keys and values of one layer, ``[batch, size, kv_heads, head_dim]``, filled from the start."""
 
     def __init__(self, config: ModelConfig, batch: int, size: int, like: Tensor) -> None:
         shape = (batch, size, config.kv_heads, config.head_dim)
@@ -30,14 +30,14 @@ class LayerCache:
 class KVCache:
     """A :class:`LayerCache` for each layer of a GPT, for ``batch`` sequences of one length.
 
-    ``size``: the tokens that it has room for in each of them; None: the context.
+    ``size``: tokens that fit into each sequence; None: the model's ``max_seq_len``.
     """
 
     def __init__(self, model: GPT, batch: int = 1, size: int | None = None) -> None:
-        config, size = model.config, size or model.config.context
+        config, size = model.config, size or model.config.max_seq_len
         self.layers = [LayerCache(config, batch, size, model.head_weight) for _ in range(config.layers)]
 
     @property
     def length(self) -> int:
-        """Tokens held, in each sequence."""
+        """Tokens held of each sequence."""
         return self.layers[0].length

@@ -1,4 +1,4 @@
-"""Rotary positions: the angles of the model's tables, and how they are stretched to longer contexts."""
+"""Rotary position tables, and how they are scaled to longer sequences."""
 
 from __future__ import annotations
 
@@ -11,30 +11,37 @@ from ..config import ModelConfig
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """``cos, sin`` ``[context, head_dim / 2]``, float32, of angles in float64, on the CPU."""
+    """``cos, sin`` ``[max_seq_len, head_dim / 2]``, float32, of angles in float64, on the CPU."""
     with torch.device("cpu"):  # also where the model is built on the meta device
-        frequencies = _stretched(config)
-        angles = torch.outer(torch.arange(config.context, dtype=torch.float64), frequencies)
+        frequencies = _scaled_frequencies(config)
+        angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float64), frequencies)
         size = attention_factor(config)
         return (size * angles.cos()).float(), (size * angles.sin()).float()
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """What cos and sin are multiplied by, so that longer text does not flatten attention (YaRN, its equation 22)."""
+    """The factor of cos and sin that keeps attention from flattening over longer sequences (YaRN, equation 22)."""
     if config.rope_scaling != "yarn":
         return 1.0
     return 0.1 * math.log(max(1.0, config.rope_factor)) + 1.0
 
 
-def _stretched(config: ModelConfig) -> Tensor:
+def _scaled_frequencies(config: ModelConfig) -> Tensor:
     """Radians from one token to the next for each pair of features, float64 ``[head_dim / 2]``.
 
     - linear: positions are divided by the factor (Chen et al. 2023, arXiv:2306.15595).
-    - yarn: only for the pairs that turn less than once in the original context; those that turn more than 32 times
-      stay, and between them the share falls linearly with the pair's number (Peng et al. 2023, arXiv:2309.00071).
-    - llama3: the same, from 1 to 4 turns, and the share falls with the number of turns (Llama 3.1, arXiv:2407.21783).
+    - yarn: only pairs that turn less than once within the original length are scaled; pairs that turn more than 32
+      times are kept. Between them the kept share falls linearly with the pair's index (Peng et al. 2023,
+      arXiv:2309.00071).
+    - llama3: the same between 1 and 4 turns, and the share falls with the number of turns (Llama 3.1,
+      arXiv:2407.21783).
     """
-    dim, theta, factor, original = config.head_dim, config.rope_theta, config.rope_factor, config.rope_original_context
+    dim, theta, factor, original = (
+        config.head_dim,
+        config.rope_theta,
+        config.rope_factor,
+        config.rope_original_max_seq_len,
+    )
     pairs = torch.arange(0, dim, 2, dtype=torch.float64)
     plain = theta ** -(pairs / dim)
     if config.rope_scaling == "none":

@@ -1,4 +1,4 @@
-"""Weights in files, as safetensors: nothing is pickled."""
+"""Weights in safetensors files; nothing is pickled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .gpt import GPT
 
 
 def save_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """A tied head has no entry of its own: it is the embedding."""
+    """Write ``tensors``. A tied head is the embedding and has no entry of its own."""
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     with atomic(path) as part:
         try:
@@ -26,9 +26,9 @@ def save_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
 
 
 def load_weights(config: ModelConfig, *paths: str | Path, dtype: torch.dtype | None = None) -> GPT:
-    """A model with the weights in one file or several; the names and shapes in them must be the model's.
+    """A GPT on the CPU with the weights of one file or several, in ``dtype`` (None: that of the files).
 
-    Its parameters are the tensors that were read, in ``dtype`` (None: that of the file), on the CPU.
+    Raises UserError where a file can't be read, or its names, shapes or dtypes are not the model's.
     """
     with torch.device("meta"):
         model = GPT(config, seed=None)

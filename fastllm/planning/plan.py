@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: size, compute-optimal settings, memory, time and money."""
+"""What a run takes before it is started: size, compute-optimal settings, memory, time and cost."""
 
 from __future__ import annotations
 
@@ -8,48 +8,49 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from .. import config as configs
 from .. import console
-from ..config import Config, Recompute
+from ..config import ActivationCheckpointing, Config
 from ..errors import UserError, did_you_mean
 from ..files import write_atomic
 from ..hardware import GPUS, Gpu, this_machine
 from ..model.flops import count_parameters, flops_per_token
-from .memory import Memory, memory
+from .memory import MemoryEstimate, estimate_memory
 from .presets import PRESETS, preset
-from .scaling_laws import of_depth, of_parameters, optimal
+from .scaling_laws import compute_optimal, model_of_depth, model_of_size
 
-COUNTS = (1, 2, 4, *(8 * 2**n for n in range(11)))  # GPUs that are tried where none are named
-DAYS = 14.0  # a run may take, if more GPUs can shorten it
-RESERVED = 3 * 2**30  # bytes that CUDA, NCCL and the gaps of the allocator may take beside the tensors
+GPU_COUNTS = (1, 2, 4, *(8 * 2**n for n in range(11)))  # tried where --gpus does not say
+MAX_DAYS = 14.0  # of a run, if more GPUs can shorten it
+RESERVED = 3 * 2**30  # bytes for CUDA, NCCL and fragmentation beside the tensors
 
 
 @dataclass(frozen=True)
 class PlanArguments:
-    """Tell what a run will take: a preset, a configuration file, or a size; without any, all presets.
+    """Settings, memory, time and cost of a run: of a preset, a configuration file or a size; else of all presets.
 
-    Memory comes from a dry run of the sharded model as it is trained. Time is what the FLOPs take at --mfu of the
+    Memory comes from a dry run of the sharded model. Time is what the FLOPs take at --mfu of the
     data sheet's rate.
     """
 
-    what: str = ""  # a preset or a TOML file, as for fastllm train
-    depth: int = 0  # layers; the rest follows
-    params: float = 0.0  # parameters, 1.3e9; the nearest depth is taken
-    context: int = 2048  # with --depth and --params
+    what: tyro.conf.Positional[str] = ""  # a preset or a TOML file, as for fastllm train
+    depth: int = 0  # layers of a model of that depth
+    params: float = 0.0  # parameters, such as 1.3e9; the nearest depth is taken
+    gpus: int = 0  # 0: the fewest that hold the model and end within two weeks
+    gpu: str = "h100"  # a100, h100, h200, b200; or this: this machine
+    out: Path | None = None  # write the configuration to this file, for fastllm train
+    max_seq_len: int = 2048  # with --depth and --params
     vocab_size: int = 50_304  # with --depth and --params
-    tokens: float = 0.0  # to train on; 0: as configured, which for presets is 20 for each parameter
-    gpus: int = 0  # 0: the fewest that hold it and end within two weeks
-    gpu: str = "h100"  # a100, h100, h200, b200; or this: this machine as it is
-    mfu: float = 0.4  # share of the peak rate that training reaches
-    dollars: float = 0.0  # an hour of a GPU; 0: what is usual for it
-    micro_batch: int = 0  # sequences in a forward pass; 0: as configured
-    tensor: int = 0  # processes that share each matrix; 0: as configured
-    replicate: int = 0  # copies of the sharded model; 0: as configured
-    recompute: Recompute | None = None  # None: as configured
-    out: Path | None = None  # write the configuration there, for fastllm train
+    tokens: float = 0.0  # tokens to train on; 0: as configured, which is 20 a parameter for presets
+    mfu: float = 0.4  # share of the peak FLOP/s that training reaches
+    dollars: float = 0.0  # price of a GPU hour; 0: the usual price
+    micro_batch: int = 0  # sequences of a forward pass; 0: as configured
+    tensor_parallel: int = 0  # ranks that share each matrix; 0: as configured
+    dp_replicate: int = 0  # replicas of the sharded model; 0: as configured
+    activation_checkpointing: ActivationCheckpointing | None = None  # none, selective or full; left out: as configured
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        return self.config.train.steps * self.config.train.batch_tokens
+        return self.config.train.steps * self.config.train.global_batch_tokens
 
     @property
     def flops(self) -> float:
@@ -77,13 +78,13 @@ class Plan:
     def dollars(self) -> float:
         return self.gpus * self.seconds / 3600 * self.gpu.dollars
 
-    def memory(self) -> Memory:
-        """Of a GPU. Takes seconds."""
+    def memory(self) -> MemoryEstimate:
+        """Of a GPU; the estimate takes seconds."""
         precision = torch.float32 if self.config.train.precision == "float32" else torch.bfloat16
         with warnings.catch_warnings(action="ignore"):
-            return memory(self.config, self.gpus, precision)
+            return estimate_memory(self.config, self.gpus, precision)
 
-    def fits(self, needed: Memory) -> bool:
+    def fits(self, needed: MemoryEstimate) -> bool:
         return needed.total + RESERVED <= self.gpu.memory
 
 
@@ -108,8 +109,8 @@ def plan(arguments: PlanArguments) -> int:
     Console(width=max(console.console.width, 170), highlight=False).print(table)  # wide: a narrow terminal wraps lines
     console.console.print(
         f"\n{gpu.name}: {gpu.flops / 1e12:.3g} TFLOP/s, {gpu.memory / 2**30:.0f} GiB, ${gpu.dollars:.2f} an hour; "
-        f"time at {arguments.mfu:.0%} of the rate\nmemory: of the tensors in a process at the peak of a step, state + "
-        f"what comes and goes; {RESERVED / 2**30:.0f} GiB are left for CUDA and NCCL"
+        f"time at {arguments.mfu:.0%} of the rate\nmemory: of the tensors of a rank at the peak of a step, state + "
+        f"temporary; {RESERVED / 2**30:.0f} GiB are left for CUDA and NCCL"
     )
     if len(chosen) == 1:
         (config,) = chosen.values()
@@ -121,20 +122,20 @@ def plan(arguments: PlanArguments) -> int:
 
 
 HEADINGS = (
-    "model", "parameters", "dim", "layers", "heads", "context", "tokens", "batch", "lr", "steps", "FLOPs", "GPUs",
+    "model", "parameters", "dim", "layers", "heads", "max seq len", "tokens", "batch", "lr", "steps", "FLOPs", "GPUs",
     "memory/GPU", "time", "cost",
 )  # fmt: skip
 
 
-def _row(found: Plan, needed: Memory) -> Iterator[str]:
+def _row(found: Plan, needed: MemoryEstimate) -> Iterator[str]:
     model, train = found.config.model, found.config.train
     yield short(count_parameters(model)["total"])
     yield str(model.dim)
     yield str(model.layers)
     yield f"{model.heads}/{model.kv_heads}"
-    yield str(model.context)
+    yield str(model.max_seq_len)
     yield short(found.tokens)
-    yield short(train.batch_tokens)
+    yield short(train.global_batch_tokens)
     yield f"{found.config.optim.lr:.2g}"
     yield f"{train.steps:,}"
     yield f"{found.flops:.1e}"
@@ -152,9 +153,10 @@ def _details(config: Config) -> None:
     console.console.print(
         f"\nparameters   {shares}\n"
         f"FLOPs        {flops_per_token(config.model):.3e} a token, forward and backward\n"
-        f"sharding     over all GPUs; replicate {parallel.replicate}, tensor {parallel.tensor}, "
-        f"reshard {str(parallel.reshard).lower()}, recompute {parallel.recompute}, "
-        f"micro-batch {config.train.micro_batch}"
+        f"sharding     over all GPUs; dp_replicate {parallel.dp_replicate}, "
+        f"tensor_parallel {parallel.tensor_parallel}, "
+        f"reshard_after_forward {str(parallel.reshard_after_forward).lower()}, "
+        f"activation_checkpointing {parallel.activation_checkpointing}, micro_batch {config.train.micro_batch}"
     )
 
 
@@ -177,42 +179,44 @@ def _chosen(arguments: PlanArguments) -> Iterator[tuple[str, Config]]:
         is_file = arguments.what.endswith(".toml")
         yield arguments.what, _changed(configs.load(arguments.what) if is_file else preset(arguments.what), arguments)
     else:
-        size = (arguments.vocab_size, arguments.context)
+        size = (arguments.vocab_size, arguments.max_seq_len)
         if min(*size, arguments.depth + arguments.params) <= 0:
-            raise UserError("--depth, --params, --context and --vocab-size must be greater than 0")
-        model = of_depth(arguments.depth, *size) if arguments.depth else of_parameters(arguments.params, *size)
-        config = optimal(model, micro_batch=max(1, 16_384 // model.context))
+            raise UserError("--depth, --params, --max-seq-len and --vocab-size must be greater than 0")
+        model = model_of_depth(arguments.depth, *size) if arguments.depth else model_of_size(arguments.params, *size)
+        config = compute_optimal(model, micro_batch=max(1, 16_384 // model.max_seq_len))
         large = count_parameters(model)["total"] > 1e9
-        saving = replace(config.parallel, reshard=large, recompute="selective" if large else "none")
+        checkpointing = "selective" if large else "none"
+        saving = replace(config.parallel, reshard_after_forward=large, activation_checkpointing=checkpointing)
         yield f"depth {model.layers}", _changed(replace(config, parallel=saving), arguments)
 
 
 def _changed(config: Config, arguments: PlanArguments) -> Config:
-    """With what the arguments say otherwise."""
-    parallel = {n: getattr(arguments, n) for n in ("tensor", "replicate", "recompute") if getattr(arguments, n)}
+    """``config`` with the settings that the arguments override."""
+    names = ("tensor_parallel", "dp_replicate", "activation_checkpointing")
+    parallel = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
     train = {"micro_batch": arguments.micro_batch} if arguments.micro_batch else {}
     if arguments.tokens:
-        train["steps"] = max(1, round(arguments.tokens / config.train.batch_tokens))
+        train["steps"] = max(1, round(arguments.tokens / config.train.global_batch_tokens))
     return replace(
         config, parallel=replace(config.parallel, **parallel), train=replace(config.train, **train)
     )  # fmt: skip
 
 
-def _placed(config: Config, gpu: Gpu, arguments: PlanArguments) -> tuple[Plan, Memory]:
-    """On the GPUs that were asked for; or the fewest that will do."""
-    unit = config.parallel.tensor * config.parallel.replicate
-    most = config.sequences * config.parallel.tensor  # each needs a sequence of the batch
+def _placed(config: Config, gpu: Gpu, arguments: PlanArguments) -> tuple[Plan, MemoryEstimate]:
+    """The plan on the GPUs asked for, or on the fewest that suffice."""
+    unit = config.parallel.tensor_parallel * config.parallel.dp_replicate
+    most = config.sequences * config.parallel.tensor_parallel  # each needs a sequence of the batch
     if arguments.gpus:
         if arguments.gpus % unit:
-            raise UserError(f"--gpus ({arguments.gpus}) must be a multiple of replicate x tensor ({unit})")
+            raise UserError(f"--gpus ({arguments.gpus}) must be a multiple of dp_replicate x tensor_parallel ({unit})")
         if arguments.gpus > most:
             raise UserError(f"--gpus must be at most {most}: the batch has {config.sequences} sequences")
         found = Plan(config, gpu, arguments.gpus, arguments.mfu)
         return found, found.memory()
-    counts = [n for n in COUNTS if n % unit == 0 and n <= most] or [unit]
+    counts = [n for n in GPU_COUNTS if n % unit == 0 and n <= most] or [unit]
     for count in counts:
         found = Plan(config, gpu, count, arguments.mfu)
-        if found.seconds > DAYS * 86_400 and count != counts[-1]:
+        if found.seconds > MAX_DAYS * 86_400 and count != counts[-1]:
             continue
         needed = found.memory()
         if found.fits(needed) or count == counts[-1]:

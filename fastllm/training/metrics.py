@@ -1,15 +1,18 @@
-"""What a run says of itself: log.jsonl, live progress, TensorBoard."""
+"""What a run reports: means over steps, log.jsonl, live progress, TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from rich import progress as bars
+from torch import Tensor
 
 from ..console import console, say
 from ..errors import UserError
@@ -21,7 +24,7 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """Live progress on a terminal; elsewhere a line now and then."""
+    """Live progress on a terminal; elsewhere a line every few seconds."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -41,13 +44,13 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
 
-    def update(self, record: dict[str, Any], left: float) -> None:
-        """``record``: a line of the log; ``left`` in seconds."""
+    def update(self, record: dict[str, Any], seconds_left: float) -> None:
+        """``record``: a line of the log."""
         loss = math.nan if record["loss"] is None else record["loss"]
         line = (
             f"loss {loss:.3f}  lr {record['lr']:.1e}  grad norm {record['grad_norm']:.2f}  "
             f"{record['tokens_per_second']:,} tokens/s  {record['mfu']:.0%} MFU  "
-            f"{record['memory'] / 2**30:.1f} GiB  {timedelta(seconds=int(left))} left"
+            f"{record['memory'] / 2**30:.1f} GiB  {timedelta(seconds=int(seconds_left))} left"
         )
         step = record["step"]
         self._bar.update(self._task, completed=step, line=line)
@@ -56,26 +59,52 @@ class Progress:
             say("train", f"step {step}/{self.steps}  {line}")
 
 
-class Log:
-    """What a run says of itself: ``log.jsonl``, the live progress, and TensorBoard where asked.
+class MeanMetrics:
+    """Means of a step's numbers since they were last read: sums on the device, which ``add`` does not wait for."""
 
-    Only the first of several processes says it. Numbers that are not finite are null in the file: JSON has none.
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names = ("loss", *names)
+        self.sums = torch.zeros(1 + len(self.names), device=device)  # and how many steps they are of
+        self.grad_norm = torch.zeros((), device=device)  # of the latest step
+
+    def add(self, loss: Tensor, others: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
+        """One step: loss 0-d, ``others`` ``[names]``. A step whose update is ``skipped`` (1, else 0) adds nothing."""
+        step = torch.cat((loss[None], others, torch.ones_like(loss)[None]))
+        self.sums += torch.where(skipped > 0, 0.0, step)
+        self.grad_norm = grad_norm
+
+    def pop(self) -> dict[str, float | None]:
+        """The means (None where every step was skipped) and the latest gradient norm. Waits for the device."""
+        *sums, count, grad_norm = torch.cat((self.sums, self.grad_norm[None])).tolist()
+        self.sums.zero_()
+        means = {name: value / count if count else None for name, value in zip(self.names, sums, strict=True)}
+        return {**means, "grad_norm": grad_norm}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: the tensors themselves."""
+        return {"sums": self.sums, "grad_norm": self.grad_norm}
+
+
+class RunLog:
+    """The log of a run: ``log.jsonl``, live progress, and TensorBoard where asked.
+
+    Only rank 0 is ``enabled``. Numbers that are not finite are null in the file: JSON has none.
     """
 
-    def __init__(self, out: Path, steps: int, tensorboard: bool, first: bool) -> None:
-        self.path, self.first = out / LOG, first
+    def __init__(self, run_dir: Path, steps: int, tensorboard: bool, enabled: bool) -> None:
+        self.path, self.enabled = run_dir / LOG, enabled
         self.progress = Progress(steps)
-        self.cut = False  # the last line could not be written whole
+        self._line_is_torn = False  # the last line could not be written completely
         self.board: Any = None
-        if tensorboard and self.first:
+        if tensorboard and enabled:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError('--train.tensorboard needs tensorboard: pip install "fastllm[tensorboard]"') from None
-            self.board = SummaryWriter(str(out / "tensorboard"))
+            self.board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def __enter__(self) -> Self:
-        self._file = open(self.path, "a+b", buffering=0) if self.first else None
+        self._file = open(self.path, "a+b", buffering=0) if self.enabled else None
         if self._file and self._file.tell():
             self._file.seek(-1, 2)
             if self._file.read(1) != b"\n":  # the line that a killed process was writing
@@ -91,26 +120,26 @@ class Log:
             self._file.close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Add a line, at once."""
+        """Append a line at once."""
         if not self._file:
             return
         numbers = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         try:
-            self._file.write(b"\n" * self.cut + json.dumps(numbers).encode() + b"\n")
-            self.cut = False
+            self._file.write(b"\n" * self._line_is_torn + json.dumps(numbers).encode() + b"\n")
+            self._line_is_torn = False
         except OSError as error:
-            if not self.cut:
-                say("warning", f"can't write {self.path}: {error.strerror}; training goes on")
-            self.cut = True
+            if not self._line_is_torn:
+                say("warning", f"can't write {self.path}: {error.strerror}; training continues")
+            self._line_is_torn = True
         if self.board:
             for key, value in numbers.items():
                 if isinstance(value, int | float) and key != "step":
                     self.board.add_scalar(key, value, record["step"])
 
-    def trained(self, record: dict[str, Any], left: float) -> None:
-        """Steps since the last time; ``left``: seconds to the end."""
+    def trained(self, record: dict[str, Any], seconds_left: float) -> None:
+        """Steps since the last line."""
         self.write(record)
-        self.progress.update(record, left)
+        self.progress.update(record, seconds_left)
 
     def validated(self, step: int, loss: float) -> None:
         self.write({"step": step, "validation_loss": loss})
@@ -118,17 +147,17 @@ class Log:
 
 
 def read_log(log: Path) -> list[dict[str, float]]:
-    """The records of a log; of a step that was trained again, after a crash or a roll-back, the last ones."""
+    """The records of a log. Of a step that was trained twice, after a crash or a rollback, the last ones."""
     kept: list[dict[str, float]] = []
     for line in log.read_text("utf-8").splitlines():
         try:
             record = json.loads(line)
         except ValueError:  # cut off when the process was killed
             continue
-        of_this_step = []
+        same_step = []
         while kept and kept[-1]["step"] >= record["step"]:
             old = kept.pop()
             if old["step"] == record["step"] and old.keys() != record.keys():
-                of_this_step.append(old)
-        kept += [*reversed(of_this_step), record]
+                same_step.append(old)
+        kept += [*reversed(same_step), record]
     return kept

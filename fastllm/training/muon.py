@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal before each update."""
+"""The Muon optimizer: momentum whose update is orthogonalized."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..dtensor import local, own_slice
+from ..dtensor import local_slice, to_local
 from ..kernels.native import multiplies_bfloat16
 
 # Of the quintic Newton-Schulz iteration (Jordan 2024, https://kellerjordan.github.io/posts/muon/).
@@ -19,13 +19,12 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan 2024) with Nesterov momentum, for matrices, each update scaled to the RMS of AdamW's.
+    """Muon (Jordan 2024) with Nesterov momentum, for matrices. Each update is scaled to the RMS of AdamW's.
 
-    The scale, 0.2·sqrt(max(rows, columns)), makes AdamW's learning rate and weight decay serve (Liu et al. 2025,
-    arXiv:2502.16982). Beside ``torch.optim.Muon`` it shares out the work: each matrix is made orthogonal by one
-    process, which the others then have it from. And as the fused AdamW it takes ``grad_scale`` and ``found_inf``,
-    0-d tensors on the device or None: gradients are divided by the first; the update leaves everything as it is where
-    the second is 1.
+    The scale, 0.2·sqrt(max(rows, columns)), lets AdamW's learning rate and weight decay serve (Liu et al. 2025,
+    arXiv:2502.16982). Unlike ``torch.optim.Muon`` it shares out the work: one rank orthogonalizes each matrix and
+    broadcasts it. Like the fused AdamW it takes ``grad_scale`` and ``found_inf``, 0-d tensors on the device or None:
+    gradients are divided by the first; where the second is 1, nothing changes.
     """
 
     def __init__(
@@ -37,30 +36,30 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        owned: list[Tensor | None] = []
+        owned: list[Tensor | None] = []  # by this rank; None: another rank's
         todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for i, (p, group) in enumerate(todo):
             update = self._momentum(p, group["momentum"])
-            owned.append(orthogonal(update).contiguous() if i % world == rank else None)
+            owned.append(orthogonalize(update).contiguous() if i % world == rank else None)
         taken = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         for i, (p, group) in enumerate(todo):
-            mine = owned[i]
-            owned[i] = None
+            update, owned[i] = owned[i], None
             if isinstance(p, DTensor) and world > 1:
-                whole = torch.empty(p.shape, dtype=compute_dtype(p.device), device=p.device) if mine is None else mine
-                dist.broadcast(whole, i % world)
-                mine = whole[own_slice(p)]
-            assert mine is not None
+                if update is None:
+                    update = torch.empty(p.shape, dtype=compute_dtype(p.device), device=p.device)
+                dist.broadcast(update, i % world)
+                update = update[local_slice(p)]
+            assert update is not None
             size = group["lr"] * 0.2 * math.sqrt(max(p.shape))
-            local(p).mul_(1.0 - group["lr"] * group["weight_decay"] * taken).sub_(mine * (size * taken))
+            to_local(p).mul_(1.0 - group["lr"] * group["weight_decay"] * taken).sub_(update * (size * taken))
 
     def _momentum(self, p: nn.Parameter, momentum: float) -> Tensor:
-        """Advance the average of the gradients; the whole matrix to be made orthogonal."""
-        state, grad = self.state[p], local(p.grad)
+        """Update the average of the gradients; the full matrix to orthogonalize."""
+        state, grad = self.state[p], to_local(p.grad)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        average = local(state["momentum_buffer"])
+        average = to_local(state["momentum_buffer"])
         weight: float | Tensor = 1.0 - momentum
         if self.grad_scale is not None:
             grad.div_(self.grad_scale)
@@ -77,12 +76,12 @@ class Muon(torch.optim.Optimizer):
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, but for CPUs that would have to imitate it."""
+    """bfloat16, except on CPUs that would emulate it."""
     return torch.float32 if device.type == "cpu" and not multiplies_bfloat16() else torch.bfloat16
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """Near the orthogonal matrix next to ``matrix`` ``[rows, columns]``: its singular values come to 0.7 to 1.2."""
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """About the orthogonal matrix nearest to ``matrix`` ``[rows, columns]``: its singular values are 0.7 to 1.2."""
     a, b, c = COEFFICIENTS
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)

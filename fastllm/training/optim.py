@@ -1,4 +1,4 @@
-"""Optimizers and the learning rate along a run."""
+"""Optimizers and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .muon import Muon
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """What updates the parameters of a GPT (DTensors of FSDP2 too), each once.
+    """The optimizers of a GPT, sharded or not; each parameter belongs to one.
 
     - "adamw": AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), fused, with weight decay on matrices only.
-    - "muon": :class:`Muon` for the matrices of the blocks; AdamW for the embedding, the head and what is no matrix.
+    - "muon": :class:`Muon` for the matrices of the blocks; AdamW for the embedding, the head and vectors.
     """
     named = list(model.named_parameters())
     by_muon = {n for n, p in named if p.dim() == 2 and ".layers." in n} if config.optimizer == "muon" else set()
@@ -35,18 +35,21 @@ def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.O
 
 
 def step(
-    optimizers: list[torch.optim.Optimizer], lr: float, divisor: Tensor | None = None, skip: Tensor | None = None
+    optimizers: list[torch.optim.Optimizer],
+    lr: float,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
-    """One update at the learning rate ``lr``; the gradients are dropped.
+    """One update at the learning rate ``lr``; then the gradients are freed.
 
-    ``divisor``, ``skip``: 0-d tensors on the device: gradients are divided by the first; where the second is 1, neither
-    parameters nor the optimizers' state change. The host waits for neither.
+    Gradients are divided by ``grad_scale``. Where ``found_inf`` is 1, neither parameters nor optimizer state change.
+    Both are 0-d tensors on the device, and the host waits for neither.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Fused optimizers read these, as torch.amp.GradScaler hands them over.
-        optimizer.grad_scale, optimizer.found_inf = divisor, skip
+        # Fused optimizers read these, which torch.amp.GradScaler sets too.
+        optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
         optimizer.step()
         optimizer.zero_grad()
 
@@ -54,13 +57,13 @@ def step(
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state by parameter name, ``model.norm.weight.exp_avg``: the tensors themselves.
 
-    State that no step has made yet is made.
+    Creates the state where no step has been taken yet.
     """
     if not all(optimizer.state for optimizer in optimizers):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         one = torch.ones((), device=next(model.parameters()).device)
-        step(optimizers, 0.0, one, skip=one)
+        step(optimizers, 0.0, grad_scale=one, found_inf=one)
     names = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[p]}.{key}": value
@@ -71,18 +74,18 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
 
 
 def learning_rate(config: OptimConfig, progress: float) -> float:
-    """At ``progress``, from 0 to 1, through the run: a linear rise over the warm-up, then the schedule.
+    """At ``progress``, from 0 to 1, through the run: linear warmup to the peak, then the schedule.
 
-    - "wsd": constant, and over the last ``decay`` of the run a line to the end (warm-up, stable, decay; Hu et al. 2024,
+    - "wsd": constant, then linear decay over the last ``decay_ratio`` of the run (warmup-stable-decay; Hu et al. 2024,
       arXiv:2404.06395).
-    - "linear": a line from the peak to the end.
+    - "linear": linear decay from the peak to the end.
     - "cosine": half a cosine from the peak to the end (arXiv:1608.03983).
 
-    The end is ``final`` times the peak.
+    The run ends at ``min_lr_ratio`` times the peak.
     """
-    if progress < config.warmup:
-        return config.lr * progress / config.warmup
-    start = 1.0 - config.decay if config.schedule == "wsd" else config.warmup
+    if progress < config.warmup_ratio:
+        return config.lr * progress / config.warmup_ratio
+    start = 1.0 - config.decay_ratio if config.schedule == "wsd" else config.warmup_ratio
     done = min(1.0, max(0.0, (progress - start) / (1.0 - start))) if start < 1.0 else 0.0
     left = 0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done
-    return config.lr * (config.final + (1.0 - config.final) * left)
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * left)

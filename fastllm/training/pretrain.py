@@ -1,4 +1,4 @@
-"""Training: from text to a run folder, in one process or in as many as torchrun starts."""
+"""Pre-training: from text to a run folder, in one process or in as many as torchrun starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from .. import __version__, console, run_dir
 from .. import config as configs
 from ..config import Config
 from ..data import loader, sources
+from ..data.loader import EvalDataset, TokenDataset
 from ..data.tokenizer import Tokenizer
-from ..distributed.gradients import full_state
-from ..distributed.mesh import Layout, done_by_first, local_device, lost_processes, process_group
-from ..distributed.parallelize import build
+from ..distributed.gradients import full_state_dict
+from ..distributed.mesh import ParallelDims, local_device, lost_ranks, process_group, run_on_rank0
+from ..distributed.parallelize import build_model
 from ..errors import UserError
 from ..files import write_atomic
 from ..inference.generate import generate
@@ -30,21 +31,44 @@ from ..kernels.native import multiplies_bfloat16
 from ..model.flops import count_parameters
 from ..model.weights import save_weights
 from . import metrics
+from .evaluation import Evaluator
+from .objectives import NextTokenPrediction
 from .plot import plot
 from .signals import StopSignals
-from .trainer import Loop, Text
+from .state import TrainState
+from .trainer import Trainer
+
+Tokens = dict[str, np.ndarray]
 
 
-def train(config: Config, out: Path | None = None, resume: bool = False) -> int:
-    """Train as ``config`` says, into the run folder ``out`` (None: a new one under runs/). Returns the exit code.
+class Run(NamedTuple):
+    """A run folder that is ready for training, its final configuration and the contents of run.json."""
 
-    ``resume``: ``out`` is a run that ended early, or is to be longer; go on from its last checkpoint.
+    folder: Path
+    config: Config
+    metadata: dict[str, Any]
+
+
+def train(config: Config, output_dir: Path | None = None, resume: bool = False) -> int:
+    """Train a GPT as ``config`` says.
+
+    Args:
+        config: all settings; the vocabulary size becomes that of the tokenizer.
+        output_dir: the run folder, new or empty; None: a new one under runs/.
+        resume: ``output_dir`` holds a run that ended early, or that ``config`` makes longer: continue it from its
+            last checkpoint.
+
+    Returns:
+        The exit code: 0, or 128 + the number of the signal that stopped the run.
+
+    Raises:
+        UserError: the data, the folder or the configuration can't be used, or the loss spikes too often.
     """
     began = time.perf_counter()
-    first = os.environ.get("RANK", "0") == "0"
-    console.console.quiet = not first
-    if first and out is not None and not resume:
-        run_dir.check_free(out)
+    rank0 = os.environ.get("RANK", "0") == "0"
+    console.console.quiet = not rank0
+    if rank0 and output_dir is not None and not resume:
+        run_dir.require_empty(output_dir)
     device = local_device()
     if device.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
@@ -52,62 +76,78 @@ def train(config: Config, out: Path | None = None, resume: bool = False) -> int:
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
 
     with process_group(device):
-        layout = Layout.of(config.parallel, device.type)
-        out = done_by_first(lambda: go_on(config, out) if resume and out else prepare(config, out))
-        config, meta, tokens = configs.load(out / run_dir.CONFIG), run_dir.load_meta(out), run_dir.load_tokens(out)
-        meta |= {
+        dims = ParallelDims.from_config(config.parallel, device.type)
+        run, tokens = start(config, output_dir, resume)
+        config, metadata = run.config, run.metadata
+        metadata |= {
             "status": "training",
             "steps": config.train.steps,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "processes": dist.get_world_size(),
+            "world_size": dist.get_world_size(),
             "precision": str(precision).removeprefix("torch."),
             "fastllm": __version__,
             "torch": torch.__version__,
         }
-        where = f"{meta['precision']} on {meta['device']}" + (f", {layout}" if layout.mesh.size() > 1 else "")
-        console.say("model", f"{meta['parameters'] / 1e6:.1f}M parameters, {where}")
-        with StopSignals() as stop, lost_processes(out):
-            model = build(config, layout, precision, device)
-            text = Text(tokens["train"], *held_out(config, tokens["validation"]))
-            loop = Loop(config, layout, model, text, device, precision, out, stop)
+        where = f"{metadata['precision']} on {metadata['device']}" + (f", {dims}" if dims.mesh.size() > 1 else "")
+        console.say("model", f"{metadata['parameters'] / 1e6:.1f}M parameters, {where}")
+        with StopSignals() as signals, lost_ranks(run.folder):
+            objective = NextTokenPrediction()
+            seq_len = config.model.max_seq_len
+            validation = EvalDataset(tokens["validation"], seq_len, config.train.eval_tokens)
+            trainer = Trainer(
+                config,
+                dims,
+                build_model(config, dims, precision, device),
+                objective,
+                TokenDataset(tokens["train"], seq_len, config.train.seed),
+                Evaluator(objective, validation, len(validation), config.train.micro_batch),
+                run_dir=run.folder,
+                device=device,
+                precision=precision,
+                signals=signals,
+            )
             if resume:
-                if loop.checkpoints.steps():  # else it ended before the first one
-                    loop.restore()
-                console.say("resumed", f"from step {loop.at.step} of {config.train.steps}")
-            if first:
-                run_dir.save_meta(out, meta)
-            saved = loop.run()
-            state = full_state(model)
-            if first:
-                save_weights(out / run_dir.WEIGHTS, state)
+                if trainer.checkpoints.steps():  # else it ended before the first one
+                    trainer.restore()
+                console.say("resumed", f"from step {trainer.state.step} of {config.train.steps}")
+            if rank0:
+                run_dir.save_metadata(run.folder, metadata)
+            saved = trainer.run()
+            weights = full_state_dict(trainer.model)
+            if rank0:
+                save_weights(run.folder / run_dir.WEIGHTS, weights)
             dist.barrier()
-    if first:
-        at = loop.at
-        meta |= {
-            "status": "interrupted" if loop.ended_by else "finished",
-            "step": at.step,
-            "tokens": at.step * config.train.batch_tokens,
-            "tokens_per_second": at.tokens_per_second(config.train.batch_tokens),
-            "validation_loss": at.validation_loss,
-            "spikes": at.spikes,
-            "seconds_training": round(at.seconds, 2),
-            "seconds_validating": round(at.validating, 2),
-            "seconds_saving": round(at.saving, 2),
-            "seconds": round(time.perf_counter() - began, 1),
-        }
-        run_dir.save_meta(out, meta)
-        conclude(config, out, meta, device)
+    if rank0:
+        metadata |= results(trainer.state, config, interrupted=bool(trainer.stopped_by))
+        metadata["seconds"] = round(time.perf_counter() - began, 1)
+        run_dir.save_metadata(run.folder, metadata)
+        conclude(run, device)
         if not saved:
             raise UserError(
-                "the weights are saved, but the last checkpoint is not: --resume would start from one before"
+                "the weights are saved, but the last checkpoint is not: --resume would start from the one before"
             )
-    return 128 + loop.ended_by if loop.ended_by else 0
+    return 128 + trainer.stopped_by if trainer.stopped_by else 0
 
 
-def prepare(config: Config, out: Path | None) -> Path:
-    """Make the run folder: the tokenizer, the encoded text, and the configuration as it will be trained."""
+def start(config: Config, output_dir: Path | None, resume: bool) -> tuple[Run, Tokens]:
+    """The run and its tokens on every rank. Rank 0 makes or checks the folder; the others read the tokens from it."""
+    tokens: Tokens = {}
+
+    def on_rank0() -> Run:
+        if resume and output_dir is not None:
+            return resume_run(config, output_dir)
+        run, encoded = prepare(config, output_dir)
+        tokens.update(encoded)
+        return run
+
+    run = run_on_rank0(on_rank0)
+    return run, tokens or run_dir.load_tokens(run.folder)
+
+
+def prepare(config: Config, output_dir: Path | None) -> tuple[Run, Tokens]:
+    """Make the run folder: the tokenizer, the encoded data, and the configuration with the tokenizer's size."""
     corpus = sources.load_corpus(config.data.paths, config.data.validation)
-    console.say("text", f"{corpus.name}: {len(corpus.train)} documents, {corpus.size / 1e6:.1f}M characters")
+    console.say("data", f"{corpus.name}: {len(corpus.train)} documents, {corpus.size / 1e6:.1f}M characters")
     for note in corpus.notes:
         console.say("", note)
     tokenizer = Tokenizer.train(corpus.train, config.model.vocab_size)
@@ -117,77 +157,96 @@ def prepare(config: Config, out: Path | None) -> Path:
         data=replace(config.data, paths=tuple(str(Path(p).resolve()) for p in config.data.paths)),
     )
     tokens = {
-        "train": loader.encode(tokenizer, corpus.train),
-        "validation": loader.encode(tokenizer, corpus.validation),
+        "train": loader.encode_documents(tokenizer, corpus.train),
+        "validation": loader.encode_documents(tokenizer, corpus.validation),
     }
-    for name, part in (("train on", tokens["train"]), ("hold out", tokens["validation"])):
-        if len(part) <= config.model.context:
+    for purpose, ids in (("training", tokens["train"]), ("validation", tokens["validation"])):
+        if len(ids) <= config.model.max_seq_len:
             raise UserError(
-                f"too little text: {len(part)} tokens to {name}, at least {config.model.context + 1} are needed; "
-                "give more text or lower --model.context"
+                f"too little data: {len(ids)} tokens for {purpose}, at least {config.model.max_seq_len + 1} are "
+                "needed; give more text or lower --model.max-seq-len"
             )
-    sizes = f"{len(tokens['train']):,} to train on, {len(tokens['validation']):,} held out"
+    sizes = f"{len(tokens['train']):,} for training, {len(tokens['validation']):,} for validation"
     console.say("tokenizer", f"{tokenizer.vocab_size:,} tokens; {sizes}")
 
-    out = run_dir.claim(out)
-    write_atomic(out / run_dir.CONFIG, configs.dump(config).encode())
-    tokenizer.save(out / run_dir.TOKENIZER)
-    run_dir.save_tokens(out, tokens)
-    targets = held_out(config, tokens["validation"])[1]
-    meta = {
+    folder = run_dir.create(output_dir)
+    write_atomic(folder / run_dir.CONFIG, configs.dump(config).encode())
+    tokenizer.save(folder / run_dir.TOKENIZER)
+    run_dir.save_tokens(folder, tokens)
+    metadata = {
         "status": "training",
         "step": 0,
         "steps": config.train.steps,
         "parameters": count_parameters(config.model)["total"],
-        "unigram_loss": loader.unigram_loss(tokens["train"], targets, tokenizer.vocab_size),  # nats per token
+        **baseline(tokenizer, tokens, config),
+    }
+    run_dir.save_metadata(folder, metadata)
+    return Run(folder, config, metadata), tokens
+
+
+def resume_run(config: Config, folder: Path) -> Run:
+    """Check that ``config`` continues the run in ``folder``, and write it there."""
+    before = configs.load(folder / run_dir.CONFIG)
+    if config.model != before.model or config.data != before.data:
+        raise UserError("--resume continues with the model and the data of the run: leave out --model and --data")
+    if (config.optim.optimizer, config.spikes.window) != (before.optim.optimizer, before.spikes.window):
+        raise UserError("--resume continues with --optim.optimizer and --spikes.window of the run: leave them out")
+    metadata = run_dir.load_metadata(folder)
+    if metadata.get("step") == config.train.steps:
+        raise UserError(f"{folder} has all its {config.train.steps} steps; for more give a larger --train.steps")
+    write_atomic(folder / run_dir.CONFIG, configs.dump(config).encode())
+    return Run(folder, config, metadata)
+
+
+def baseline(tokenizer: Tokenizer, tokens: Tokens, config: Config) -> dict[str, float]:
+    """What puts the validation loss in relation: that of a unigram model (nats per token), and bytes per token."""
+    validation = EvalDataset(tokens["validation"], config.model.max_seq_len, config.train.eval_tokens)
+    targets = validation.batch(0, len(validation))["targets"].numpy()
+    return {
+        "unigram_loss": loader.unigram_loss(tokens["train"], targets, tokenizer.vocab_size),
         "bytes_per_token": float(tokenizer.byte_lengths()[targets].mean()),
     }
-    run_dir.save_meta(out, meta)
-    return out
 
 
-def go_on(config: Config, out: Path) -> Path:
-    """Take up the run in ``out`` once more, as ``config`` says now."""
-    before = configs.load(out / run_dir.CONFIG)
-    if config.model != before.model or config.data != before.data:
-        raise UserError("--resume goes on with the model and the text of the run: leave out --model and --data")
-    if (config.optim.optimizer, config.guard.window) != (before.optim.optimizer, before.guard.window):
-        raise UserError("--resume goes on with --optim.optimizer and --guard.window of the run: leave them out")
-    meta = run_dir.load_meta(out)
-    if meta.get("step") == config.train.steps:
-        raise UserError(f"{out} has all its {config.train.steps} steps; for more give a larger --train.steps")
-    write_atomic(out / run_dir.CONFIG, configs.dump(config).encode())
-    return out
+def results(state: TrainState, config: Config, interrupted: bool) -> dict[str, Any]:
+    """What run.json says of a run that has ended."""
+    tokens_per_step = config.train.global_batch_tokens
+    return {
+        "status": "interrupted" if interrupted else "finished",
+        "step": state.step,
+        "tokens": state.step * tokens_per_step,
+        "tokens_per_second": state.tokens_per_second(tokens_per_step),
+        "validation_loss": state.validation_loss,
+        "spikes": state.spikes,
+        "seconds_training": round(state.seconds, 2),
+        "seconds_evaluating": round(state.seconds_evaluating, 2),
+        "seconds_saving": round(state.seconds_saving, 2),
+    }
 
 
-def held_out(config: Config, validation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets of the validation loss, int64 ``[windows, context]``."""
-    return loader.cut(
-        validation, loader.spread(validation, config.model.context, config.train.eval_tokens), config.model.context
-    )
-
-
-def conclude(config: Config, out: Path, meta: dict[str, Any], device: torch.device) -> None:
-    """The plot of the run, a sample, and what a person is told at the end."""
-    plot(out / metrics.LOG, out / "loss.png", meta["unigram_loss"])
+def conclude(run: Run, device: torch.device) -> None:
+    """The plot of the run, a sample, and a summary for the person who started it."""
+    folder, config, metadata = run
+    plot(folder / metrics.LOG, folder / "loss.png", metadata["unigram_loss"])
     prompt = "" if config.data.paths else "def "
-    if meta["status"] == "interrupted":
-        console.say("interrupted", f"after step {meta['step']} of {meta['steps']}; all is saved")
-        console.say("go on", f"fastllm train --resume {out}")
+    if metadata["status"] == "interrupted":
+        console.say("interrupted", f"after step {metadata['step']} of {metadata['steps']}; everything is saved")
+        console.say("continue", f"fastllm train --resume {folder}")
     else:
-        sample = prompt + "".join(generate(*run_dir.load_run(out, device)[:2], prompt, max_tokens=120))
-        write_atomic(out / "sample.txt", sample.encode())
+        model, tokenizer = run_dir.load_run(folder, device)
+        sample = prompt + "".join(generate(model, tokenizer, prompt, max_tokens=120))
+        write_atomic(folder / "sample.txt", sample.encode())
         console.say("sample", sample)
-        loss, per_byte = meta["validation_loss"], math.log(2) * meta["bytes_per_token"]
+        loss, per_byte = metadata["validation_loss"], math.log(2) * metadata["bytes_per_token"]
         console.say("validation", f"loss {loss:.3f} nats per token ({loss / per_byte:.3f} bits per byte)")
-        console.say("", f"     {meta['unigram_loss']:.3f} a unigram model of the same tokens")
-        console.say("speed", f"{meta['tokens_per_second']:,} tokens/s; {meta['seconds']:.0f} s in all")
-    console.say("files", f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
-    console.say("try", f"fastllm generate {out}" + (f' --prompt "{prompt}"' if prompt else ""))
+        console.say("", f"     {metadata['unigram_loss']:.3f} a unigram model of the same tokens")
+        console.say("speed", f"{metadata['tokens_per_second']:,} tokens/s; {metadata['seconds']:.0f} s in total")
+    console.say("files", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    console.say("try", f"fastllm generate {folder}" + (f' --prompt "{prompt}"' if prompt else ""))
 
 
 def pick_precision(precision: configs.Precision, device: torch.device) -> torch.dtype:
-    """What the model computes in; the weights that the optimizer sees stay float32."""
+    """What the model computes in; the weights that the optimizer updates stay float32."""
     if precision != "auto":
         return getattr(torch, precision)
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else multiplies_bfloat16()
@@ -195,7 +254,7 @@ def pick_precision(precision: configs.Precision, device: torch.device) -> torch.
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: it unmaps large blocks, and a fresh one costs a page fault per 4 KiB."""
+    """Let glibc keep freed memory: it unmaps large blocks, and a fresh one costs a page fault per 4 KiB."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         m_trim_threshold, m_mmap_max = -1, -4

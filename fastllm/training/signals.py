@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: heard, and acted on between two steps."""
+"""Ctrl-C and SIGTERM, which take effect between two steps."""
 
 from __future__ import annotations
 
@@ -30,4 +30,4 @@ class StopSignals:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         self.caught = number
         self._restore()
-        console.say("stopping", "after this step, with all saved; once more to stop at once")
+        console.say("stopping", "after this step, and everything is saved; again to stop at once")

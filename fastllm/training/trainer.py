@@ -1,332 +1,297 @@
-"""The steps of a training run: the same numbers, whatever the number of processes."""
+"""The trainer: minimises any objective over any data source, with the same numbers on any number of ranks."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import console
 from ..config import Config
-from ..data import loader
-from ..distributed.gradients import squared_norm_share, sum_whole_gradients
-from ..distributed.mesh import Layout, fail
-from ..distributed.parallelize import begin_pass
+from ..data.loader import Batch, DataSource
+from ..distributed.gradients import all_reduce_replicated_grads, local_grad_norm_sq
+from ..distributed.mesh import ParallelDims, abort_all_ranks
+from ..distributed.parallelize import begin_micro_batch
+from ..errors import UserError
 from ..hardware import peak_flops, peak_memory
 from ..model.flops import flops_per_token
 from ..model.gpt import GPT
-from . import metrics, optim
-from .checkpoint import Checkpoints, random_state, set_random_state
+from . import optim
+from .checkpoint import Checkpointer, rng_state, set_rng_state
+from .evaluation import Evaluator
+from .metrics import MeanMetrics, RunLog
+from .micro_batches import micro_batches
+from .objectives import Objective
+from .profiler import StepProfiler
 from .signals import StopSignals
-from .spikes import Guard
+from .spikes import SpikeDetector
+from .state import Stopwatch, TrainState
 
-IGNORED = -100  # the target of a token that does not count
-SLOW = 0.5  # seconds of a step from which on the processes talk after each: a signal is heard at once
-
-
-@dataclass
-class Position:
-    """Where a run is: with the tensors all that it goes on from."""
-
-    step: int = 0  # optimizer steps taken
-    sequence: int = 0  # sequences of the text read; a roll-back does not take them back
-    progress: float = 0.0  # through the run, from 0 to 1
-    seconds: float = 0.0  # of training; validating and saving are counted below
-    validating: float = 0.0
-    saving: float = 0.0
-    logged_step: int = 0
-    logged_seconds: float = 0.0
-    spikes: int = 0
-    rollbacks: int = 0
-    validation_loss: float | None = None  # nats per token, the latest
-
-    def tokens_per_second(self, batch_tokens: int) -> int:
-        return round(self.step * batch_tokens / self.seconds) if self.seconds else 0
+SLOW_STEP = 0.5  # seconds of a step from which on the ranks synchronise after each: a signal takes effect at once
 
 
-@dataclass(frozen=True)
-class Text:
-    """Token ids: what is trained on, and the held-out windows, int64 ``[windows, context]``."""
+class Trainer:
+    """Trains a sharded model; the parts that a run is made of are attributes, each with a small interface.
 
-    tokens: np.ndarray
-    inputs: np.ndarray
-    targets: np.ndarray
-
-
-class Loop:
-    """Trains ``model``, which is sharded as ``layout`` says, in the run folder ``out``."""
+    Args:
+        config: of the run.
+        dims: how the model is sharded.
+        model: as :func:`fastllm.distributed.parallelize.build_model` returns it.
+        objective: what is minimised.
+        data: what is trained on.
+        evaluator: computes the validation loss every ``train.eval_every`` steps; None: there is none.
+        run_dir: where checkpoints, the log and traces go.
+        device: of this rank.
+        precision: in which the model computes.
+        signals: those that end the run early.
+    """
 
     def __init__(
-        self, config: Config, layout: Layout, model: GPT, text: Text, device: torch.device, precision: torch.dtype,
-        out: Path, stop: StopSignals,
-    ) -> None:  # fmt: skip
-        self.config, self.layout, self.model, self.text = config, layout, model, text
-        self.device, self.out, self.stop = device, out, stop
-        self.at = Position()
-        self.batches = loader.Batches(text.tokens, config.model.context, config.train.seed)
+        self,
+        config: Config,
+        dims: ParallelDims,
+        model: GPT,
+        objective: Objective,
+        data: DataSource,
+        evaluator: Evaluator | None,
+        *,
+        run_dir: Path,
+        device: torch.device,
+        precision: torch.dtype,
+        signals: StopSignals,
+    ) -> None:
+        self.config, self.dims, self.model = config, dims, model
+        self.objective, self.data, self.evaluator = objective, data, evaluator
+        self.device, self.signals = device, signals
+        self.state = TrainState()
+        self.stopwatch = Stopwatch(self.state)
         self.optimizers = optim.make_optimizers(model, config.optim)
-        self.guard = Guard(config.guard, device)
-        self.sums = torch.zeros(2, device=device)  # of the losses since the last line of the log; and how many
-        self.norm = torch.zeros((), device=device)  # of the latest gradient
+        self.spikes = SpikeDetector(config.spikes, device)
+        self.metrics = MeanMetrics(objective.metric_names, device)
+        self.checkpoints = Checkpointer(run_dir / "checkpoints", config.checkpoint.keep)
+        self.log = RunLog(run_dir, config.train.steps, config.train.tensorboard, enabled=dist.get_rank() == 0)
+        self.profiler = StepProfiler(run_dir, config.train.profile, device)
+        self.stopped_by = 0  # the number of the signal that any rank caught
         self.lr = 0.0
-        self.checkpoints = Checkpoints(out / "checkpoints", config.checkpoint.keep)
-        self.ended_by = 0  # the signal that a process caught
-        self.pace = 0.0  # progress of a step, where the run has an end in time
-        self.share_of_peak = flops_per_token(config.model) / peak_flops(device, precision) / dist.get_world_size()
+        self.memory = 0  # bytes, the most of any rank
+        self._progress_per_step = 0.0  # where the run is limited in time
+        self.mfu_per_token = flops_per_token(config.model) / peak_flops(device, precision) / dist.get_world_size()
 
     # ---- a step ----
 
-    def step(self) -> None:
+    def train_step(self) -> None:
         """Forward, backward and update. The host does not wait for the device."""
-        at, config, model = self.at, self.config, self.model
-        passes = list(self.passes(config.sequences, lambda row, n: self.batches.batch(at.sequence + row, n)))
-        valid = self.batches.valid_tokens(at.sequence, config.sequences)
-        total = torch.zeros((), device=self.device)
-        for i, (inputs, targets) in enumerate(passes):
-            begin_pass(model, config.parallel, last=i == len(passes) - 1)
-            loss = model(inputs, targets, reduction="sum")
-            loss.backward()
-            total += loss.detach()
-        sum_whole_gradients(model, self.layout)
-        sums = torch.stack((total, squared_norm_share(model, self.layout)))
+        state, config, names = self.state, self.config, self.objective.metric_names
+        batches = list(self._micro_batches())
+        sums = torch.zeros(2 + len(names), device=self.device)
+        for i, batch in enumerate(batches):
+            begin_micro_batch(self.model, config.parallel, last=i == len(batches) - 1)
+            loss = self.objective(self.model, batch)
+            loss.loss_sum.backward()
+            parts = (loss.loss_sum.detach(), loss.count, *(loss.metrics[name] for name in names))
+            sums += torch.stack([part.to(sums.dtype) for part in parts])
+        all_reduce_replicated_grads(self.model, self.dims)
+        norm_sq = local_grad_norm_sq(self.model, self.dims)
+        sums = torch.cat((sums[:1], norm_sq[None], sums[1:]))  # loss, squared norm, count, metrics
         dist.all_reduce(sums)
-        # The gradients are those of the sum over all tokens: the update divides them, with what clipping asks for.
-        loss, self.norm = sums[0] / valid, sums[1].sqrt() / valid
-        spike = self.guard.step(at.step, loss, self.norm)
-        self.lr = optim.learning_rate(config.optim, at.progress + 0.5 / config.train.steps)
-        optim.step(self.optimizers, self.lr, divisor=(self.norm / config.optim.clip).clamp(min=1.0) * valid, skip=spike)
-        self.sums += torch.stack((torch.where(spike > 0, 0.0, loss), 1.0 - spike))
-        at.step += 1
-        at.sequence += config.sequences
-        at.progress = max(at.step / config.train.steps, at.progress + self.pace)
+        # Gradients are those of the sum over all items: the update divides them, together with what clipping asks for.
+        count = sums[2].clamp(min=1.0)
+        loss, grad_norm = sums[0] / count, sums[1].sqrt() / count
+        found_inf = self.spikes.step(state.step, loss, grad_norm)
+        self.lr = optim.learning_rate(config.optim, state.progress + 0.5 / config.train.steps)
+        grad_scale = (grad_norm / config.optim.max_grad_norm).clamp(min=1.0) * count
+        optim.step(self.optimizers, self.lr, grad_scale=grad_scale, found_inf=found_inf)
+        self.metrics.add(loss, sums[3:] / count, grad_norm, skipped=found_inf)
+        state.step += 1
+        state.items += config.sequences
+        state.progress = max(state.step / config.train.steps, state.progress + self._progress_per_step)
 
-    def passes(
-        self, count: int, fetch: Callable[[int, int], tuple[np.ndarray, np.ndarray]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's share of ``count`` sequences, in micro-batches; ``fetch(first, n)`` reads them.
-
-        All processes make as many passes: one that has nothing left gets a sequence that does not count.
-        """
-        rows, size = self.layout.rows(count), self.config.train.micro_batch
-        for first in range(0, self.layout.most_rows(count), size):
-            part = rows[first : first + size]
-            if part:
-                inputs, targets = map(torch.from_numpy, fetch(part.start, len(part)))
-            else:
-                inputs = torch.zeros(1, self.config.model.context, dtype=torch.int64)
-                targets = torch.full_like(inputs, IGNORED)
-            yield self._to_device(inputs), self._to_device(targets)
-
-    def _to_device(self, tokens: Tensor) -> Tensor:
-        tokens = self.layout.own_tokens(tokens)
-        if self.device.type == "cpu":
-            return tokens
-        return tokens.contiguous().pin_memory().to(self.device, non_blocking=True)
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Nats per token on the held-out windows."""
-        inputs, targets = self.text.inputs, self.text.targets
-        total = torch.zeros((), device=self.device)
-        for part in self.passes(len(inputs), lambda row, n: (inputs[row : row + n], targets[row : row + n])):
-            total += self.model(*part, reduction="sum")
-        dist.all_reduce(total)
-        return total.item() / targets.size
+    def _micro_batches(self) -> Iterator[Batch]:
+        n, size = self.config.sequences, self.config.train.micro_batch
+        return micro_batches(self.data, self.state.items, n, size, self.dims, self.device)
 
     # ---- the run ----
 
     def run(self) -> bool:
-        """Train to the end, or until a signal is caught. Whether the last state has become a checkpoint."""
-        at, settings = self.at, self.config.train
-        first = dist.get_rank() == 0
-        with metrics.Log(self.out, settings.steps, settings.tensorboard, first) as log, self._profiler() as profiler:
-            self._start, began_at = time.perf_counter() - at.seconds, at.step
-            if at.step == 0 and self.config.guard.policy == "rollback":
-                self.save(log)
-            while at.progress < 1 and not self.ended_by:
-                self.step()
-                profiler.step()
-                end = at.progress >= 1
-                logged, validated, saved = (
-                    end or at.step % every == 0
+        """Train to the end, or until a signal is caught. Returns whether the last state has become a checkpoint."""
+        state, settings = self.state, self.config.train
+        with self.log, self.profiler:
+            self.stopwatch.start()
+            first_step = state.step
+            if state.step == 0 and self.config.spikes.policy == "rollback":
+                self.save()
+            while state.progress < 1 and not self.stopped_by:
+                self.train_step()
+                self.profiler.step()
+                end = state.progress >= 1
+                log_due, eval_due, save_due = (
+                    end or state.step % every == 0
                     for every in (settings.log_every, settings.eval_every, self.config.checkpoint.every)
                 )
-                alone = self.stop.caught and dist.get_world_size() == 1
-                slow = at.step == began_at + 1 or at.seconds > SLOW * at.step
-                if not (logged or validated or saved or alone or slow):
+                signalled = self.signals.caught and dist.get_world_size() == 1
+                slow = state.step == first_step + 1 or state.seconds > SLOW_STEP * state.step
+                if not (log_due or eval_due or save_due or signalled or slow):
                     continue
-                self.agree()
-                if self.met_spike(log):
+                self.sync_ranks()
+                if self.handle_spikes():
                     continue
-                if logged:
-                    self.log(log)
-                if validated and not self.ended_by:
-                    with self._counted("validating"):
-                        at.validation_loss = self.evaluate()
-                    log.validated(at.step, at.validation_loss)
-                if saved:
-                    self.save(log)
-            if at.step not in self.checkpoints.begun:
-                self.save(log)
+                if log_due:
+                    self.write_log()
+                if eval_due and not self.stopped_by:
+                    self.evaluate()
+                if save_due:
+                    self.save()
+            if state.step not in self.checkpoints.begun:
+                self.save()
             problem = self.checkpoints.wait()
         if problem:
             console.say("warning", problem)
         return not problem
 
-    def agree(self) -> None:
-        """Wait for the device, and let all processes know of signals, and of the time as the first one has it."""
-        self.norm.item()
-        first = dist.get_rank() == 0
-        seconds = time.perf_counter() - self._start if first else 0.0
-        shared = torch.tensor([self.stop.caught, seconds, peak_memory(self.device)], dtype=torch.float64)
+    def sync_ranks(self) -> None:
+        """Wait for the device; share signals, rank 0's time and the peak memory among all ranks."""
+        self.metrics.grad_norm.item()
+        seconds = self.stopwatch.seconds() if dist.get_rank() == 0 else 0.0
+        shared = torch.tensor([self.signals.caught, seconds, peak_memory(self.device)], dtype=torch.float64)
         dist.all_reduce(shared, dist.ReduceOp.MAX)
-        self.ended_by, self.at.seconds, self.memory = int(shared[0]), float(shared[1]), int(shared[2])
-        self.measure_progress()
+        self.stopped_by, self.state.seconds, self.memory = int(shared[0]), float(shared[1]), int(shared[2])
+        self._update_progress()
 
-    def measure_progress(self) -> None:
-        """By the steps, or where there is a limit by the time, if that is further."""
-        at, settings = self.at, self.config.train
-        at.progress = at.step / settings.steps
-        if settings.seconds and at.step:
-            at.progress = max(at.progress, at.seconds / settings.seconds)
-            self.pace = at.seconds / at.step / settings.seconds
+    def _update_progress(self) -> None:
+        """By steps or, where there is a time limit, by time, whichever is further."""
+        state, settings = self.state, self.config.train
+        state.progress = state.step / settings.steps
+        if settings.seconds and state.step:
+            state.progress = max(state.progress, state.seconds / settings.seconds)
+            self._progress_per_step = state.seconds / state.step / settings.seconds
 
-    def log(self, log: metrics.Log) -> None:
-        at, tokens = self.at, self.config.train.batch_tokens
-        loss, count, norm = torch.cat((self.sums, self.norm[None])).tolist()
-        speed = (at.step - at.logged_step) * tokens / max(at.seconds - at.logged_seconds, 1e-9)
+    def write_log(self) -> None:
+        """A line of the log: the means since the last one."""
+        state, tokens = self.state, self.config.train.global_batch_tokens
+        seconds = max(state.seconds - state.logged_seconds, 1e-9)
+        speed = (state.step - state.logged_step) * tokens / seconds
+        means = self.metrics.pop()
         record = {
-            "step": at.step,
-            "tokens": at.step * tokens,
-            "seconds": round(at.seconds, 2),
-            "loss": loss / count if count else None,
+            "step": state.step,
+            "tokens": state.step * tokens,
+            "seconds": round(state.seconds, 2),
+            "loss": means.pop("loss"),
             "lr": self.lr,
-            "grad_norm": norm,
+            "grad_norm": means.pop("grad_norm"),
             "tokens_per_second": round(speed),
-            "mfu": round(speed * self.share_of_peak, 4),
+            "mfu": round(speed * self.mfu_per_token, 4),
             "memory": self.memory,
+            **means,
         }
-        log.trained(record, left=at.seconds * max(0.0, 1 / at.progress - 1))
-        at.logged_step, at.logged_seconds = at.step, at.seconds
-        self.sums.zero_()
+        self.log.trained(record, seconds_left=state.seconds * max(0.0, 1 / state.progress - 1))
+        state.logged_step, state.logged_seconds = state.step, state.seconds
 
-    def met_spike(self, log: metrics.Log) -> bool:
-        """Act on spikes since the last look. True: the run was rolled back."""
-        at, config = self.at, self.config.guard
-        count, recent, met, usual = self.guard.report()
-        if count == at.spikes:
+    def evaluate(self) -> None:
+        """The validation loss, into the state and the log."""
+        if self.evaluator is None:
+            return
+        with self.stopwatch.counted_as("seconds_evaluating"):
+            loss = self.evaluator.loss(self.model, self.dims, self.device)
+        self.state.validation_loss = loss
+        self.log.validated(self.state.step, loss)
+
+    # ---- spikes ----
+
+    def handle_spikes(self) -> bool:
+        """Report spikes since the last call and act as ``spikes.policy`` says. True: the run was rolled back."""
+        state, config = self.state, self.config.spikes
+        found = self.spikes.report()
+        if found.count == state.spikes:
             return False
-        at.spikes = count
-        what = (
-            f"loss {met[0]:.4g} and gradient norm {met[1]:.4g} before step {at.step}, where {usual[0]:.4g} and "
-            f"{usual[1]:.4g} are usual"
+        state.spikes = found.count
+        what = f"{found.describe()} before step {state.step}"
+        self.log.write(
+            {"step": state.step, "spikes": found.count, "spike_loss": found.loss, "spike_grad_norm": found.grad_norm}
         )
-        log.write({"step": at.step, "spikes": count, "spike_loss": met[0], "spike_grad_norm": met[1]})
-        if config.policy == "stop" or recent > config.limit or at.rollbacks >= config.limit:
-            times = f"{recent} spikes within {config.window} steps" if recent > 1 else "a spike"
-            times += f", after {at.rollbacks} roll-backs" if at.rollbacks else ""
+        if config.policy == "stop" or found.recent > config.limit or state.rollbacks >= config.limit:
+            times = f"{found.recent} spikes within {config.window} steps" if found.recent > 1 else "a spike"
+            times += f", after {state.rollbacks} rollbacks" if state.rollbacks else ""
             self.checkpoints.wait()
             saved = self.checkpoints.steps()
-            fail(
-                f"{times}: {what}. Try a lower --optim.lr or a longer --optim.warmup, or look at the text there. "
+            abort_all_ranks(
+                f"{times}: {what}. Lower --optim.lr or raise --optim.warmup-ratio, or look at the data there. "
                 + (f"The last checkpoint is of step {saved[-1]}" if saved else "There is no checkpoint yet")
             )
         if config.policy == "skip":
-            console.say("spike", f"{what}: that update was left out")
+            console.say("spike", f"{what}: that update was skipped")
             return False
         self.roll_back()
-        console.say("spike", f"{what}: back to step {at.step}, and on with the text behind it")
+        console.say("spike", f"{what}: back to step {state.step}, continuing with the data after it")
         return True
 
     def roll_back(self) -> None:
-        """To the last checkpoint; but what was read, met and spent stays so."""
-        at = self.at
-        flags = [tensor.clone() for tensor in (self.guard.count, self.guard.spikes)]
-        kept = {n: getattr(at, n) for n in ("sequence", "seconds", "validating", "saving", "spikes")}
-        kept |= {"rollbacks": at.rollbacks + 1, "logged_seconds": at.seconds}
+        """Restore the last checkpoint; but data read, spikes met and time spent are not taken back."""
+        state = self.state
+        names = ("items", "seconds", "seconds_evaluating", "seconds_saving", "spikes")
+        kept = {name: getattr(state, name) for name in names}
+        kept |= {"rollbacks": state.rollbacks + 1, "logged_seconds": state.seconds}
         self.checkpoints.wait()
-        before = time.perf_counter()
-        self.restore()
-        self._start += time.perf_counter() - before
-        vars(at).update(kept)
-        for tensor, value in zip((self.guard.count, self.guard.spikes), flags, strict=True):
-            tensor.copy_(value)
+        with self.stopwatch.counted_as(None), self.spikes.keep_counts():
+            self.restore()
+        vars(state).update(kept)
 
-    # ---- state ----
+    # ---- checkpoints ----
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds, by name: the tensors themselves."""
+        """All tensors of a checkpoint, by name: the tensors themselves."""
         parts = {
             "model": self.model.state_dict(),
             "optim": optim.state_tensors(self.model, self.optimizers),
-            "guard": self.guard.state(),
-            "loop": {"sums": self.sums, "norm": self.norm},
+            "spikes": self.spikes.state_dict(),
+            "metrics": self.metrics.state_dict(),
         }
         return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
 
-    def save(self, log: metrics.Log) -> None:
-        """Begin to write a checkpoint; what went wrong with the last one is told, and training goes on."""
-        facts = {"position": asdict(self.at), "model": asdict(self.config.model)}
-        with self._counted("saving"):
-            tensors = self.tensors() | random_state(self.device)
-            problem = self.checkpoints.save(self.at.step, tensors, facts)
+    def save(self) -> None:
+        """Begin to write a checkpoint. If the one before it failed, say so and continue."""
+        metadata = {
+            "state": asdict(self.state),
+            "data": self.data.state_dict(),
+            "model": asdict(self.config.model),
+        }
+        with self.stopwatch.counted_as("seconds_saving"):
+            tensors = self.tensors() | rng_state(self.device)
+            problem = self.checkpoints.save(self.state.step, tensors, metadata)
         if problem:
-            console.say("warning", f"{problem}; training goes on")
-            log.write({"step": self.at.step, "problem": problem})
+            console.say("warning", f"{problem}; training continues")
+            self.log.write({"step": self.state.step, "problem": problem})
 
     def restore(self) -> None:
-        """Go back to the last whole checkpoint."""
+        """Continue from the last intact checkpoint."""
         tensors = self.tensors()
         for step in reversed(self.checkpoints.steps()):
-            facts = self.checkpoints.facts(step)
-            if facts["model"] != asdict(self.config.model):
-                changed = [k for k, v in asdict(self.config.model).items() if facts["model"].get(k) != v]
-                fail(f"the checkpoint of step {step} has another model.{', model.'.join(changed)}")
-            own = random_state(self.device) if facts["processes"] == dist.get_world_size() else {}
+            metadata = self.checkpoints.metadata(step)
+            self._check_same_run(step, metadata)
+            own = rng_state(self.device) if metadata["world_size"] == dist.get_world_size() else {}
             problem = self.checkpoints.load(step, tensors | own)
             if problem:
-                console.say("warning", f"{problem}; the one before it is taken")
+                console.say("warning", f"{problem}; using the one before it")
                 continue
             if own:
-                set_random_state(self.device, own)
-            vars(self.at).update(facts["position"])
-            self.measure_progress()
+                set_rng_state(self.device, own)
+            vars(self.state).update(metadata["state"])
+            self._update_progress()
             return
-        fail(f"there is no whole checkpoint in {self.checkpoints.folder}")
+        abort_all_ranks(f"there is no intact checkpoint in {self.checkpoints.folder}")
 
-    @contextmanager
-    def _counted(self, what: str) -> Iterator[None]:
-        """Count the time of the block as ``what``, and not as training."""
-        start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start
-        setattr(self.at, what, getattr(self.at, what) + seconds)
-        self._start += seconds
-
-    def _profiler(self) -> Any:
-        """Traces steps for chrome://tracing and Perfetto, as ``train.profile`` says."""
-        steps = self.config.train.profile
-        if not steps or dist.get_rank():
-            return nullcontext(_Nothing())
-
-        def done(profile: torch.profiler.profile) -> None:
-            profile.export_chrome_trace(str(self.out / "trace.json.gz"))
-            table = profile.key_averages().table(sort_by=f"self_{self.device.type}_time_total", row_limit=40)
-            (self.out / "profile.txt").write_text(table)
-            console.say("profile", f"{steps} steps: {self.out / 'trace.json.gz'}, {self.out / 'profile.txt'}")
-
-        schedule = torch.profiler.schedule(skip_first=10, wait=0, warmup=2, active=steps, repeat=1)
-        return torch.profiler.profile(schedule=schedule, on_trace_ready=done, record_shapes=True)
-
-
-class _Nothing:
-    def step(self) -> None:
-        pass
+    def _check_same_run(self, step: int, metadata: dict) -> None:
+        missing = {"state", "data", "model", "world_size"} - metadata.keys()
+        if missing:
+            abort_all_ranks(f"the checkpoint of step {step} was written by another version of fastllm")
+        model = asdict(self.config.model)
+        changed = [key for key, value in model.items() if metadata["model"].get(key) != value]
+        if changed:
+            abort_all_ranks(f"the checkpoint of step {step} has another model.{', model.'.join(changed)}")
+        try:
+            self.data.load_state_dict(metadata["data"])
+        except UserError as error:
+            abort_all_ranks(f"step {step}: {error}")

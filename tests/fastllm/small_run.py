@@ -11,69 +11,94 @@ import numpy as np
 import torch
 
 from fastllm.config import CheckpointConfig, Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
-from fastllm.distributed.gradients import full_state
-from fastllm.distributed.mesh import Layout
-from fastllm.distributed.parallelize import build
-from fastllm.dtensor import full
-from fastllm.training import metrics as report
+from fastllm.data.loader import Batch, TokenDataset, padding_window
+from fastllm.distributed.gradients import full_state_dict
+from fastllm.distributed.mesh import ParallelDims
+from fastllm.distributed.parallelize import build_model
+from fastllm.dtensor import to_full
 from fastllm.training import optim
-from fastllm.training import trainer as loops
+from fastllm.training.evaluation import Evaluator
+from fastllm.training.metrics import read_log
+from fastllm.training.objectives import NextTokenPrediction
 from fastllm.training.signals import StopSignals
-from fastllm.training.trainer import Loop, Text
+from fastllm.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(
-    vocab_size=259, context=16, dim=32, layers=2, heads=4, kv_heads=2, hidden_dim=48, qk_norm=True, qkv_bias=True
+    vocab_size=259, max_seq_len=16, dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, qk_norm=True, qkv_bias=True
 )
 # 5 sequences in micro-batches of 2: shared unevenly, with a process that has none left in a pass.
-TRAIN = TrainConfig(steps=6, batch_tokens=80, micro_batch=2, log_every=1, eval_every=3, eval_tokens=96)
+TRAIN = TrainConfig(steps=6, global_batch_tokens=80, micro_batch=2, log_every=1, eval_every=3, eval_tokens=96)
 CONFIG = Config(MODEL, optim=OptimConfig(lr=2e-2), train=TRAIN, checkpoint=CheckpointConfig(every=2, keep=9))
 
 
 def config(**options: Any) -> Config:
-    """``CONFIG`` with options of any section: ``tensor=2, optimizer="muon"``."""
+    """``CONFIG`` with options of any section: ``tensor_parallel=2, optimizer="muon"``."""
     changed = CONFIG
     for name, value in options.items():
-        section = next(s for s in ("model", "optim", "train", "guard", "checkpoint", "parallel")
+        section = next(s for s in ("model", "optim", "train", "spikes", "checkpoint", "parallel")
                        if hasattr(getattr(CONFIG, s), name))  # fmt: skip
         changed = replace(changed, **{section: replace(getattr(changed, section), **{name: value})})
     return changed
 
 
-def text(vocab_size: int = MODEL.vocab_size) -> Text:
+def some_tokens(vocab_size: int = MODEL.vocab_size) -> np.ndarray:
     tokens = np.random.default_rng(0).integers(0, vocab_size, 2000).astype(np.uint16)
     tokens[1::2] = tokens[::2] // 2  # something to learn
-    inputs = tokens[:96].reshape(6, 16).astype(np.int64)
-    return Text(tokens, inputs, inputs[::-1].copy())
+    return tokens
 
 
-def make(config: Config, out: Path, precision: torch.dtype = torch.float32) -> Loop:
-    """A loop at its start, within a process group."""
+class Validation:
+    """Six windows, each with the tokens of another one as its targets."""
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = torch.from_numpy(tokens[:96].reshape(6, 16).astype(np.int64))
+
+    def batch(self, index: int, n: int) -> Batch:
+        return {"tokens": self.tokens[index : index + n], "targets": self.tokens.flip(0)[index : index + n]}
+
+    def padding(self) -> Batch:
+        return padding_window(16)
+
+
+def make(config: Config, out: Path, precision: torch.dtype = torch.float32) -> Trainer:
+    """A trainer at its start, within a process group."""
     out.mkdir(exist_ok=True)
-    layout = Layout.of(config.parallel, CPU.type)
-    model = build(config, layout, precision, CPU)
-    return Loop(config, layout, model, text(config.model.vocab_size), CPU, precision, out, StopSignals())
+    dims = ParallelDims.from_config(config.parallel, CPU.type)
+    tokens, objective = some_tokens(config.model.vocab_size), NextTokenPrediction()
+    return Trainer(
+        config,
+        dims,
+        build_model(config, dims, precision, CPU),
+        objective,
+        TokenDataset(tokens, config.model.max_seq_len, config.train.seed),
+        Evaluator(objective, Validation(tokens), 6, config.train.micro_batch),
+        run_dir=out,
+        device=CPU,
+        precision=precision,
+        signals=StopSignals(),
+    )
 
 
 def trace(config: Config, out: Path) -> dict[str, Any]:
     """Train; loss and gradient norm of each step, the last gradients, the weights, the validation loss."""
-    loop = make(config, out)
+    trainer = make(config, out)
     gradients: dict[str, torch.Tensor] = {}
     update = optim.step
 
-    def step(optimizers: Any, lr: float, divisor: Any = None, skip: Any = None) -> None:
-        if divisor is not None and lr:
-            gradients.update({name: full(p.grad).clone() for name, p in loop.model.named_parameters()})
-        update(optimizers, lr, divisor, skip)
+    def step(optimizers: Any, lr: float, grad_scale: Any = None, found_inf: Any = None) -> None:
+        if grad_scale is not None and lr:
+            gradients.update({name: to_full(p.grad).clone() for name, p in trainer.model.named_parameters()})
+        update(optimizers, lr, grad_scale, found_inf)
 
-    with mock.patch.object(loops.optim, "step", step):
-        loop.run()
-    curve = [(r["loss"], r["grad_norm"]) for r in report.read_log(out / "log.jsonl") if "loss" in r]
+    with mock.patch.object(optim, "step", step):
+        trainer.run()
+    curve = [(r["loss"], r["grad_norm"]) for r in read_log(out / "log.jsonl") if "loss" in r]
     return {
         "curve": torch.tensor(curve),
-        "validation": torch.tensor(loop.at.validation_loss),
+        "validation": torch.tensor(trainer.state.validation_loss),
         "gradients": gradients,
-        "weights": full_state(loop.model),
+        "weights": full_state_dict(trainer.model),
     }
 
 

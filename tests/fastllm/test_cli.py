@@ -19,26 +19,26 @@ from safetensors.torch import load_file
 
 from fastllm import __version__
 from fastllm.cli import main
-from fastllm.run_dir import load_run
+from fastllm.run_dir import load_metadata
 from fastllm.training.metrics import read_log
 from fastllm.training.signals import StopSignals
 
 TINY = """
 [model]
 vocab_size = 400
-context = 32
+max_seq_len = 32
 dim = 64
 layers = 2
 heads = 2
 kv_heads = 1
-hidden_dim = 96
+ffn_dim = 96
 
 [optim]
 lr = 5e-3
 
 [train]
 steps = 60
-batch_tokens = 512
+global_batch_tokens = 512
 log_every = 5
 eval_every = 20
 eval_tokens = 1024
@@ -216,7 +216,7 @@ def test_a_run_folder_is_never_overwritten(trained, run):
         (("train", "tiny.toml", "--data", "none.txt"), "none.txt: No such file"),
         (("train", "tiny.toml", "--data", "empty.txt"), "empty.txt is empty"),
         (("train", "tiny.toml", "--data", "text.py", "latin.txt"), "latin.txt is not UTF-8 text: byte 3"),
-        (("train", "tiny.toml", "--data", "short.txt"), "too little text"),
+        (("train", "tiny.toml", "--data", "short.txt"), "too little data"),
         (("train", "tiny.toml", "--data", "text.py", "--out", "text.py"), "text.py is a file"),
         (("generate", "none"), "no run folder none"),
         (("generate", "."), "has no config.toml"),
@@ -250,7 +250,7 @@ def test_ctrl_c_ends_training_with_a_checkpoint(work, run):
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
     assert f"fastllm generate {out}" in done.stdout
-    meta = load_run(out)[2]
+    meta = load_metadata(out)
     assert meta["status"] == "interrupted"
     assert 0 < meta["step"] < 1_000_000
     done = run("generate", out, "--max-tokens", 3)
@@ -284,7 +284,7 @@ def test_no_space_leaves_nothing_half_written(work, run):
     done = finish(start(*words, cwd=work, python=("-c", FULL_DISK)))
     assert f"can't write {out / 'model.safetensors'}: " in error_of(done)
     assert "the checkpoint of step 2 was not saved: " in done.stdout
-    assert "training goes on" in done.stdout
+    assert "training continues" in done.stdout
     assert "the checkpoint of step 3 was not saved: " in done.stdout
     assert {p.name for p in out.iterdir()} == FILES - {"loss.png", "model.safetensors", "sample.txt"}
     assert not list((out / "checkpoints").iterdir())
@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_ends_training(work, run):
     error = error_of(run(*words))
     assert "spikes within 128 steps: loss " in error
     assert "gradient norm nan" in error
-    assert "lower --optim.lr" in error
+    assert "Lower --optim.lr" in error
     assert not (work / "runs/nan/model.safetensors").exists()
 
 
@@ -304,9 +304,9 @@ def test_resuming_a_run_that_was_stopped(work, run):
     """The same weights and log as of a run that was not."""
     words = ("train", "tiny.toml", "--data", "text.py", "--train.steps", 40, "--checkpoint.every", 15)
     assert run(*words, "--out", "runs/whole").returncode == 0
-    code = "import sys, fastllm.training.trainer as l, os, signal; step = l.Loop.step\n"
-    code += "def stopping(self):\n step(self)\n if self.at.step == 23: os.kill(os.getpid(), signal.SIGTERM)\n"
-    code += "l.Loop.step = stopping\nfrom fastllm.cli import main; sys.exit(main())"
+    code = "import sys, fastllm.training.trainer as l, os, signal; step = l.Trainer.train_step\n"
+    code += "def stopping(self):\n step(self)\n if self.state.step == 23: os.kill(os.getpid(), signal.SIGTERM)\n"
+    code += "l.Trainer.train_step = stopping\nfrom fastllm.cli import main; sys.exit(main())"
     done = finish(start(*words, "--out", "runs/cut", cwd=work, python=("-c", code)))
     assert done.returncode == 143, done.stderr
     assert "fastllm train --resume runs/cut" in done.stdout

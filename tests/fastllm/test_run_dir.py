@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fastllm import run_dir as runs
+import fastllm
+from fastllm import run_dir
 from fastllm.config import Config, ModelConfig, dump
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.errors import UserError
@@ -15,7 +16,7 @@ from fastllm.model.gpt import GPT
 from fastllm.model.weights import load_weights, save_weights
 
 TOKENIZER = Tokenizer.train(["some text " * 10], 270)
-SMALL = ModelConfig(vocab_size=TOKENIZER.vocab_size, context=32, dim=32, layers=2, heads=2, kv_heads=1, hidden_dim=48)
+SMALL = ModelConfig(vocab_size=TOKENIZER.vocab_size, max_seq_len=32, dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=48)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -51,23 +52,24 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
 def test_a_run_that_is_not_whole(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match="there is no run folder"):
-        runs.load_run(run)
+        fastllm.load(run)
     run.mkdir()
     with pytest.raises(UserError, match=r"has no config\.toml, tokenizer\.json, model\.safetensors, run\.json"):
-        runs.load_run(run)
+        run_dir.load_run(run)
     (run / "config.toml").write_text(dump(Config(model=SMALL)))
     TOKENIZER.save(run / "tokenizer.json")
-    runs.save_meta(run, {"status": "training"})
+    run_dir.save_metadata(run, {"status": "training"})
     with pytest.raises(UserError, match=r"has no model\.safetensors: its training has not finished"):
-        runs.load_run(run)
+        run_dir.load_run(run)
     save_weights(run / "model.safetensors", GPT(SMALL).state_dict())
-    assert runs.load_run(run)[2] == {"status": "training"}
+    assert run_dir.load_metadata(run) == {"status": "training"}
+    assert run_dir.load_run(run)[1].vocab_size == SMALL.vocab_size
     (run / "run.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        runs.load_run(run)
+        run_dir.load_metadata(run)
     (run / "config.toml").write_text(dump(Config(model=replace(SMALL, vocab_size=999))))
     with pytest.raises(UserError, match=r"model\.vocab_size in config\.toml is 999"):
-        runs.load_run(run)
+        run_dir.load_run(run)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from fastllm.data import loader as data
-from fastllm.data import sources
+from fastllm.data import loader, sources
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.errors import UserError
 
@@ -83,46 +83,64 @@ def test_folders_without_text(tmp_path):
 
 def test_encode_puts_the_end_token_before_each_document():
     tokenizer = Tokenizer.train(DOCUMENTS, 300)
-    row = data.encode(tokenizer, DOCUMENTS)
+    row = loader.encode_documents(tokenizer, DOCUMENTS)
     assert row.dtype == np.uint16
-    assert [i for d in DOCUMENTS for i in (tokenizer.end, *tokenizer.encode(d))] == row.tolist()
+    assert [i for d in DOCUMENTS for i in (tokenizer.eos_id, *tokenizer.encode(d))] == row.tolist()
 
 
 @pytest.mark.parametrize("length", [17, 18, 33, 1000, 1001])
-def test_batches(length):
-    context = 16
+def test_token_dataset(length):
     tokens = np.arange(length, dtype=np.uint16)
-    batches = data.Batches(tokens, context, seed=3)
-    inputs, targets = batches.batch(0, batches.windows)  # an epoch
-    assert inputs.shape == targets.shape == (batches.windows, context)
-    assert inputs.dtype == targets.dtype == np.int64
-    assert np.array_equal(targets, inputs + 1)
-    assert len(np.unique(inputs)) == inputs.size  # nothing twice
-    assert inputs.size >= length - 3 * context
-    again = data.Batches(tokens, context, seed=3)
-    for first in range(0, 3 * batches.windows, 7):  # any order of asking gives the same
-        expected = data.Batches(tokens, context, seed=3).batch(first, 5)
-        assert all(np.array_equal(a, b) for a, b in zip(again.batch(first, 5), expected, strict=True))
+    dataset = loader.TokenDataset(tokens, 16, seed=3)
+    inputs, targets = dataset.batch(0, dataset.windows).values()  # an epoch
+    assert inputs.shape == targets.shape == (dataset.windows, 16)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert torch.equal(targets, inputs + 1)
+    assert len(inputs.unique()) == inputs.numel()  # nothing twice
+    assert inputs.numel() >= length - 3 * 16
+    again = loader.TokenDataset(tokens, 16, seed=3)
+    for first in range(0, 3 * dataset.windows, 7):  # any order of asking gives the same
+        expected = loader.TokenDataset(tokens, 16, seed=3).batch(first, 5)
+        assert all(torch.equal(again.batch(first, 5)[name], tensor) for name, tensor in expected.items())
 
 
 def test_epochs_and_seeds_differ():
     tokens = np.arange(10_000, dtype=np.uint16)
-    batches = data.Batches(tokens, 16, seed=0)
-    first, second = batches.batch(0, 50)[0], batches.batch(batches.windows, 50)[0]
-    assert not np.array_equal(first, second)
-    assert not np.array_equal(first, data.Batches(tokens, 16, seed=1).batch(0, 50)[0])
+    dataset = loader.TokenDataset(tokens, 16, seed=0)
+    first, second = dataset.batch(0, 50)["tokens"], dataset.batch(dataset.windows, 50)["tokens"]
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, loader.TokenDataset(tokens, 16, seed=1).batch(0, 50)["tokens"])
+
+
+def test_a_dataset_recognises_its_state():
+    tokens = np.arange(100, dtype=np.uint16)
+    state = loader.TokenDataset(tokens, 16, seed=0).state_dict()
+    loader.TokenDataset(tokens, 16, seed=0).load_state_dict(state)
+    with pytest.raises(UserError, match="of seed 0, this is seed 1"):
+        loader.TokenDataset(tokens, 16, seed=1).load_state_dict(state)
+    with pytest.raises(UserError, match="of tokens 100, this is tokens 90"):
+        loader.TokenDataset(tokens[:90], 16, seed=0).load_state_dict(state)
+
+
+def test_padding_does_not_count():
+    assert (loader.TokenDataset(np.arange(100), 16, seed=0).padding()["targets"] == loader.IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize("length", [17, 100, 1000])
 @pytest.mark.parametrize("count", [1, 160, 10_000])
-def test_spread(length, count):
-    starts = data.spread(np.zeros(length), 16, count)
-    assert len(starts) == max(1, min((length - 1) // 16, count // 16))
+def test_eval_dataset(length, count):
+    tokens = np.arange(length)
+    dataset = loader.EvalDataset(tokens, 16, count)
+    starts = loader.eval_starts(tokens, 16, count)
+    assert len(dataset) == len(starts) == max(1, min((length - 1) // 16, count // 16))
     assert starts[-1] + 17 <= length
     assert np.all(np.diff(starts) >= 16)
+    windows = dataset.batch(0, len(dataset))
+    assert windows["tokens"][:, 0].tolist() == starts.tolist()
+    assert torch.equal(windows["targets"], windows["tokens"] + 1)
 
 
 def test_unigram_loss():
     train = np.array([0, 0, 0, 1], np.uint16)
     targets = np.array([[0, 2]])
-    assert data.unigram_loss(train, targets, 3) == pytest.approx(-(np.log(4 / 7) + np.log(1 / 7)) / 2)
+    assert loader.unigram_loss(train, targets, 3) == pytest.approx(-(np.log(4 / 7) + np.log(1 / 7)) / 2)

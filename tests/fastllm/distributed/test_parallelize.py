@@ -10,50 +10,53 @@ import pytest
 import torch
 
 from fastllm.config import ParallelConfig
-from fastllm.distributed.mesh import Layout, process_group
+from fastllm.distributed.mesh import ParallelDims, process_group
 from fastllm.errors import UserError
-from tests.fastllm import ranks as processes
-from tests.fastllm import small_run as training
+from tests.fastllm import ranks, small_run
 
 SHARDED: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "one unit": {},
-        "a unit for each block": {"reshard": True},
-        "replicas": {"replicate": 2},
-        "tensor parallel": {"tensor": 2},
-        "full recompute": {"recompute": "full", "reshard": True},
-        "selective recompute": {"recompute": "selective"},
+        "a unit for each block": {"reshard_after_forward": True},
+        "replicas": {"dp_replicate": 2},
+        "tensor parallel": {"tensor_parallel": 2},
+        "full recompute": {"activation_checkpointing": "full", "reshard_after_forward": True},
+        "selective recompute": {"activation_checkpointing": "selective"},
         "muon": {"optimizer": "muon"},
-        "untied, windowed": {"tie_embeddings": False, "window": 5, "reshard": True},
+        "untied, windowed": {"tie_embeddings": False, "window": 5, "reshard_after_forward": True},
         "compiled": {"compile": True},
     },
     4: {
         "one unit": {},
-        "hybrid": {"replicate": 2, "reshard": True},
-        "hybrid and tensor": {"replicate": 2, "tensor": 2},
-        "sharded and tensor": {"tensor": 2, "reshard": True, "recompute": "selective"},
-        "muon, tensor": {"optimizer": "muon", "tensor": 2},
-        "parts of unequal size": {"hidden_dim": 50, "tensor": 2, "reshard": True},
+        "hybrid": {"dp_replicate": 2, "reshard_after_forward": True},
+        "hybrid and tensor": {"dp_replicate": 2, "tensor_parallel": 2},
+        "sharded and tensor": {
+            "tensor_parallel": 2,
+            "reshard_after_forward": True,
+            "activation_checkpointing": "selective",
+        },
+        "muon, tensor": {"optimizer": "muon", "tensor_parallel": 2},
+        "parts of unequal size": {"ffn_dim": 50, "tensor_parallel": 2, "reshard_after_forward": True},
         "more processes than rows of some weights": {"head_dim_of": 2},
-        "untied, tensor": {"tie_embeddings": False, "tensor": 2},
+        "untied, tensor": {"tie_embeddings": False, "tensor_parallel": 2},
     },
 }
 # What decides the numbers; the rest of the options says how they are computed.
-MEANING = {"optimizer", "tie_embeddings", "window", "hidden_dim"}
+MEANING = {"optimizer", "tie_embeddings", "window", "ffn_dim"}
 
 
 def case(options: dict[str, Any]) -> Any:
     options = dict(options)
     if options.pop("head_dim_of", None):
         options |= {"dim": 24, "heads": 4, "kv_heads": 2, "attention_dim": 24}  # head norms of 6: 2, 2, 2 and none
-    return training.config(**options)
+    return small_run.config(**options)
 
 
 def run_cases(rank: int, world: int, folder: str) -> None:
-    with process_group(training.CPU):
+    with process_group(small_run.CPU):
         for number, (name, options) in enumerate(SHARDED[world].items()):
             try:
-                result = training.trace(case(options), Path(folder, f"{world}-{number}"))
+                result = small_run.trace(case(options), Path(folder, f"{world}-{number}"))
                 if rank == 0:
                     torch.save(result, Path(folder, f"{world}-{number}.pt"))
             except Exception:
@@ -66,7 +69,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     for world in SHARDED:
         try:
-            processes.run(world, run_cases, world, str(folder))
+            ranks.run(world, run_cases, world, str(folder))
         except Exception:
             errors = [path.read_text() for path in folder.glob("*.error")]
             raise AssertionError("\n".join(errors) or traceback.format_exc()) from None
@@ -82,8 +85,8 @@ def alone(tmp_path_factory):
     def get(options: dict[str, Any]) -> dict[str, Any]:
         meaning = {k: v for k, v in options.items() if k in MEANING or k == "head_dim_of"}
         if str(meaning) not in known:
-            with process_group(training.CPU):
-                known[str(meaning)] = training.trace(case(meaning), folder / str(len(known)))
+            with process_group(small_run.CPU):
+                known[str(meaning)] = small_run.trace(case(meaning), folder / str(len(known)))
         return known[str(meaning)]
 
     return get
@@ -115,10 +118,10 @@ def test_the_model_learns(alone):
 
 
 def test_processes_that_do_not_fit():
-    with process_group(training.CPU), pytest.raises(UserError, match=r"start a multiple of 4 with torchrun"):
-        Layout.of(ParallelConfig(replicate=2, tensor=2), "cpu")
+    with process_group(small_run.CPU), pytest.raises(UserError, match=r"start a multiple of 4 with torchrun"):
+        ParallelDims.from_config(ParallelConfig(dp_replicate=2, tensor_parallel=2), "cpu")
 
 
 def test_a_model_that_does_not_split():
-    with pytest.raises(UserError, match=r"model.kv_heads \(2\) must be a multiple of parallel.tensor \(4\)"):
-        training.config(tensor=4)
+    with pytest.raises(UserError, match=r"model.kv_heads \(2\) must be a multiple of parallel.tensor_parallel \(4\)"):
+        small_run.config(tensor_parallel=4)

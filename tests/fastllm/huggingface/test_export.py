@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastllm
-from fastllm import run_dir as runs
+from fastllm import run_dir
 from fastllm.cli import main
 from fastllm.config import Config, ModelConfig, dump
 from fastllm.errors import UserError
@@ -25,15 +25,15 @@ from fastllm.model.weights import save_weights
 from .folders import TOKENIZER, assert_same_logits, randomised
 
 SMALL = ModelConfig(
-    vocab_size=TOKENIZER.vocab_size, context=96, dim=64, layers=2, heads=4, kv_heads=2, hidden_dim=96,
+    vocab_size=TOKENIZER.vocab_size, max_seq_len=96, dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96,
     rope_theta=5000.0, norm_eps=0.01,
 )  # fmt: skip
 OURS = {
     "llama": SMALL,
     "llama, untied, yarn": replace(
-        SMALL, tie_embeddings=False, rope_scaling="yarn", rope_factor=4.0, rope_original_context=24
+        SMALL, tie_embeddings=False, rope_scaling="yarn", rope_factor=4.0, rope_original_max_seq_len=24
     ),
-    "llama, llama3": replace(SMALL, rope_scaling="llama3", rope_factor=4.0, rope_original_context=24),
+    "llama, llama3": replace(SMALL, rope_scaling="llama3", rope_factor=4.0, rope_original_max_seq_len=24),
     "mistral": replace(SMALL, window=8, rope_scaling="linear", rope_factor=2.0),
     "mistral, width no multiple of heads": replace(SMALL, dim=62, attention_dim=64),
     "qwen2": replace(SMALL, qkv_bias=True),
@@ -52,11 +52,11 @@ def run(tmp_path: Path) -> Callable[[ModelConfig], Path]:
         folder = tmp_path / "run"
         folder.mkdir()
         (folder / "config.toml").write_text(
-            dump(replace(Config(), model=config, train=replace(Config().train, batch_tokens=96)))
+            dump(replace(Config(), model=config, train=replace(Config().train, global_batch_tokens=96)))
         )
         TOKENIZER.save(folder / "tokenizer.json")
         save_weights(folder / "model.safetensors", randomised(GPT(config)).state_dict())
-        runs.save_meta(folder, {"status": "finished"})
+        run_dir.save_metadata(folder, {"status": "finished"})
         return folder
 
     return make
@@ -69,7 +69,7 @@ def test_export(name, run, tmp_path):
     assert layout(config)["model_type"] == name.split(",")[0]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.tie_word_embeddings is config.tie_embeddings
-    gpt, _, _ = runs.load_run(tmp_path / "run")
+    gpt, _, _ = run_dir.load_run(tmp_path / "run")
     again = fastllm.from_pretrained(out)
     assert again.config == config
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), gpt.parameters(), strict=True))
@@ -93,25 +93,25 @@ def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
     assert tokenizer(prompt).input_ids == TOKENIZER.encode(prompt)
     assert tokenizer.decode(TOKENIZER.encode(prompt)) == prompt
     assert tokenizer.eos_token_id == TOKENIZER.end
-    assert tokenizer.model_max_length == SMALL.context
+    assert tokenizer.model_max_length == SMALL.max_seq_len
     inputs = tokenizer(prompt, return_tensors="pt")
     made = AutoModelForCausalLM.from_pretrained(out).generate(
         **inputs, max_new_tokens=12, do_sample=False, pad_token_id=0
     )
     text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     for place in (folder, out):
-        model, tokens, _ = runs.load_run(place)
+        model, tokens, _ = run_dir.load_run(place)
         assert "".join(generate(model, tokens, prompt, max_tokens=12, temperature=0)) == text
 
 
 def test_several_ends(run, tmp_path):
     out = fastllm.export(run(SMALL), tmp_path / "out")
-    model, tokenizer, _ = runs.load_run(out)
+    model, tokenizer, _ = run_dir.load_run(out)
     first = "".join(generate(model, tokenizer, "def", max_tokens=1, temperature=0))
     (end,) = tokenizer.encode(first)
-    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.end, end]}))
-    model, tokenizer, _ = runs.load_run(out)
-    assert tokenizer.ends == (TOKENIZER.end, end)
+    (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, end]}))
+    model, tokenizer, _ = run_dir.load_run(out)
+    assert tokenizer.eos_ids == (TOKENIZER.end, end)
     assert "".join(generate(model, tokenizer, "def", max_tokens=9, temperature=0)) == ""
 
 

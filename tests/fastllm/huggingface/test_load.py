@@ -13,8 +13,8 @@ from tokenizers import decoders, models, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import fastllm
-from fastllm import run_dir as runs
-from fastllm.data.tokenizer import END
+from fastllm import run_dir
+from fastllm.data.tokenizer import EOS_TOKEN
 from fastllm.errors import UserError
 from fastllm.huggingface.load import model_config
 from fastllm.inference.generate import generate
@@ -58,7 +58,7 @@ def test_keys_that_are_left_out(kind, tmp_path):
     path, theirs = tmp_path / "config.json", getattr(transformers, f"{kind}Config")(**config, max_window_layers=0)
     path.write_text(json.dumps(config | {"model_type": kind.lower(), "max_window_layers": 0}))
     own = model_config(path)
-    assert own.context == theirs.max_position_embeddings
+    assert own.max_seq_len == theirs.max_position_embeddings
     assert own.kv_heads == theirs.num_key_value_heads
     assert own.head_dim == getattr(theirs, "head_dim", 64 // 32)
     assert own.window == (getattr(theirs, "sliding_window", None) or 0)
@@ -74,7 +74,7 @@ def test_the_original_context_beside_the_scaling(tmp_path):
     their_model("llama, yarn").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"original_max_position_embeddings": 12}))
-    assert model_config(path).rope_original_context == 12
+    assert model_config(path).rope_original_max_seq_len == 12
     assert_same_logits(fastllm.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
@@ -124,7 +124,7 @@ def test_sharded_files(tmp_path):
 
 def test_a_shorter_context(tmp_path):
     their_model("llama").save_pretrained(tmp_path)
-    gpt = fastllm.from_pretrained(tmp_path, context=16, dtype=torch.bfloat16)
+    gpt = fastllm.from_pretrained(tmp_path, max_seq_len=16, dtype=torch.bfloat16)
     assert gpt.model.cos.shape == (16, 8)
     assert gpt.model.cos.dtype == torch.float32
     assert gpt.head_weight.dtype == torch.bfloat16
@@ -202,7 +202,7 @@ def test_folders_that_are_not_whole(tmp_path):
 @pytest.fixture
 def their_folder(tmp_path: Path) -> Path:
     """A model and its tokenizer, which puts a token before each text, as Llama 3's does, and ends in another."""
-    tokenizer = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str().replace(END, "<|end|>"))
+    tokenizer = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str().replace(EOS_TOKEN, "<|end|>"))
     tokenizer.add_special_tokens(["<|begin|>"])
     begin, end = tokenizer.token_to_id("<|begin|>"), tokenizer.token_to_id("<|end|>")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -217,7 +217,7 @@ def their_folder(tmp_path: Path) -> Path:
 
 def test_text_of_their_folder(their_folder):
     tokenizer, prompt = AutoTokenizer.from_pretrained(their_folder), "def add(a, b):\n    naïve = 日本"
-    model, own, _ = runs.load_run(their_folder)
+    model, own, _ = run_dir.load_run(their_folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     assert own.encode(prompt) == inputs.input_ids[0].tolist()
     assert own.encode("") == [tokenizer.bos_token_id]
@@ -235,12 +235,12 @@ def test_tokenizers_that_do_not_fit(their_folder):
     sentences.decoder = decoders.Metaspace()
     sentences.save(str(their_folder / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are"):
-        runs.load_run(their_folder)
+        run_dir.load_run(their_folder)
     larger = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
     larger.add_tokens([f"word {i}" for i in range(100)])
     larger.save(str(their_folder / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json has \d+ tokens, but vocab_size in config\.json is \d+"):
-        runs.load_run(their_folder)
+        run_dir.load_run(their_folder)
     (their_folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-        runs.load_run(their_folder)
+        run_dir.load_run(their_folder)

@@ -7,7 +7,7 @@ from fastllm.config import ModelConfig
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.errors import UserError
 from fastllm.inference.generate import generate
-from fastllm.inference.sampling import pick
+from fastllm.inference.sampling import SamplingParams, sample_token
 from fastllm.model.gpt import GPT
 from fastllm.model.kv_cache import KVCache
 
@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 def model(tokenizer) -> GPT:
     """A model that knows TEXT by heart."""
     config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, context=32, dim=64, layers=2, heads=2, kv_heads=1, hidden_dim=96
+        vocab_size=tokenizer.vocab_size, max_seq_len=32, dim=64, layers=2, heads=2, kv_heads=1, ffn_dim=96
     )
     model, ids = GPT(config), torch.tensor([tokenizer.encode(TEXT)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -50,7 +50,7 @@ def test_the_cache_is_no_longer_than_the_text(model, tokenizer, monkeypatch):
     """A context may be far longer than what is asked for."""
     caches = []
     monkeypatch.setattr(
-        "fastllm.generate.KVCache", lambda *args, **more: caches.append(KVCache(*args, **more)) or caches[-1]
+        "fastllm.inference.generate.KVCache", lambda *args, **more: caches.append(KVCache(*args, **more)) or caches[-1]
     )
     list(generate(model, tokenizer, "def", max_tokens=3, temperature=0))
     (cache,) = caches
@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_text(model, tokenizer):
 
 def test_characters_come_whole(tokenizer):
     """Untrained, the model makes bytes that are no UTF-8: each piece is a string all the same."""
-    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, context=32, dim=64, heads=2, kv_heads=1))
+    model = GPT(ModelConfig(vocab_size=tokenizer.vocab_size, max_seq_len=32, dim=64, heads=2, kv_heads=1))
     pieces = list(generate(model, tokenizer, "é", max_tokens=100, temperature=3.0, top_k=0))
     assert "".join(pieces).encode()
 
@@ -79,12 +79,12 @@ def test_a_prompt_that_is_not_unicode(model, tokenizer):
         list(generate(model, tokenizer, "a\udcff"))
 
 
-def test_pick():
+def test_sample_token():
     logits, generator = torch.tensor([0.0, 3.0, 2.0, -1.0]), torch.Generator().manual_seed(0)
 
     def seen(**limits: float) -> set[int]:
         options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, **limits}
-        return {pick(logits, generator=generator, **options) for _ in range(500)}
+        return {sample_token(logits, SamplingParams(**options), generator) for _ in range(500)}
 
     assert seen() == {0, 1, 2, 3}
     assert seen(temperature=0) == {1}

@@ -15,8 +15,8 @@ from fastllm.model.gpt import GPT
 from fastllm.model.kv_cache import KVCache
 from tests.conftest import GPU
 
-SMALL = ModelConfig(vocab_size=300, context=32, dim=64, layers=3, heads=4, kv_heads=2, hidden_dim=96)
-STRETCHED = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_context": 8}
+SMALL = ModelConfig(vocab_size=300, max_seq_len=32, dim=64, layers=3, heads=4, kv_heads=2, ffn_dim=96)
+STRETCHED = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_max_seq_len": 8}
 SHAPES = [
     SMALL,
     replace(SMALL, tie_embeddings=False),
@@ -90,7 +90,7 @@ def test_cache_gives_what_the_full_pass_gives(config, parts):
     out = torch.cat([model(part, cache=cache) for part in tokens.split(list(parts), 1)], 1)
     torch.testing.assert_close(out, model(tokens), atol=1e-5, rtol=1e-4)
     assert cache.length == 32
-    with pytest.raises(ValueError, match="33 tokens are more than the context of 32"):
+    with pytest.raises(ValueError, match=r"33 tokens are more than max_seq_len \(32\)"):
         model(tokens[:, :1], cache=cache)
 
 
@@ -101,8 +101,8 @@ def test_next_logits_are_the_last(config):
     torch.testing.assert_close(model.next_logits(tokens, KVCache(model, 2)), model(tokens)[:, -1])
 
 
-def test_more_tokens_than_the_context():
-    with pytest.raises(ValueError, match="40 tokens are more than the context of 32"):
+def test_more_tokens_than_max_seq_len():
+    with pytest.raises(ValueError, match=r"40 tokens are more than max_seq_len \(32\)"):
         GPT(SMALL)(some_tokens(SMALL, seq=40))
 
 

@@ -28,8 +28,8 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 )
 def test_frequencies(kind: str, theta: float, factor: float, original: int, more: dict[str, Any]) -> None:
     own = ModelConfig(
-        context=2, dim=256, rope_theta=theta, rope_scaling=kind, rope_factor=factor,
-        rope_original_context=0 if kind == "linear" else original,
+        max_seq_len=2, dim=256, rope_theta=theta, rope_scaling=kind, rope_factor=factor,
+        rope_original_max_seq_len=0 if kind == "linear" else original,
     )  # fmt: skip
     rope = {"rope_type": kind, "rope_theta": theta, "factor": factor, **more}
     theirs = LlamaConfig(
@@ -46,7 +46,7 @@ def test_frequencies(kind: str, theta: float, factor: float, original: int, more
 
 def test_angles_far_from_the_start() -> None:
     """They are as exact there as near it: float32 angles would be off by 0.004."""
-    cos, sin = rotary_tables(ModelConfig(context=100_000, dim=32, heads=2))
+    cos, sin = rotary_tables(ModelConfig(max_seq_len=100_000, dim=32, heads=2))
     for pair in range(8):
         angle = 99_999 * 10_000.0 ** (-pair / 8)
         for table, exact in ((cos, math.cos(angle)), (sin, math.sin(angle))):

@@ -14,17 +14,17 @@ from fastllm.cli import main
 from fastllm.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from fastllm.hardware import GPUS
 from fastllm.model.flops import count_parameters, flops_per_token
-from fastllm.planning import memory as dryrun
-from fastllm.planning.memory import memory
+from fastllm.planning import memory as planned
+from fastllm.planning.memory import estimate_memory
 from fastllm.planning.plan import Plan, duration, short
 from fastllm.planning.presets import PRESETS
-from fastllm.planning.scaling_laws import budget, of_depth, of_parameters
+from fastllm.planning.scaling_laws import budget, model_of_depth, model_of_size
 
-MODEL = ModelConfig(vocab_size=500, context=64, dim=64, layers=6, heads=4, kv_heads=2, hidden_dim=96)
+MODEL = ModelConfig(vocab_size=500, max_seq_len=64, dim=64, layers=6, heads=4, kv_heads=2, ffn_dim=96)
 
 
 def configured(sequences: int = 64, micro_batch: int = 2, model: ModelConfig = MODEL, **parallel) -> Config:
-    train = TrainConfig(batch_tokens=sequences * model.context, micro_batch=micro_batch)
+    train = TrainConfig(global_batch_tokens=sequences * model.max_seq_len, micro_batch=micro_batch)
     return Config(model, train=train, parallel=ParallelConfig(**parallel))
 
 
@@ -53,11 +53,11 @@ def test_a_window_saves_flops():
 
 @pytest.mark.parametrize("layers", [1, 4, 7, 16, 24, 33, 64])
 def test_the_dial(layers):
-    model = of_depth(layers)
+    model = model_of_depth(layers)
     assert model.layers == layers
     assert model.dim == max(128, 64 * layers) or model.dim % 128 == 0
     assert model.heads % model.kv_heads == 0
-    assert of_parameters(count_parameters(model)["total"]) == model
+    assert model_of_size(count_parameters(model)["total"]) == model
 
 
 def test_settings_of_a_compute_optimal_run():
@@ -66,8 +66,8 @@ def test_settings_of_a_compute_optimal_run():
     assert found.tokens == pytest.approx(20 * 123.6e6, rel=0.01)
     assert found.flops == pytest.approx(1.97e18, rel=0.01)
     assert found.lr == pytest.approx(0.3118 * 1.97e18**-0.125, rel=0.05)
-    assert 0.7 < found.batch_tokens / (0.2920 * 1.97e18**0.3271) < 1.42
-    assert found.steps * found.batch_tokens == pytest.approx(found.tokens, rel=0.01)
+    assert 0.7 < found.global_batch_tokens / (0.2920 * 1.97e18**0.3271) < 1.42
+    assert found.steps * found.global_batch_tokens == pytest.approx(found.tokens, rel=0.01)
 
 
 def test_sizes_of_the_presets():
@@ -91,17 +91,17 @@ def test_words_for_numbers():
     ("processes", "parallel"),
     [
         (1, {}),
-        (8, {"reshard": True}),
-        (8, {"reshard": True, "recompute": "full", "tensor": 2}),
-        (16, {"replicate": 4, "recompute": "selective"}),
+        (8, {"reshard_after_forward": True}),
+        (8, {"reshard_after_forward": True, "activation_checkpointing": "full", "tensor_parallel": 2}),
+        (16, {"dp_replicate": 4, "activation_checkpointing": "selective"}),
     ],
 )
 def test_blocks_are_all_alike(processes, parallel, monkeypatch):
     """The dry run of a few layers, drawn out, is that of all."""
-    monkeypatch.setattr("fastllm.distributed.parallelize.ONE_UNIT", 0)
+    monkeypatch.setattr("fastllm.distributed.parallelize.SINGLE_UNIT_LIMIT", 0)
     config = configured(**parallel)
-    drawn_out = memory(config, processes, torch.bfloat16)
-    whole = dryrun._run(config, processes, torch.bfloat16)
+    drawn_out = estimate_memory(config, processes, torch.bfloat16)
+    whole = planned._dry_run(config, processes, torch.bfloat16)
     assert drawn_out.state == pytest.approx(whole.state, rel=1e-3)
     assert drawn_out.working == pytest.approx(whole.working, rel=0.01)
 
@@ -109,31 +109,33 @@ def test_blocks_are_all_alike(processes, parallel, monkeypatch):
 def test_state_is_shared_out():
     """12 bytes a parameter: float32 weights and two moments."""
     parameters = count_parameters(MODEL)["total"]
-    assert memory(configured(), 1, torch.bfloat16).state == pytest.approx(12 * parameters, rel=0.01)
-    assert memory(configured(), 4, torch.bfloat16).state == pytest.approx(12 * parameters / 4, rel=0.01)
-    assert memory(configured(replicate=2), 4, torch.bfloat16).state == pytest.approx(12 * parameters / 2, rel=0.01)
+    assert estimate_memory(configured(), 1, torch.bfloat16).state == pytest.approx(12 * parameters, rel=0.01)
+    assert estimate_memory(configured(), 4, torch.bfloat16).state == pytest.approx(12 * parameters / 4, rel=0.01)
+    replicated = estimate_memory(configured(dp_replicate=2), 4, torch.bfloat16)
+    assert replicated.state == pytest.approx(12 * parameters / 2, rel=0.01)
 
 
 def test_what_saves_memory_does():
-    model = replace(MODEL, context=512)
+    model = replace(MODEL, max_seq_len=512)
     none, some, most = (
-        memory(configured(model=model, recompute=r), 4, torch.bfloat16).working for r in ("none", "selective", "full")
+        estimate_memory(configured(model=model, activation_checkpointing=mode), 4, torch.bfloat16).working
+        for mode in ("none", "selective", "full")
     )
     assert most < some < none
-    assert memory(configured(model=model, tensor=2), 4, torch.bfloat16).working < 0.7 * none
+    assert estimate_memory(configured(model=model, tensor_parallel=2), 4, torch.bfloat16).working < 0.7 * none
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory is read, and set back, in /proc")
-@pytest.mark.parametrize("parallel", [{}, {"recompute": "full", "reshard": True}])
+@pytest.mark.parametrize("parallel", [{}, {"activation_checkpointing": "full", "reshard_after_forward": True}])
 def test_memory_is_what_a_run_takes(parallel):
     """Within 6 %, where malloc gives each large block a mapping of its own: else there are gaps, about a quarter."""
-    model = replace(MODEL, vocab_size=8000, context=256, dim=512, heads=8, hidden_dim=1408)
+    model = replace(MODEL, vocab_size=8000, max_seq_len=256, dim=512, heads=8, ffn_dim=1408)
     config = configured(8, 4, model, **parallel)
     config = replace(config, train=replace(config.train, precision="float32"))
-    point = scaling.Point(scaling.SIZE, 0, "", OURS, config.train.batch_tokens)
+    point = scaling.Point(scaling.SIZE, 0, "", OURS, config.train.global_batch_tokens)
     measured = scaling._run(point, config, 0.0, scaling.EXACT)["memory"]
     assert measured > 100e6
-    assert memory(config, 1, torch.float32).total == pytest.approx(measured, rel=0.06)
+    assert estimate_memory(config, 1, torch.float32).total == pytest.approx(measured, rel=0.06)
 
 
 # ---- the command ----
@@ -152,13 +154,13 @@ def test_a_thousand_gpus(capsys):
 
 def test_a_file_for_training(tmp_path, capsys):
     path = tmp_path / "mine.toml"
-    assert main(["plan", "--params", "20e6", "--context", "512", "--gpus", "1", "--out", str(path)]) == 0
+    assert main(["plan", "--params", "20e6", "--max-seq-len", "512", "--gpus", "1", "--out", str(path)]) == 0
     config = configs.load(path)
     assert count_parameters(config.model)["total"] == pytest.approx(20e6, rel=0.4)
     assert f"fastllm train {path}" in capsys.readouterr().out
-    assert main(["plan", str(path), "--gpus", "2", "--recompute", "full", "--gpu", "this"]) == 0
+    assert main(["plan", str(path), "--gpus", "2", "--activation-checkpointing", "full", "--gpu", "this"]) == 0
     printed = capsys.readouterr().out
-    assert "recompute full" in printed
+    assert "activation_checkpointing full" in printed
     assert "$0.00 an hour" in printed
 
 
@@ -169,9 +171,9 @@ def test_a_file_for_training(tmp_path, capsys):
         (("none.toml",), "none.toml: No such file"),
         (("--gpu", "h10"), "did you mean 'h100'"),
         (("124m", "--depth", "3"), "give one of a preset or file, --depth and --params"),
-        (("124m", "--gpus", "3", "--tensor", "2"), "must be a multiple of replicate x tensor (2)"),
+        (("124m", "--gpus", "3", "--tensor-parallel", "2"), "must be a multiple of dp_replicate x tensor_parallel (2)"),
         (("124m", "--gpus", "4096"), "--gpus must be at most 256: the batch has 256 sequences"),
-        (("124m", "--tensor", "5"), "must be a multiple of parallel.tensor (5)"),
+        (("124m", "--tensor-parallel", "5"), "must be a multiple of parallel.tensor_parallel (5)"),
         (("--depth", "-1"), "must be greater than 0"),
         (("124m", "--mfu", "2"), "--mfu must"),
         (("--out", "x.toml"), "--out writes one configuration"),

@@ -20,20 +20,19 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from fastllm.distributed.gradients import full_state
+from fastllm.distributed.gradients import full_state_dict
 from fastllm.distributed.mesh import process_group
 from fastllm.errors import UserError
-from fastllm.training.checkpoint import MANIFEST, Checkpoints
+from fastllm.training.checkpoint import MANIFEST, Checkpointer
 from fastllm.training.metrics import read_log
-from tests.fastllm import ranks as processes
-from tests.fastllm import small_run as training
+from tests.fastllm import ranks, small_run
 
-SHARD = {"reshard": True}
+SHARD = {"reshard_after_forward": True}
 # Name -> processes and options of the run that goes on from two processes' checkpoint of step 4.
 OTHERS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
-    "tensor parallel": (2, {"tensor": 2}),
-    "four, hybrid and tensor": (4, {"replicate": 2, "tensor": 2}),
+    "tensor parallel": (2, {"tensor_parallel": 2}),
+    "four, hybrid and tensor": (4, {"dp_replicate": 2, "tensor_parallel": 2}),
 }
 
 
@@ -43,23 +42,23 @@ def curve(out: Path) -> list[tuple[int, float, float]]:
 
 def go_on(rank: int, out: str, source: str, options: dict[str, Any]) -> None:
     """Train to the end from the checkpoint in the run folder ``source``."""
-    with process_group(training.CPU):
-        loop = training.make(training.config(**options), Path(out))
+    with process_group(small_run.CPU):
+        trainer = small_run.make(small_run.config(**options), Path(out))
         if rank == 0:
             shutil.copytree(Path(source, "checkpoints"), Path(out, "checkpoints"), dirs_exist_ok=True)
         dist.barrier()
-        loop.restore()
-        loop.run()
+        trainer.restore()
+        trainer.run()
         if rank == 0:
-            Path(out, "position.json").write_text(json.dumps(vars(loop.at)))
-        weights = full_state(loop.model)
+            Path(out, "state.json").write_text(json.dumps(vars(trainer.state)))
+        weights = full_state_dict(trainer.model)
         if rank == 0:
             torch.save(weights, Path(out, "weights.pt"))
 
 
 def train(rank: int, out: str, options: dict[str, Any]) -> None:
-    with process_group(training.CPU):
-        result = training.trace(training.config(**options), Path(out))
+    with process_group(small_run.CPU):
+        result = small_run.trace(small_run.config(**options), Path(out))
         if rank == 0:
             torch.save(result["weights"], Path(out, "weights.pt"))
 
@@ -68,7 +67,7 @@ def train(rank: int, out: str, options: dict[str, Any]) -> None:
 def whole(tmp_path_factory) -> Path:
     """A run of six steps in two processes, with a checkpoint of every second."""
     out = tmp_path_factory.mktemp("whole")
-    processes.run(2, train, str(out), SHARD)
+    ranks.run(2, train, str(out), SHARD)
     return out
 
 
@@ -81,7 +80,7 @@ def cut(whole, tmp_path_factory) -> Path:
 
 
 def test_the_same_processes_go_on_bitwise(whole, cut, tmp_path):
-    processes.run(2, go_on, str(tmp_path), str(cut), SHARD)
+    ranks.run(2, go_on, str(tmp_path), str(cut), SHARD)
     assert curve(tmp_path) == curve(whole)[4:]
     expected, actual = (torch.load(out / "weights.pt", weights_only=True) for out in (whole, tmp_path))
     assert all(torch.equal(actual[name], weight) for name, weight in expected.items())
@@ -90,15 +89,15 @@ def test_the_same_processes_go_on_bitwise(whole, cut, tmp_path):
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_processes_go_on(name, whole, cut, tmp_path):
     world, options = OTHERS[name]
-    processes.run(world, go_on, str(tmp_path), str(cut), options)
+    ranks.run(world, go_on, str(tmp_path), str(cut), options)
     torch.testing.assert_close(torch.tensor(curve(tmp_path)), torch.tensor(curve(whole)[4:]), rtol=5e-6, atol=0)
 
 
 def test_muon_goes_on_bitwise(tmp_path):
     options = {"optimizer": "muon", **SHARD}
-    processes.run(2, train, str(tmp_path / "whole"), options)
+    ranks.run(2, train, str(tmp_path / "whole"), options)
     shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step-00000006")
-    processes.run(2, go_on, str(tmp_path / "again"), str(tmp_path / "whole"), options)
+    ranks.run(2, go_on, str(tmp_path / "again"), str(tmp_path / "whole"), options)
     assert curve(tmp_path / "again") == curve(tmp_path / "whole")[4:]
 
 
@@ -108,7 +107,7 @@ def test_no_pickle_is_in_a_checkpoint(cut):
     manifest = json.loads((folder / MANIFEST).read_text())
     assert {p.name for p in folder.iterdir()} == {MANIFEST, *manifest["files"]}
     assert len(manifest["files"]) == 2
-    assert manifest["position"]["step"] == 4
+    assert manifest["state"]["step"] == 4
     for name in manifest["files"]:
         assert name.endswith(".safetensors")
         assert (folder / name).read_bytes()[8:9] == b"{"
@@ -116,13 +115,13 @@ def test_no_pickle_is_in_a_checkpoint(cut):
 
 def test_another_model_is_refused(cut, tmp_path):
     shutil.copytree(cut, tmp_path / "run")
-    with process_group(training.CPU), pytest.raises(UserError, match=r"has another model\.hidden_dim"):
-        training.make(training.config(hidden_dim=64), tmp_path / "run").restore()
+    with process_group(small_run.CPU), pytest.raises(UserError, match=r"has another model\.ffn_dim"):
+        small_run.make(small_run.config(ffn_dim=64), tmp_path / "run").restore()
 
 
 def test_old_checkpoints_are_deleted(tmp_path):
-    with process_group(training.CPU):
-        training.trace(training.config(every=1, keep=2), tmp_path)
+    with process_group(small_run.CPU):
+        small_run.trace(small_run.config(every=1, keep=2), tmp_path)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000005", "step-00000006"]
 
 
@@ -131,35 +130,37 @@ def test_old_checkpoints_are_deleted(tmp_path):
 
 def poisoned(rank: int, out: str, policy: str, at: tuple[int, ...]) -> None:
     """The first process's loss is not a number in these passes of the run."""
-    with process_group(training.CPU):
-        loop = training.make(training.config(policy=policy, steps=8, eval_every=8), Path(out))
-        forward, reads = loop.model.forward, []
+    with process_group(small_run.CPU):
+        trainer = small_run.make(small_run.config(policy=policy, steps=8, eval_every=8), Path(out))
+        forward, reads = trainer.model.forward, []
 
         def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
             loss = forward(*args, **kwargs)
-            if torch.is_grad_enabled() and loop.at.sequence not in reads:
-                reads.append(loop.at.sequence)
+            if torch.is_grad_enabled() and trainer.state.items not in reads:
+                reads.append(trainer.state.items)
                 if rank == 0 and len(reads) in at:
                     return loss * torch.nan
             return loss
 
-        loop.model.forward = wrong
+        trainer.model.forward = wrong
         try:
-            loop.run()
-            ended = {"at": vars(loop.at), "reads": reads}
+            trainer.run()
+            ended = {"state": vars(trainer.state), "reads": reads}
         except UserError as error:
             ended = {"error": str(error)}
         except SystemExit as end:
             ended = {"exit": end.code}
-        ended["finite"] = all(bool(t.isfinite().all()) for t in loop.tensors().values() if t is not loop.guard.values
-                              and t is not loop.guard.worst and t is not loop.norm)  # fmt: skip
+        not_finite = (trainer.spikes.values, trainer.spikes.last_spike, trainer.metrics.grad_norm)
+        others = [t for t in trainer.tensors().values() if not any(t is one for one in not_finite)]
+        ended["finite"] = all(bool(t.isfinite().all()) for t in others)
+
         Path(out, f"{rank}.json").write_text(json.dumps(ended))
         dist.barrier()
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback", "stop"])
 def test_a_loss_that_is_not_finite_on_one_process(policy, tmp_path):
-    processes.run(2, poisoned, str(tmp_path), policy, (4,))
+    ranks.run(2, poisoned, str(tmp_path), policy, (4,))
     ended = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert all(e.pop("finite") for e in ended)
     if policy == "stop":
@@ -167,47 +168,47 @@ def test_a_loss_that_is_not_finite_on_one_process(policy, tmp_path):
         assert "The last checkpoint is of step 2" in ended[0]["error"]
         assert ended[1] == {"exit": 2}
         return
-    assert ended[0]["at"]["step"] == ended[1]["at"]["step"] == 8
-    assert ended[0]["at"]["spikes"] == ended[1]["at"]["spikes"] == 1
+    assert ended[0]["state"]["step"] == ended[1]["state"]["step"] == 8
+    assert ended[0]["state"]["spikes"] == ended[1]["state"]["spikes"] == 1
     assert ended[0]["reads"] == ended[1]["reads"]
     reads = [sequence // 5 for sequence in ended[0]["reads"]]
-    # Met after step 4, whose checkpoint is not yet written: back to step 2, and on with the text behind step 4.
+    # Noticed after step 4, before its checkpoint: back to step 2, continuing with the data after step 4.
     assert reads == (list(range(8)) if policy == "skip" else list(range(10)))
-    assert ended[0]["at"]["rollbacks"] == (policy == "rollback")
+    assert ended[0]["state"]["rollbacks"] == (policy == "rollback")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "spikes" in r] == [4]
     assert all(r["loss"] is not None for r in lines if "loss" in r and r["step"] != 4)
 
 
 def test_a_run_that_keeps_failing_is_stopped(tmp_path):
-    processes.run(2, poisoned, str(tmp_path), "rollback", tuple(range(3, 99)))
+    ranks.run(2, poisoned, str(tmp_path), "rollback", tuple(range(3, 99)))
     ended = json.loads((tmp_path / "0.json").read_text())
-    assert "a spike, after 10 roll-backs: loss nan" in ended["error"]
+    assert "a spike, after 10 rollbacks: loss nan" in ended["error"]
 
 
 # ---- processes that die ----
 
 DYING = """
 import os, sys
-from fastllm.training import trainer as loop
-step = loop.Loop.step
+from fastllm.training import trainer
+step = trainer.Trainer.train_step
 def dying(self):
-    if self.at.step == int(sys.argv[-1]) and os.environ["RANK"] == "1":
+    if self.state.step == int(sys.argv[-1]) and os.environ["RANK"] == "1":
         os._exit(9)
     step(self)
-loop.Loop.step = dying
+trainer.Trainer.train_step = dying
 from fastllm.cli import main
 sys.exit(main(sys.argv[1:-1]))
 """
 TINY = """
 [model]
 vocab_size = 300
-context = 32
+max_seq_len = 32
 dim = 32
 layers = 1
-hidden_dim = 48
+ffn_dim = 48
 [train]
-batch_tokens = 128
+global_batch_tokens = 128
 steps = 20
 log_every = 1
 [checkpoint]
@@ -227,8 +228,8 @@ def test_a_process_that_dies_ends_the_others(dies_at, goes_on_from, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert time.monotonic() - start < 60
     assert done.returncode != 0
-    assert "process 0 of 2 lost the connection to another one, which ended first" in done.stderr
-    assert "fastllm train --resume run goes on from the last checkpoint" in done.stderr
+    assert "rank 0 of 2 lost the connection to another rank, which ended first" in done.stderr
+    assert "fastllm train --resume run continues from the last checkpoint" in done.stderr
     words = [sys.executable, "-m", "fastllm", "train", "--resume", "run"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -262,8 +263,8 @@ def save_and_save(rank: int, world: int, port: int, folder: str, said: str) -> N
     torch.set_num_threads(1)
     found = {"RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in found.items()})
-    with process_group(training.CPU):
-        checkpoints = Checkpoints(Path(folder), keep=2)
+    with process_group(small_run.CPU):
+        checkpoints = Checkpointer(Path(folder), keep=2)
         mesh = init_device_mesh("cpu", (world,))
         parts = {f"t{i}": torch.full((300_000 // world,), -1.0) for i in range(4)}
         tensors = {name: DTensor.from_local(part, mesh, [Shard(0)]) for name, part in parts.items()}
@@ -272,7 +273,7 @@ def save_and_save(rank: int, world: int, port: int, folder: str, said: str) -> N
             first = checkpoints.steps()[-1]
             problem = checkpoints.load(first, tensors)
             whole = all(bool((t == first).all()) for t in parts.values())
-            if problem or not whole or checkpoints.facts(first)["number"] != first:
+            if problem or not whole or checkpoints.metadata(first)["number"] != first:
                 Path(said).write_text(f"damaged: {problem}")
                 return
         for step in range(first + 1, first + 10_000):
@@ -290,10 +291,10 @@ def save_and_save(rank: int, world: int, port: int, folder: str, said: str) -> N
 def test_killed_while_saving(tmp_path):
     """Two processes, twenty times, at any moment: the last checkpoint that was finished is there, and whole."""
     world, context = 2, multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fastllm.test_checkpoint"])
+    context.set_forkserver_preload(["tests.fastllm.training.test_checkpoint"])
     said, last, moments, caught = tmp_path / "said", 0, random.Random(), 0
     for _ in range(20):
-        args = (world, processes.free_port(), str(tmp_path / "checkpoints"), str(said))
+        args = (world, ranks.free_port(), str(tmp_path / "checkpoints"), str(said))
         running = [context.Process(target=save_and_save, args=(rank, *args)) for rank in range(world)]
         before = said.read_text() if said.exists() else ""
         for process in running:

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from fastllm.config import ModelConfig, OptimConfig
 from fastllm.model.gpt import GPT
 from fastllm.training import muon as muon_module
-from fastllm.training.muon import Muon, orthogonal
+from fastllm.training.muon import Muon, orthogonalize
 from fastllm.training.optim import learning_rate, make_optimizers, state_tensors, step
 
-SMALL = ModelConfig(vocab_size=300, context=32, dim=64, layers=2, heads=4, kv_heads=2, hidden_dim=96, qkv_bias=True)
+SMALL = ModelConfig(vocab_size=300, max_seq_len=32, dim=64, layers=2, heads=4, kv_heads=2, ffn_dim=96, qkv_bias=True)
 shares = st.floats(0, 1, allow_subnormal=False)
 
 
@@ -82,7 +82,7 @@ def test_muon_is_that_of_pytorch(monkeypatch):
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5), (1, 7)])
 def test_orthogonal(shape):
-    values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
     assert values.min() > 0.5
     assert values.max() < 1.3
 
@@ -97,28 +97,28 @@ def test_a_skipped_update_changes_nothing(optimizer):
         model(tokens[:, :-1], tokens[:, 1:]).backward()
 
     backward()
-    step(optimizers, 1e-2, divisor=torch.tensor(2.0), skip=torch.tensor(0.0))
+    step(optimizers, 1e-2, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(0.0))
     state = dict(model.named_parameters()) | state_tensors(model, optimizers)
     before = {name: tensor.detach().clone() for name, tensor in state.items()}
     backward()
     for p in model.parameters():
         p.grad.fill_(torch.nan)
-    step(optimizers, 1e-2, divisor=torch.tensor(torch.nan), skip=torch.tensor(1.0))
+    step(optimizers, 1e-2, grad_scale=torch.tensor(torch.nan), found_inf=torch.tensor(1.0))
     assert all(torch.equal(state[name], before[name]) for name in before)
     backward()
-    step(optimizers, 1e-2, divisor=torch.tensor(1.0), skip=torch.tensor(0.0))
+    step(optimizers, 1e-2, grad_scale=torch.tensor(1.0), found_inf=torch.tensor(0.0))
     assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.dim() >= 2)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_divisor_scales_the_gradients(optimizer):
+def test_grad_scale_divides_the_gradients(optimizer):
     models = [GPT(SMALL) for _ in range(2)]
     tokens = torch.randint(0, 300, (2, 33))
     for model, scale in zip(models, (1.0, 8.0), strict=True):
         optimizers = make_optimizers(model, OptimConfig(optimizer=optimizer))
         for _ in range(2):
             (model(tokens[:, :-1], tokens[:, 1:]) * scale).backward()
-            step(optimizers, 1e-2, divisor=torch.tensor(scale), skip=torch.tensor(0.0))
+            step(optimizers, 1e-2, grad_scale=torch.tensor(scale), found_inf=torch.tensor(0.0))
     for p, q in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
@@ -137,7 +137,7 @@ SCHEDULES = pytest.mark.parametrize("schedule", ["wsd", "linear", "cosine"])
 
 @SCHEDULES
 def test_schedules_at_their_corners(schedule):
-    config = OptimConfig(schedule=schedule, lr=2.0, warmup=0.1, decay=0.4, final=0.25)
+    config = OptimConfig(schedule=schedule, lr=2.0, warmup_ratio=0.1, decay_ratio=0.4, min_lr_ratio=0.25)
     assert learning_rate(config, 0.0) == 0.0
     assert learning_rate(config, 0.05) == pytest.approx(1.0)
     assert learning_rate(config, 0.1) == pytest.approx(2.0)
@@ -153,10 +153,15 @@ def test_schedules_at_their_corners(schedule):
 
 
 @SCHEDULES
-@given(warmup=shares, decay=shares, final=shares, progress=st.lists(shares, min_size=2, max_size=2).map(sorted))
+@given(
+    warmup=shares,
+    decay=shares,
+    final=shares,
+    progress=st.lists(shares, min_size=2, max_size=2).map(sorted),
+)
 def test_schedules_rise_once_and_fall_once(schedule, warmup, decay, final, progress):
     decay = decay * (1 - warmup)
-    config = OptimConfig(schedule=schedule, lr=1.0, warmup=warmup, decay=decay, final=final)
+    config = OptimConfig(schedule=schedule, lr=1.0, warmup_ratio=warmup, decay_ratio=decay, min_lr_ratio=final)
     earlier, later = (learning_rate(config, p) for p in progress)
     assert 0 <= earlier <= 1
     if progress[1] < warmup:

@@ -1,0 +1,55 @@
+"""Where a run is, and how it spent its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass
+class TrainState:
+    """With the tensors, all that a resumed run continues from. Times are in seconds."""
+
+    step: int = 0  # optimizer steps taken
+    items: int = 0  # items of the data source read; a rollback does not take them back
+    progress: float = 0.0  # through the run, from 0 to 1
+    seconds: float = 0.0  # of training; evaluation and checkpoints are counted below
+    seconds_evaluating: float = 0.0
+    seconds_saving: float = 0.0
+    logged_step: int = 0
+    logged_seconds: float = 0.0
+    spikes: int = 0
+    rollbacks: int = 0
+    validation_loss: float | None = None  # nats per token, the latest
+
+    def tokens_per_second(self, tokens_per_step: int) -> int:
+        """Over the whole run."""
+        return round(self.step * tokens_per_step / self.seconds) if self.seconds else 0
+
+
+class Stopwatch:
+    """Measures ``state.seconds``, the time spent training, without what is counted elsewhere."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.state = state
+        self._start = 0.0
+
+    def start(self) -> None:
+        """Continue from the seconds in the state."""
+        self._start = time.perf_counter() - self.state.seconds
+
+    def seconds(self) -> float:
+        """Of training until now, on this rank."""
+        return time.perf_counter() - self._start
+
+    @contextmanager
+    def counted_as(self, name: str | None) -> Iterator[None]:
+        """Add the time of the block to the state's field ``name`` (None: to none), and not to training."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._start += seconds
+        if name is not None:
+            setattr(self.state, name, getattr(self.state, name) + seconds)
