@@ -5,7 +5,7 @@
     python -m benchmarks --only rms_norm rope     some ops; the others' results in DIR are kept
     python -m benchmarks --within 600             as much as ten minutes allow, what decides first
     python -m benchmarks --compare A.json B.json  what got slower; exits with 1 if something of ours did
-    python -m benchmarks --readme                 write the README's tables from the committed results
+    python -m benchmarks --readme                 write the READMEs' tables from the committed results
     python -m benchmarks --defaults               write kernels/measured.py from the committed results
 
 (`fastllm bench` is the same.) Writes report.md, results.json and plots. Results are written after each case; Ctrl-C
@@ -58,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.readme or arguments.defaults:
         if not report.README.exists():
             raise UserError("--readme and --defaults write into a checkout of fastllm, and this is none")
-        changed = arguments.readme and report.update_readme(), arguments.defaults and defaults.write()
+        changed = arguments.readme and report.update_readmes(), arguments.defaults and defaults.write()
         print("written" if any(changed) else "nothing to change")
         return 0
     scale = Scale(quick=arguments.quick, seconds=arguments.seconds or (0.6 if arguments.quick else 4.0))

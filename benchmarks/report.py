@@ -1,4 +1,4 @@
-"""From a result to Markdown: the report of a device, and the README's part about all of them."""
+"""From results to Markdown: the report of a device, and the measured parts of the READMEs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from .peaks import DATASHEET
 from .record import Error, Result, Row, best, committed, find
 
 BEGIN, END = "<!-- measured: begin (python -m benchmarks --readme) -->", "<!-- measured: end -->"
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parent.parent / "README.md"  # one table
+FULL_README = Path(__file__).resolve().parent / "README.md"  # every device
 BASE = {DROP_IN: "transformers"}  # what times are ratios to, where it is not PyTorch
 PLOTS = {
     "speedup": "times as fast as PyTorch",
@@ -137,29 +138,69 @@ def _error(e: Error) -> str:
     return f"{e.output} {e.error:.1e} / {e.pytorch:.1e}{ratio}"
 
 
-# ---- the README ----
+# ---- the READMEs ----
 
 
-def readme() -> str:
-    """The text between the README's marks, from all committed results."""
+def measured_parts() -> dict[Path, str]:
+    """For each README the text between its marks, from all committed results."""
     found = list(committed())
-    parts = [] if any("gpu" in result.stamp for _, result in found) else ["No GPU has run these kernels yet."]
-    parts += [_device(folder, result) for folder, result in found]
-    return f"{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}"
+    gpus = [(folder, result) for folder, result in found if "gpu" in result.stamp]
+    note = [] if gpus else ["No GPU has run these kernels yet."]
+    main = max(gpus or found, key=lambda one: len(one[1].rows))
+    parts = {
+        README: [_brief(*main), *note],
+        FULL_README: [*note, *(_device(folder, result) for folder, result in found)],
+    }
+    return {path: f"{BEGIN}\n\n" + "\n\n".join(text) + f"\n\n{END}" for path, text in parts.items()}
 
 
-def update_readme() -> bool:
-    """Write it. Whether anything changed."""
-    text = README.read_text("utf-8")
-    start, end = text.index(BEGIN.split(" (")[0]), text.index(END) + len(END)
-    new = text[:start] + readme() + text[end:]
-    if new != text:
-        write_atomic(README, new.encode())
-    return new != text
+def update_readmes() -> bool:
+    """Write the measured parts. Whether anything changed."""
+    changed = False
+    for path, part in measured_parts().items():
+        text = path.read_text("utf-8")
+        start, end = text.index(BEGIN.split(" (")[0]), text.index(END) + len(END)
+        new = text[:start] + part + text[end:]
+        if new != text:
+            write_atomic(path, new.encode())
+            changed = True
+    return changed
+
+
+def _headlines(result: Result) -> dict[tuple[str, str], list[Row]]:
+    """Of each op and dtype the last size, with backward where there is one."""
+    headlines: dict[tuple[str, str], list[Row]] = {}
+    for (op, _, direction, dtype, _), rows in result.by_case().items():
+        if op not in (LADDER, DROP_IN) and (
+            direction == "forward+backward" or headlines.get((op, dtype), rows)[0].direction == direction
+        ):
+            headlines[op, dtype] = rows
+    return headlines
+
+
+def _brief(folder: Path, result: Result) -> str:
+    """How many times as fast as PyTorch and torch.compile each op is, in bfloat16, and the plot of it."""
+    stamp = result.stamp
+    kernels = f" ({stamp['cpu kernels']})" if "cpu kernels" in stamp else ""
+    lines = [
+        f"{stamp['device']}{kernels}, torch {stamp['torch']}, bfloat16; times as fast as",
+        "",
+        "| | PyTorch | torch.compile | the best other |",
+        "|---|---:|---:|---:|",
+    ]
+    for (_, dtype), rows in _headlines(result).items():
+        ours = best(rows, is_ours)
+        if dtype != "bfloat16" or ours is None:
+            continue
+        others = (find(rows, PYTORCH), find(rows, COMPILED), best(rows, is_theirs))
+        times = " | ".join("" if other is None or other.error else f"{other.seconds / ours.seconds:.2f}" for other in others)
+        lines.append(f"| `{rows[0].op}` {rows[0].direction} {rows[0].size} | {times} |")
+    plot = f"benchmarks/results/{folder.name}/speedup.png"
+    return "\n".join([*lines, "", f"![{PLOTS['speedup']}]({plot})"])
 
 
 def _device(folder: Path, result: Result) -> str:
-    where = f"benchmarks/results/{folder.name}"
+    where = f"results/{folder.name}"
     stamp = result.stamp
     kernels = f", {stamp['cpu kernels']}" if "cpu kernels" in stamp else ""
     timed = f", timed {stamp['timed']}" if stamp["timed"] != "in turns" else ""
@@ -168,13 +209,8 @@ def _device(folder: Path, result: Result) -> str:
         "| (ms) | PyTorch | torch.compile | another | fastllm | times PyTorch | times the best |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    # Of each op and dtype the last size, with backward where there is one.
-    headlines: dict[tuple[str, str], list[Row]] = {}
-    for (op, _, direction, dtype, _), rows in result.by_case().items():
-        if direction == "forward+backward" or headlines.get((op, dtype), rows)[0].direction == direction:
-            headlines[op, dtype] = rows
-    for rows in headlines.values():
-        lines += _headline(rows) if rows[0].op not in (LADDER, DROP_IN) else []
+    for rows in _headlines(result).values():
+        lines += _headline(rows)
     lines += ["", *_steps(result)]
     if result.errors:
         within = sum(e.within for e in result.errors)

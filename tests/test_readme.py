@@ -1,4 +1,4 @@
-"""The README's programs run."""
+"""The programs in the READMEs run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_trainer_example(tmp_path):
     """As it stands, but for the number of steps; from the checkout's folder, where a reader tries it."""
-    (program,) = re.findall(r"```python\n(.*?Trainer\(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (program,) = re.findall(r"```python\n(.*?Trainer\(.*?)```", (ROOT / "fastllm" / "README.md").read_text(), re.DOTALL)
     assert "max_steps=60" in program
     program = program.replace("max_steps=60", "max_steps=2").replace("runs/trainer", str(tmp_path))
     found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

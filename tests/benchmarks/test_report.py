@@ -64,8 +64,9 @@ def test_the_verdict_on_errors_can_be_no(monkeypatch):
     assert "| softmax | float16 | cpu | RuntimeError: no kernel | **no** |" in report.report(result, [])
 
 
-def test_the_readme_is_generated():
-    assert report.readme() in report.README.read_text(), "python -m benchmarks --readme"
+def test_the_readmes_are_generated():
+    for path, part in report.measured_parts().items():
+        assert part in path.read_text(), "python -m benchmarks --readme"
 
 
 def test_defaults_follow_from_the_results():
