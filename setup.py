@@ -1,8 +1,8 @@
 """Builds the native module ``fastllm.kernels._C``: C++ always, CUDA C++ where nvcc is found, never torch.
 
 Environment:
-    FASTLLM_CUDA_ARCHS   architectures of the CUDA kernels, "80;90a" (default: those of the GPUs present,
-                         else 80, 90a, 100 and 120); "none" leaves them out
+    FASTLLM_CUDA_ARCHS   architectures of the CUDA kernels, "80;90a", "all" or "none"
+                         (default: those of this machine's GPUs; none where it has no GPU)
     CUDA_HOME            where the CUDA toolkit is, if nvcc is not on the PATH
     CXX, CXXFLAGS        the C++ compiler, and options added to it
 """
@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
-DEFAULT_ARCHS = ("80", "90a", "100", "120")
+ALL_ARCHS = ("80", "90a", "100", "120")
 
 # Each CPU source is compiled once for every one of these; the fastest that the processor has is called.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -42,16 +42,19 @@ def find_nvcc() -> Path | None:
 
 
 def cuda_archs() -> tuple[str, ...]:
+    """Nobody should wait for kernels that the machine can't run: a build for another machine names them."""
     asked = os.environ.get("FASTLLM_CUDA_ARCHS", "").replace(",", ";").strip()
+    if asked in ("all", "none"):
+        return ALL_ARCHS if asked == "all" else ()
     if asked:
-        return () if asked == "none" else tuple(a.strip() for a in asked.split(";") if a.strip())
+        return tuple(arch.strip() for arch in asked.split(";") if arch.strip())
     try:
         query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        caps = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+        found = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout.split()
     except (OSError, subprocess.SubprocessError):
-        return DEFAULT_ARCHS
-    archs = {cap.replace(".", "") for cap in caps if cap[:1].isdigit()}
-    return tuple(sorted(a + "a" if a == "90" else a for a in archs)) or DEFAULT_ARCHS
+        return ()
+    archs = {capability.replace(".", "") for capability in found if capability[:1].isdigit()}
+    return tuple(sorted(arch + "a" if arch == "90" else arch for arch in archs))
 
 
 class Ninja:
@@ -124,13 +127,12 @@ class BuildNative(build_ext):
         ]  # GCC 12 says that of its own AVX-512 header
         flags += [f"-I{d}" for d in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
         flags += ["-DFASTLLM_MODULE_NAME=_C", *extra]
-        if archs:
-            flags += ["-DFASTLLM_CUDA", f'-DFASTLLM_CUDA_ARCHS="{" ".join(archs)}"']
 
         work = Path(self.build_temp).resolve()
         ninja = Ninja({"cxx": cxx} | ({"nvcc": nvcc} if archs else {}))
+        with_cuda = ["-DFASTLLM_CUDA", f'-DFASTLLM_CUDA_ARCHS="{" ".join(archs)}"'] if archs else []
         for source in sorted(CSRC.glob("*.cpp")):
-            ninja.compile("cxx", source, work / f"{source.stem}.o", flags)
+            ninja.compile("cxx", source, work / f"{source.stem}.o", [*flags, *with_cuda])
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             for isa, options in isas.items():
                 out = work / f"cpu_{source.stem}_{isa}.o"
@@ -160,7 +162,9 @@ class BuildNative(build_ext):
         for folder in (work, target.parent):
             folder.mkdir(parents=True, exist_ok=True)
         (work / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
-        cuda = f"CUDA C++ for {', '.join(archs)}" if archs else "no CUDA C++ (nvcc not found or not wanted)"
+        cuda = f"CUDA C++ for {', '.join(archs)}" if archs else "no CUDA C++: nvcc not found"
+        if nvcc and not archs:
+            cuda = "no CUDA C++: no GPU here, or not wanted (FASTLLM_CUDA_ARCHS=all builds it for other machines)"
         print(f"fastllm: building the native module: C++ for {', '.join(isas)}; {cuda}")
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)], check=True)
 

@@ -193,7 +193,9 @@ def _brief(folder: Path, result: Result) -> str:
         if dtype != "bfloat16" or ours is None:
             continue
         others = (find(rows, PYTORCH), find(rows, COMPILED), best(rows, is_theirs))
-        times = " | ".join("" if other is None or other.error else f"{other.seconds / ours.seconds:.2f}" for other in others)
+        times = " | ".join(
+            "" if other is None or other.error else f"{other.seconds / ours.seconds:.2f}" for other in others
+        )
         lines.append(f"| `{rows[0].op}` {rows[0].direction} {rows[0].size} | {times} |")
     plot = f"benchmarks/results/{folder.name}/speedup.png"
     return "\n".join([*lines, "", f"![{PLOTS['speedup']}]({plot})"])

@@ -19,3 +19,19 @@ def test_the_trainer_example(tmp_path):
     assert found.returncode == 0, found.stderr
     assert "9 LlamaRMSNorm      rms_norm" in found.stdout
     assert "train_loss" in found.stdout
+
+
+def test_the_table_of_backends():
+    """kernels/README.md names every op, with the backends that it has kernels for."""
+    from fastllm.kernels.backends import BACKENDS, OPS
+
+    text = (ROOT / "kernels" / "README.md").read_text()
+    _, _, table = text.partition("| op | cpu | triton | cuda | torch |")
+    listed: dict[str, set[str]] = {}
+    for line in table.split("\n\n")[0].splitlines()[2:]:
+        names, *marks = (cell.strip() for cell in line.strip("|").split("|"))
+        found = {backend for backend, mark in zip(("cpu", "triton", "cuda", "torch"), marks, strict=True) if mark}
+        listed |= {name.strip("`"): found for name in names.split(", ")}
+    assert listed == {name: {*op.kernels, "torch"} & {*BACKENDS} for name, op in OPS.items()}
+    for name in OPS:
+        assert f"| `{name}` | `(" in text
