@@ -82,7 +82,7 @@ class Field:
 
 def parse(cls: type[T], prog: str, args: Sequence[str], default: T | None = None) -> T:
     """``args`` as an instance of ``cls``; tyro ends the process where they are wrong."""
-    options = {} if default is None else {"default": default}
+    options: dict[str, Any] = {} if default is None else {"default": default}
     return tyro.cli(cls, prog=prog, args=list(args), **options)
 
 
@@ -109,7 +109,7 @@ def renamed_options() -> dict[str, str]:
 # ---- help ----
 
 
-def fields_of(cls: type, values: Any = None, prefix: str = "") -> Iterator[Field]:
+def fields_of(cls: Any, values: Any = None, prefix: str = "") -> Iterator[Field]:
     """The options of a dataclass, those of its sections behind ``section.``; descriptions are its comments."""
     comments, hints = _comments(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
@@ -122,7 +122,7 @@ def fields_of(cls: type, values: Any = None, prefix: str = "") -> Iterator[Field
             yield Field(flag, _metavar(hint), default, comments.get(field.name, ""))
 
 
-def _comments(cls: type) -> dict[str, str]:
+def _comments(cls: Any) -> dict[str, str]:
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):

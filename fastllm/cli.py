@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from . import __version__
 from . import config as configs
@@ -64,7 +65,7 @@ def train(argv: list[str]) -> int:
     return train(config, chosen.resume or chosen.out, resume=chosen.resume is not None)
 
 
-def _fields(config: configs.Config) -> dict[str, object]:
+def _fields(config: configs.Config) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(configs.Config)}
 
 

@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": {"errors"},
     "console": set(),
     "config": {"errors"},
+    "arguments": {"config", "errors"},
     "hardware": {"kernels"},
     "dtensor": set(),
     "model": BASE,

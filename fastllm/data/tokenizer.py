@@ -28,7 +28,7 @@ class Tokenizer:
         """``eos_ids``: tokens that end a text, by default EOS_TOKEN. The first also begins a text without a prompt."""
         self.backend = backend
         self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
-        self.eos_ids: tuple[int, ...] = eos_ids or (backend.token_to_id(EOS_TOKEN),)
+        self.eos_ids: tuple[int, ...] = eos_ids or (_id_of(backend, EOS_TOKEN),)
         self.eos_id: int = self.eos_ids[0]
         self.vocab_size: int = backend.get_vocab_size()
         self._special = {t: added.content.encode() for t, added in backend.get_added_tokens_decoder().items()}
@@ -90,6 +90,13 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text of each token, int64 ``[vocab_size]``; 0 for the end-of-text token."""
         return np.array([0 if t == self.eos_id else len(self.token_bytes(t)) for t in range(self.vocab_size)])
+
+
+def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
+    found = backend.token_to_id(token)
+    if found is None:
+        raise UserError(f"the tokenizer has no token {token}")
+    return found
 
 
 def _byte_of() -> dict[str, int]:

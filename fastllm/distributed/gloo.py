@@ -36,7 +36,8 @@ class PointToPointAllGather(_GlooCollective):
         if shards[rank].data_ptr() != input_tensor.data_ptr():
             shards[rank].copy_(input_tensor)
         for work in works:
-            work.wait()
+            if work is not None:  # a rank outside of the group has none
+                work.wait()
 
 
 class AllToAllReduceScatter(_GlooCollective):

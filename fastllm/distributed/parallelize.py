@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -74,8 +74,9 @@ def parallelize(model: GPT, config: ParallelConfig, dims: ParallelDims, precisio
                 unit.set_gradient_divide_factor(1.0)
                 unit.set_force_sum_reduction_for_comms(True)
                 if dist.get_backend(dims.mesh["dp_shard"].get_group()) == "gloo":
-                    unit.set_custom_all_gather(PointToPointAllGather())
-                    unit.set_custom_reduce_scatter(AllToAllReduceScatter())
+                    gather, scatter = cast(Any, PointToPointAllGather()), cast(Any, AllToAllReduceScatter())
+                    unit.set_custom_all_gather(gather)
+                    unit.set_custom_reduce_scatter(scatter)
     return model
 
 
@@ -86,9 +87,10 @@ def begin_micro_batch(model: GPT, config: ParallelConfig, last: bool) -> None:
     that the option is there to save.
     """
     scatter = last or config.reshard_after_forward
-    model.set_requires_gradient_sync(scatter)
-    model.set_reshard_after_backward(scatter)
-    model.set_requires_all_reduce(last)  # over replicas
+    unit = cast(FSDPModule, model)
+    unit.set_requires_gradient_sync(scatter)
+    unit.set_reshard_after_backward(scatter)
+    unit.set_requires_all_reduce(last)  # over replicas
 
 
 def apply_tensor_parallel(block: nn.Module, mesh: DeviceMesh) -> None:

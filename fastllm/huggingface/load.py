@@ -68,7 +68,7 @@ def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer]:
     if not (path / TOKENIZER).is_file():
         raise UserError(f"{path} has no {TOKENIZER}")
     found = [_json(path / name).get("eos_token_id") for name in (GENERATION, CONFIG) if (path / name).is_file()]
-    eos = next((e for e in found if e is not None), [])
+    eos: int | list[int] = next((e for e in found if e is not None), [])
     tokenizer = Tokenizer.load(path / TOKENIZER, eos_ids=(eos,) if isinstance(eos, int) else tuple(eos))
     model = from_pretrained(path, device=device)
     if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: models round their vocabulary up

@@ -50,6 +50,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks and last norm: all but the head. The GPT calls it ``model``, as Hugging Face's Llama does."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)

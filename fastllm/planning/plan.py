@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -185,7 +186,7 @@ def _chosen(arguments: PlanArguments) -> Iterator[tuple[str, Config]]:
         model = model_of_depth(arguments.depth, *size) if arguments.depth else model_of_size(arguments.params, *size)
         config = compute_optimal(model, micro_batch=max(1, 16_384 // model.max_seq_len))
         large = count_parameters(model)["total"] > 1e9
-        checkpointing = "selective" if large else "none"
+        checkpointing: ActivationCheckpointing = "selective" if large else "none"
         saving = replace(config.parallel, reshard_after_forward=large, activation_checkpointing=checkpointing)
         yield f"depth {model.layers}", _changed(replace(config, parallel=saving), arguments)
 
@@ -194,7 +195,7 @@ def _changed(config: Config, arguments: PlanArguments) -> Config:
     """``config`` with the settings that the arguments override."""
     names = ("tensor_parallel", "dp_replicate", "activation_checkpointing")
     parallel = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
-    train = {"micro_batch": arguments.micro_batch} if arguments.micro_batch else {}
+    train: dict[str, Any] = {"micro_batch": arguments.micro_batch} if arguments.micro_batch else {}
     if arguments.tokens:
         train["steps"] = max(1, round(arguments.tokens / config.train.global_batch_tokens))
     return replace(

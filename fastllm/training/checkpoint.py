@@ -76,6 +76,7 @@ class Checkpointer:
         metadata = {"step": step, "world_size": dist.get_world_size(), **metadata}
         writer = _Writer(unfinished, self.path(step), metadata, self.keep)
         future = dcp.async_save(tensors, storage_writer=writer, process_group=self._group)
+        assert isinstance(future, BackgroundFuture)
         self._pending = step, future
         self.begun.add(step)
         return problem

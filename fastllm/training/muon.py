@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,13 @@ class Muon(torch.optim.Optimizer):
         self.found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         owned: list[Tensor | None] = []  # by this rank; None: another rank's
         todo = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for i, (p, group) in enumerate(todo):
-            update = self._momentum(p, group["momentum"])
-            owned.append(orthogonalize(update).contiguous() if i % world == rank else None)
+            full = self._momentum(p, group["momentum"])
+            owned.append(orthogonalize(full).contiguous() if i % world == rank else None)
         taken = 1.0 if self.found_inf is None else 1.0 - self.found_inf
         for i, (p, group) in enumerate(todo):
             update, owned[i] = owned[i], None
@@ -56,6 +57,7 @@ class Muon(torch.optim.Optimizer):
 
     def _momentum(self, p: nn.Parameter, momentum: float) -> Tensor:
         """Update the average of the gradients; the full matrix to orthogonalize."""
+        assert p.grad is not None
         state, grad = self.state[p], to_local(p.grad)
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from ..data.loader import IGNORE_INDEX, Batch
 
 
-class Loss(NamedTuple):
+@dataclass(frozen=True)
+class Loss:
     """The loss of a micro-batch on one rank: sums, so that ranks and micro-batches of unequal size add up.
 
     The trainer divides all of them by the sum of ``count`` over the step's micro-batches and ranks.
@@ -19,7 +20,7 @@ class Loss(NamedTuple):
 
     loss_sum: Tensor  # float32, 0-d, differentiable
     count: Tensor  # 0-d: the items that ``loss_sum`` adds up (tokens, pairs, completions)
-    metrics: Mapping[str, Tensor] = MappingProxyType({})  # more sums over the same items
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # more sums over the same items
 
 
 class Objective(Protocol):
@@ -38,7 +39,7 @@ class Objective(Protocol):
 class NextTokenPrediction:
     """The negative log-likelihood of ``targets`` given ``tokens``, in nats, over the targets that are not ignored."""
 
-    metric_names = ()
+    metric_names: tuple[str, ...] = ()
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         tokens, targets = batch["tokens"], batch["targets"]

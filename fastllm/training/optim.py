@@ -49,7 +49,8 @@ def step(
         for group in optimizer.param_groups:
             group["lr"] = lr
         # Fused optimizers read these, which torch.amp.GradScaler sets too.
-        optimizer.grad_scale, optimizer.found_inf = grad_scale, found_inf
+        fused: Any = optimizer
+        fused.grad_scale, fused.found_inf = grad_scale, found_inf
         optimizer.step()
         optimizer.zero_grad()
 
@@ -64,7 +65,7 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
             p.grad = torch.zeros_like(p)
         one = torch.ones((), device=next(model.parameters()).device)
         step(optimizers, 0.0, grad_scale=one, found_inf=one)
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{names[p]}.{key}": value
         for optimizer in optimizers

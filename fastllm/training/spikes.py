@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ MIN_VALUES = 32  # in the window before one of them can be a spike
 MIN_RELATIVE_STD = 0.05  # of the mean: the least standard deviation that is assumed
 
 
-class SpikeReport(NamedTuple):
+@dataclass(frozen=True)
+class SpikeReport:
     """Spikes so far, spikes in the window, loss and gradient norm of the last spike, and what is usual."""
 
     count: int

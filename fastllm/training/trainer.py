@@ -90,9 +90,9 @@ class Trainer:
         sums = torch.zeros(2 + len(names), device=self.device)
         for i, batch in enumerate(batches):
             begin_micro_batch(self.model, config.parallel, last=i == len(batches) - 1)
-            loss = self.objective(self.model, batch)
-            loss.loss_sum.backward()
-            parts = (loss.loss_sum.detach(), loss.count, *(loss.metrics[name] for name in names))
+            found = self.objective(self.model, batch)
+            found.loss_sum.backward()
+            parts = (found.loss_sum.detach(), found.count, *(found.metrics[name] for name in names))
             sums += torch.stack([part.to(sums.dtype) for part in parts])
         all_reduce_replicated_grads(self.model, self.dims)
         norm_sq = local_grad_norm_sq(self.model, self.dims)

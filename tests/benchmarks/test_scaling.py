@@ -25,7 +25,7 @@ def test_what_fails_says_so():
     point = Point(SIZE, 1, "wrong", PYTORCH, 1024, processes=2)
     config = scaling._with(scaling._small(1), 1024, 2, 256)
     scaling.measure(point, replace(config, parallel=ParallelConfig(dp_replicate=3)), 0.1)
-    assert "2 processes can't be split" in point.error
+    assert "2 ranks can't be divided" in point.error
     assert point.seconds == 0
     assert point.error in scaling.table([point])
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 
 from fastllm import __version__
 from fastllm.cli import main
+from fastllm.config import Config
 from fastllm.run_dir import load_metadata
 from fastllm.training.metrics import read_log
 from fastllm.training.signals import StopSignals
@@ -144,8 +146,17 @@ def test_a_missing_extra(run, monkeypatch):
 def test_help_of_the_commands(run):
     done = run("train", "--help")
     assert done.returncode == 0
-    for words in ("CONFIG.toml", "--preset", "--data", "--out", "--train.steps", "--model.kv-heads", "--optim.lr"):
+    for words in ("CONFIG.toml", "--preset", "--data", "--out", "--train.steps N", "peak learning rate [0.004]"):
         assert words in done.stdout
+    assert "--model.kv-heads" not in done.stdout
+    assert "peak learning rate [0.001]" in run("train", "--preset", "124m", "--help").stdout
+    everything = run("train", "--help-all").stdout
+    assert everything.count("\n  --") == sum(len(fields(section)) for section in vars(Config()).values()) + 3
+    for command in ("train", "generate", "export", "plan"):
+        lines = run(command, "--help").stdout.splitlines()
+        assert len(lines) <= 60  # two screens
+        assert max(map(len, lines)) <= 115
+        assert all(re.search(r"\w{3}", line[38:]) for line in lines if line.startswith("  --") and len(line) > 38)
     done = run("generate", "--help")
     assert done.returncode == 0
     for words in ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed"):
@@ -218,6 +229,12 @@ def test_a_run_folder_is_never_overwritten(trained, run):
         (("train", "tiny.toml", "--data", "text.py", "latin.txt"), "latin.txt is not UTF-8 text: byte 3"),
         (("train", "tiny.toml", "--data", "short.txt"), "too little data"),
         (("train", "tiny.toml", "--data", "text.py", "--out", "text.py"), "text.py is a file"),
+        (("train", "old.toml"), "old.toml: 'clip' in [optim] is now called 'max_grad_norm'"),
+        (("train", "guard.toml"), "guard.toml: [guard] is now called [spikes]"),
+        (("train", "--optim.clip", "2"), "--optim.clip is now called --optim.max-grad-norm"),
+        (("train", "--model.hidden_dim=2"), "--model.hidden-dim is now called --model.ffn-dim"),
+        (("train", "--guard.policy", "stop"), "--guard.policy is now called --spikes.policy"),
+        (("plan", "--recompute", "full"), "--recompute is now called --activation-checkpointing"),
         (("generate", "none"), "no run folder none"),
         (("generate", "."), "has no config.toml"),
         (("generate", "none", "--top-p", "0"), "--top-p"),
@@ -225,6 +242,8 @@ def test_a_run_folder_is_never_overwritten(trained, run):
 )
 def test_a_mistake_gets_one_clear_line(words, message, work, run):
     (work / "wrong.toml").write_text("[model]\nlayer = 3")
+    (work / "old.toml").write_text("[optim]\nclip = 2.0")
+    (work / "guard.toml").write_text("[guard]\nlimit = 2")
     (work / "empty.txt").write_text("")
     (work / "latin.txt").write_bytes(b"caf\xe9")
     (work / "short.txt").write_text("short")
@@ -273,6 +292,7 @@ FULL_DISK = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))  # beyond 90 kB of a file writing fails
 from fastllm.cli import main
+from fastllm.config import Config
 sys.exit(main())
 """
 

@@ -69,7 +69,7 @@ def test_export(name, run, tmp_path):
     assert layout(config)["model_type"] == name.split(",")[0]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.tie_word_embeddings is config.tie_embeddings
-    gpt, _, _ = run_dir.load_run(tmp_path / "run")
+    gpt, _ = fastllm.load(tmp_path / "run")
     again = fastllm.from_pretrained(out)
     assert again.config == config
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), gpt.parameters(), strict=True))
@@ -92,7 +92,7 @@ def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
     prompt = "def add(a , b):\n    naïve = 日本"
     assert tokenizer(prompt).input_ids == TOKENIZER.encode(prompt)
     assert tokenizer.decode(TOKENIZER.encode(prompt)) == prompt
-    assert tokenizer.eos_token_id == TOKENIZER.end
+    assert tokenizer.eos_token_id == TOKENIZER.eos_id
     assert tokenizer.model_max_length == SMALL.max_seq_len
     inputs = tokenizer(prompt, return_tensors="pt")
     made = AutoModelForCausalLM.from_pretrained(out).generate(
@@ -100,18 +100,18 @@ def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
     )
     text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     for place in (folder, out):
-        model, tokens, _ = run_dir.load_run(place)
+        model, tokens = fastllm.load(place)
         assert "".join(generate(model, tokens, prompt, max_tokens=12, temperature=0)) == text
 
 
 def test_several_ends(run, tmp_path):
     out = fastllm.export(run(SMALL), tmp_path / "out")
-    model, tokenizer, _ = run_dir.load_run(out)
+    model, tokenizer = fastllm.load(out)
     first = "".join(generate(model, tokenizer, "def", max_tokens=1, temperature=0))
     (end,) = tokenizer.encode(first)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, end]}))
-    model, tokenizer, _ = run_dir.load_run(out)
-    assert tokenizer.eos_ids == (TOKENIZER.end, end)
+    model, tokenizer = fastllm.load(out)
+    assert tokenizer.eos_ids == (TOKENIZER.eos_id, end)
     assert "".join(generate(model, tokenizer, "def", max_tokens=9, temperature=0)) == ""
 
 

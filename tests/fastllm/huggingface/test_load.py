@@ -13,7 +13,6 @@ from tokenizers import decoders, models, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import fastllm
-from fastllm import run_dir
 from fastllm.data.tokenizer import EOS_TOKEN
 from fastllm.errors import UserError
 from fastllm.huggingface.load import model_config
@@ -130,7 +129,7 @@ def test_a_shorter_context(tmp_path):
     assert gpt.head_weight.dtype == torch.bfloat16
     for context in (0, 97):
         with pytest.raises(UserError, match="context must be from 1 to the 96"):
-            fastllm.from_pretrained(tmp_path, context=context)
+            fastllm.from_pretrained(tmp_path, max_seq_len=context)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +216,11 @@ def their_folder(tmp_path: Path) -> Path:
 
 def test_text_of_their_folder(their_folder):
     tokenizer, prompt = AutoTokenizer.from_pretrained(their_folder), "def add(a, b):\n    naïve = 日本"
-    model, own, _ = run_dir.load_run(their_folder)
+    model, own = fastllm.load(their_folder)
     inputs = tokenizer(prompt, return_tensors="pt")
     assert own.encode(prompt) == inputs.input_ids[0].tolist()
     assert own.encode("") == [tokenizer.bos_token_id]
-    assert own.ends == (tokenizer.eos_token_id,)
+    assert own.eos_ids == (tokenizer.eos_token_id,)
     made = AutoModelForCausalLM.from_pretrained(their_folder).generate(
         **inputs, max_new_tokens=12, do_sample=False, pad_token_id=0
     )
@@ -235,12 +234,12 @@ def test_tokenizers_that_do_not_fit(their_folder):
     sentences.decoder = decoders.Metaspace()
     sentences.save(str(their_folder / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are"):
-        run_dir.load_run(their_folder)
+        fastllm.load(their_folder)
     larger = tokenizers.Tokenizer.from_str(TOKENIZER.backend.to_str())
     larger.add_tokens([f"word {i}" for i in range(100)])
     larger.save(str(their_folder / "tokenizer.json"))
     with pytest.raises(UserError, match=r"tokenizer\.json has \d+ tokens, but vocab_size in config\.json is \d+"):
-        run_dir.load_run(their_folder)
+        fastllm.load(their_folder)
     (their_folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
-        run_dir.load_run(their_folder)
+        fastllm.load(their_folder)

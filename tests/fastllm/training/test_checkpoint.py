@@ -164,7 +164,8 @@ def test_a_loss_that_is_not_finite_on_one_process(policy, tmp_path):
     ended = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert all(e.pop("finite") for e in ended)
     if policy == "stop":
-        assert "a spike: loss nan and gradient norm nan before step 4" in ended[0]["error"]
+        assert "a spike: loss nan and gradient norm nan (usual: " in ended[0]["error"]
+        assert ") before step 4. Lower --optim.lr" in ended[0]["error"]
         assert "The last checkpoint is of step 2" in ended[0]["error"]
         assert ended[1] == {"exit": 2}
         return
