@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from fastllm import __version__
 from fastllm.cli import main
 from fastllm.config import Config
+from fastllm.planning.presets import PRESETS
 from fastllm.run_dir import load_metadata
 from fastllm.training.metrics import read_log
 from fastllm.training.signals import StopSignals
@@ -149,7 +150,7 @@ def test_help_of_the_commands(run):
     for words in ("CONFIG.toml", "--preset", "--data", "--out", "--train.steps N", "peak learning rate [0.004]"):
         assert words in done.stdout
     assert "--model.kv-heads" not in done.stdout
-    assert "peak learning rate [0.001]" in run("train", "--preset", "124m", "--help").stdout
+    assert f"peak learning rate [{PRESETS['124m'].optim.lr}]" in run("train", "--preset", "124m", "--help").stdout
     everything = run("train", "--help-all").stdout
     assert everything.count("\n  --") == sum(len(fields(section)) for section in vars(Config()).values()) + 3
     for command in ("train", "generate", "export", "plan"):

@@ -121,14 +121,14 @@ def test_sharded_files(tmp_path):
     assert_same_logits(fastllm.from_pretrained(tmp_path), model)
 
 
-def test_a_shorter_context(tmp_path):
+def test_a_shorter_max_seq_len(tmp_path):
     their_model("llama").save_pretrained(tmp_path)
     gpt = fastllm.from_pretrained(tmp_path, max_seq_len=16, dtype=torch.bfloat16)
     assert gpt.model.cos.shape == (16, 8)
     assert gpt.model.cos.dtype == torch.float32
     assert gpt.head_weight.dtype == torch.bfloat16
     for context in (0, 97):
-        with pytest.raises(UserError, match="context must be from 1 to the 96"):
+        with pytest.raises(UserError, match="max_seq_len must be from 1 to the 96"):
             fastllm.from_pretrained(tmp_path, max_seq_len=context)
 
 
