@@ -32,6 +32,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     checks.floating("swiglu", "gate", gate, min_dim=0)
     checks.like("swiglu", "up", up, "gate", gate)
     chosen = backends.select("swiglu", gate, backend, lambda b: None if gate.dim() else "it takes no scalars")
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         return reference.swiglu(gate, up)
     return _SwiGLU.apply(gate, up, chosen)

@@ -53,6 +53,8 @@ def rms_norm(
     if residual is not None:
         checks.like("rms_norm", "residual", residual, "x", x)
     chosen = backends.select("rms_norm", x, backend)
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
     return _RMSNorm.apply(x, weight, residual, float(eps), float(weight_offset), chosen)

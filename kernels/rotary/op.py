@@ -71,6 +71,8 @@ def rope(
         return "its kernel gives cos and sin no gradient" if cos.requires_grad or sin.requires_grad else None
 
     chosen = backends.select("rope", q, backend, why_not)
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
     elif inplace and not torch.compiler.is_compiling():
