@@ -103,7 +103,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     def rope(dtype: torch.dtype, interleaved: bool) -> Callable[[], Any]:
         def call() -> None:
             x, table = torch.empty(2, 16, 32, 128, dtype=dtype), torch.empty(64, 64)
-            torch.ops.fastllm.rope(x, table, table, torch.zeros(2, 16).long(), interleaved, False, "triton")
+            torch.ops.fastllm.rotate(x, table, table, torch.zeros(2, 16).long(), interleaved, False, "triton")
 
         return call
 

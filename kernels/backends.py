@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,9 +61,34 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_preferred: str | None = None
+# What the process prefers; use_backend goes before it.
+_DEFAULT: str | None = None
 if os.environ.get("FASTLLM_BACKEND"):
-    _preferred = _checked(os.environ["FASTLLM_BACKEND"], "environment variable FASTLLM_BACKEND")
+    _DEFAULT = _checked(os.environ["FASTLLM_BACKEND"], "environment variable FASTLLM_BACKEND")
+
+_preference: ContextVar[str | None] = ContextVar("fastllm_backend")
+
+
+class _Context:
+    """Reads the preference of this thread or task in the one way that torch.compile can trace.
+
+    Dynamo refuses ``ContextVar.get``, but reads a property of a C function as it is, and guards on what it finds.
+    Nothing set gives the object itself: ``ContextVar.get(default)`` is called with it.
+    """
+
+    preference = property(_preference.get)
+
+
+_context = _Context()
+# A block of use_backend inside a compiled function: written and read while Dynamo traces it, never at run time.
+_traced: str | _Context | None = _context
+
+
+def _preferred() -> str | None:
+    found = _traced if torch.compiler.is_dynamo_compiling() else _context
+    if found is _context:
+        found = _context.preference
+    return _DEFAULT if found is _context else found
 
 
 @contextmanager
@@ -70,15 +96,24 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Prefer backend ``name`` inside the block (``None``: the automatic choice).
 
     Ops and tensors that it can't serve take the automatic choice; :func:`explain` tells which and why.
-    The preference belongs to the process, not to a thread.
+    The preference belongs to this thread or asyncio task (and to the tasks it starts). A new thread starts with that
+    of the process, ``FASTLLM_BACKEND``. A backward pass uses the backend of its forward, in whatever thread it runs.
     """
-    global _preferred
-    before = _preferred
-    _preferred = None if name is None else _checked(name, "use_backend")
+    global _traced
+    if name is not None:
+        _checked(name, "use_backend")
+    if torch.compiler.is_dynamo_compiling():
+        before, _traced = _traced, name
+        try:
+            yield
+        finally:
+            _traced = before
+        return
+    token = _preference.set(name)
     try:
         yield
     finally:
-        _preferred = before
+        _preference.reset(token)
 
 
 def _triton_missing() -> str | None:
@@ -139,22 +174,24 @@ def _measured(op: Op, device: torch.device) -> str | None:
     return MEASURED_FASTER.get((op.name, torch.cuda.get_device_name(device)))
 
 
-def select(name: str, x: torch.Tensor, backend: str | None, why_not: WhyNot | None = None) -> str:
+def select(name: str, x: torch.Tensor, backend: str | None, why_not: WhyNot | None = None) -> str | Explanation:
     """The backend that runs op ``name`` on ``x`` (see the module's docstring for the rule).
 
     ``why_not(backend)`` gives the op's own reason, beyond device and dtype, why this call is beyond a
-    backend's kernel. Raises ValueError where ``backend`` was asked for and can't run.
+    backend's kernel. Raises ValueError where ``backend`` was asked for and can't run. Under :func:`explain` it
+    is an Explanation, which the op returns at once.
     """
     op = OPS[name]
-    if _explaining is not None:
-        raise _Explained(_explain(op, x, backend, why_not))
     if backend is not None:
+        if isinstance(backend, _Question):
+            return _explain(op, x, backend.backend, why_not)
         reason = _limit(op, _checked(backend, f"{name}: backend"), x, why_not)
         if reason:
             raise ValueError(f"{name}: backend {backend!r} can't run this call: {reason}")
         return backend
-    if _preferred is not None and not _limit(op, _preferred, x, why_not):
-        return _preferred
+    preferred = _preferred()
+    if preferred is not None and not _limit(op, preferred, x, why_not):
+        return preferred
     for candidate in _automatic(op, x.device):
         if not _limit(op, candidate, x, why_not):
             return candidate
@@ -175,12 +212,11 @@ class Explanation:
         return "\n".join(lines)
 
 
-class _Explained(Exception):
-    def __init__(self, explanation: Explanation):
-        self.explanation = explanation
+@dataclass(frozen=True)
+class _Question:
+    """Takes the place of a call's ``backend`` to ask :func:`select` for an Explanation."""
 
-
-_explaining: bool | None = None
+    backend: str | None
 
 
 def _explain(op: Op, x: torch.Tensor, backend: str | None, why_not: WhyNot | None) -> Explanation:
@@ -189,8 +225,8 @@ def _explain(op: Op, x: torch.Tensor, backend: str | None, why_not: WhyNot | Non
     automatic = next(b for b in order if not limits[b])
     if backend is not None:
         chosen, why = _checked(backend, f"{op.name}: backend"), "chosen: asked for in the call"
-    elif _preferred is not None and not limits[_preferred]:
-        chosen, why = _preferred, "chosen: preferred by use_backend or FASTLLM_BACKEND"
+    elif (preferred := _preferred()) is not None and not limits[preferred]:
+        chosen, why = preferred, "chosen: preferred by use_backend or FASTLLM_BACKEND"
     else:
         measured = automatic == _measured(op, x.device)
         chosen, why = automatic, "chosen: measured to be the fastest here" if measured else "chosen automatically"
@@ -207,21 +243,13 @@ def _explain(op: Op, x: torch.Tensor, backend: str | None, why_not: WhyNot | Non
     return Explanation(op.name, chosen, reasons)
 
 
-def explain(op: str | Callable, *args: Any, **kwargs: Any) -> Explanation:
+def explain(op: str | Callable, *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
     """Tell, for this call on this machine, which backend would run and why not the others.
 
     ``op`` is a public function or its name; the arguments are those of the call, which is checked like
     the call itself but not run. Print the result, or read ``.chosen`` and ``.reasons``.
     """
-    global _explaining
     name = op if isinstance(op, str) else op.__name__
     if name not in OPS:
         raise ValueError(f"explain: unknown op {name!r}; choose one of {', '.join(sorted(OPS))}")
-    _explaining = True
-    try:
-        OPS[name].function(*args, **kwargs)
-    except _Explained as found:
-        return found.explanation
-    finally:
-        _explaining = None
-    raise AssertionError(f"{name} chose no backend")
+    return OPS[name].function(*args, **kwargs, backend=_Question(backend))

@@ -1,11 +1,15 @@
-"""Kernel launchers as operators of ``torch.library``, so that torch.compile and export see through them.
+"""Operators of ``torch.library``, declared once, so that torch.compile and export see through the kernels.
 
 ``Library.define``/``impl`` and not the ``custom_op`` decorator: a call costs 2 µs instead of 62.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import typing
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,12 +17,113 @@ from torch import Tensor
 
 _library = torch.library.Library("fastllm", "DEF")
 
+Size = int | torch.SymInt  # a number that dynamic shapes may leave open, in a declaration
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    Size: "SymInt",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    type(None): "()",
+}
+
+
+def operator(
+    declaration: Callable[..., Any] | None = None, *, launch: Callable[..., None] | None = None, mutates: str = ""
+) -> Callable[..., Any]:
+    """Declare ``torch.ops.fastllm.<name>``; the decorated function becomes a call of it.
+
+    The declaration's signature is the operator's schema, and its body allocates and returns the outputs: all that
+    there is to do with fake tensors. A real call then passes the arguments and the outputs to ``launch``, by
+    default the function of the same name in :func:`launchers` of the declaration's folder. Where all outputs are
+    empty nothing is launched. The last argument is ``backend: str``. ``mutates`` names an argument that is written;
+    such an operator returns nothing.
+
+    An argument that is a NamedTuple stands in the schema as its fields. The declaration, ``launch`` and callers of
+    the decorated function have it whole.
+
+    Differentiation is the business of the op's ``torch.autograd.Function``.
+    """
+    if declaration is None:
+        return functools.partial(operator, launch=launch, mutates=mutates)
+    name, folder = declaration.__name__, declaration.__module__.rpartition(".")[0]
+    types = typing.get_type_hints(declaration)
+    returned = types.pop("return")
+    tuples = [(i, t) for i, t in enumerate(types.values()) if hasattr(t, "_fields")]
+    results = typing.get_args(returned) if typing.get_origin(returned) is tuple else (returned,)
+    outputs = ", ".join(_TYPES[t] for t in results)
+    _library.define(
+        f"{name}({arguments(types, mutates)}) -> {outputs if len(results) == 1 else f'({outputs})'}",
+        tags=torch.Tag.pt2_compliant_tag,
+    )
+
+    def whole(flat: tuple[Any, ...]) -> tuple[Any, ...]:
+        for i, t in tuples:
+            end = i + len(t._fields)
+            flat = (*flat[:i], t(*flat[i:end]), *flat[end:])
+        return flat
+
+    def fake(*flat: Any) -> Any:
+        return declaration(*whole(flat))
+
+    def call(*flat: Any) -> Any:
+        arguments = whole(flat) if tuples else flat
+        result = declaration(*arguments)
+        outputs = (result,) if isinstance(result, Tensor) else result or ()
+        for output in outputs:
+            if output.numel():
+                break
+        else:
+            if outputs:
+                return result
+        kernel = launch or getattr(launchers(folder, arguments[-1]), name)
+        kernel(*arguments, *outputs)
+        return result
+
+    _library.impl(name, call, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastllm::{name}", fake, lib=_library)
+    overload = getattr(torch.ops.fastllm, name).default
+    if not tuples:
+        return overload
+
+    @functools.wraps(declaration)
+    def flattened(*arguments: Any) -> Any:
+        flat: list[Any] = []
+        for argument in arguments:
+            flat.extend(argument) if isinstance(argument, tuple) else flat.append(argument)
+        return overload(*flat)
+
+    return flattened
+
+
+def arguments(types: dict[str, Any], mutates: str = "") -> str:
+    """The arguments of a schema, from their annotations."""
+    return ", ".join(
+        arguments(typing.get_type_hints(t))
+        if hasattr(t, "_fields")
+        else f"{'Tensor(a!)' if name == mutates else _TYPES[t]} {name}"
+        for name, t in types.items()
+    )
+
+
+@functools.cache
+def launchers(folder: str, backend: str) -> ModuleType:
+    """The module of a family's folder that launches the kernels of ``backend``.
+
+    Its functions take an operator's arguments and then its outputs. Triton is imported here only: the other
+    backends do without.
+    """
+    return importlib.import_module(".triton_kernels" if backend == "triton" else ".native", folder)
+
 
 def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable], Callable]:
     """Register a launcher as ``torch.ops.fastllm.<name>``.
 
     The launcher allocates its outputs and calls a kernel; ``fake`` allocates the same outputs and calls
-    none. Differentiation is the business of the op's ``torch.autograd.Function``.
+    none. To be replaced by :func:`operator`.
     """
 
     def define(launcher: Callable) -> Callable:

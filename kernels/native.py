@@ -19,8 +19,6 @@ except ImportError as error:
 # backend -> its functions; both have the same names and arguments
 KERNELS: dict[str, ModuleType] = {b: getattr(_C, b) for b in ("cpu", "cuda") if hasattr(_C, b)}
 
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
 
 def cpu_missing() -> str | None:
     """Why the CPU kernels can't be called, or None."""
@@ -51,42 +49,47 @@ def cuda_missing(device: torch.device) -> str | None:
 
 def place(x: torch.Tensor) -> tuple[int, int]:
     """(device index, stream) of a launch: the last two arguments of every native function."""
-    if x.device.type == "cuda":
+    if x.is_cuda:
         return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
     return 0, 0
 
 
-def pointer(x: torch.Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.contiguous()
 
 
-Rows = tuple[int, int, int, int]
+def merged_dims(x: torch.Tensor) -> list[tuple[int, int]] | None:
+    """``(size, stride)`` of the dimensions before the last, outermost first: as few as address the same rows.
 
-
-def as_rows(x: torch.Tensor | None) -> tuple[torch.Tensor | None, Rows]:
-    """The rows (last dimension) of ``x``, addressed in place: ``(x, (data, inner, outer_stride, inner_stride))``.
-
-    Row ``r`` starts ``(r // inner) * outer_stride + (r % inner) * inner_stride`` elements after ``data``
-    (csrc/tensor.h): enough for heads cut out of a fused projection. The ``x`` that comes back must be kept
-    alive; it is a copy only where the last dimension is not contiguous or the rows need three strides.
+    None where the last dimension is not contiguous.
     """
-    if x is None:
-        return None, (0, 1, 0, 0)
-    if x.is_contiguous():
-        return x, (x.data_ptr(), 1, x.shape[-1], 0)
-    if x.stride(-1) == 1 or x.shape[-1] == 1:
-        levels: list[list[int]] = []  # [size, stride], outermost first
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
-            if size == 1:
-                continue
-            if levels and levels[-1][1] == size * stride:
-                levels[-1] = [levels[-1][0] * size, stride]
-            else:
-                levels.append([size, stride])
-        if not levels:
-            return x, (x.data_ptr(), 1, 0, 0)
-        if len(levels) == 1:
-            return x, (x.data_ptr(), 1, levels[0][1], 0)
-        if len(levels) == 2:
-            return x, (x.data_ptr(), levels[1][0], levels[0][1], levels[1][1])
-    return as_rows(x.contiguous())
+    shape, strides = x.shape, x.stride()
+    if strides[-1] != 1 and shape[-1] != 1:
+        return None
+    merged = []
+    size, stride = 1, 0
+    for n, step in zip(shape, strides[:-1], strict=False):
+        if n == 1:
+            continue
+        if size > 1 and stride != n * step:
+            merged.append((size, stride))
+            size = 1
+        size, stride = size * n, step
+    if size > 1:
+        merged.append((size, stride))
+    return merged
+
+
+def as_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """``x`` as kernels address its rows (last dimension): itself if contiguous, else a view ``[outer, inner, cols]``.
+
+    Two strides are enough for heads cut out of a fused projection. It is a copy only where the last dimension is
+    not contiguous or the rows need three strides.
+    """
+    if x is None or x.is_contiguous():
+        return x
+    dims = merged_dims(x)
+    if dims is None or len(dims) > 2:
+        return x.contiguous()
+    (outer, outer_stride), (inner, inner_stride) = dims if len(dims) == 2 else (*dims, (1, 0))
+    return x.as_strided((outer, inner, x.shape[-1]), (outer_stride, inner_stride, 1))

@@ -1,4 +1,4 @@
-"""What Triton kernels share: where rows are, the tile of a launch, its device, how many programs fill that."""
+"""What Triton kernels share: where rows are, tanh, the tile of a launch, its device, how many programs fill that."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import triton
-import triton.language as tl  # noqa: F401 (the interpreter wants it where a kernel is)
+import triton.language as tl
 
 LOOP_COLS = 4096  # columns that a program reads at a time of a row too long for one tile
 TILE = 1024  # elements of a tile of short rows
@@ -14,10 +14,39 @@ TILE = 1024  # elements of a tile of short rows
 _processors: dict[torch.device, int] = {}
 
 
+def row_strides(**tensors: torch.Tensor | None) -> dict[str, int]:
+    """Where the rows of tensors from native.as_rows are: for ``x`` the keywords x_inner, x_outer and x_step."""
+    found = {}
+    for name, x in tensors.items():
+        inner, outer, step = 1, 0, 0
+        if x is not None and x.is_contiguous():
+            outer = x.shape[-1]
+        elif x is not None:
+            inner, (outer, step, _) = x.shape[1], x.stride()
+        found |= {f"{name}_inner": inner, f"{name}_outer": outer, f"{name}_step": step}
+    return found
+
+
 @triton.jit
 def row_offsets(row, inner, outer_stride, inner_stride):
-    """Elements before a row; the strides are those of native.as_rows."""
+    """Elements before a row; the rest is what row_strides gives."""
     return (row // inner) * outer_stride + (row % inner) * inner_stride
+
+
+@triton.jit
+def tanh(x, PRECISE: tl.constexpr):
+    """PRECISE: to float32's accuracy, by Cephes' polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
+    if PRECISE:
+        z = x * x
+        p = -5.70498872745e-3 * z + 2.06390887954e-2
+        p = p * z - 5.37397155531e-2
+        p = p * z + 1.33314422036e-1
+        p = p * z - 3.33332819422e-1
+        far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+        y = tl.where(z < 0.390625, x + x * z * p, tl.where(x < 0, -far, far))
+    else:
+        y = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * x) + 1.0)
+    return y
 
 
 def tile(cols: int, longest: int) -> dict[str, int]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, register
-from . import native, reference
+from ..library import differentiable_once, operator
+from . import reference
 
 
 @backends.op("cuda", "triton", "cpu")
@@ -32,6 +31,8 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     checks.floating("swiglu", "gate", gate, min_dim=0)
     checks.like("swiglu", "up", up, "gate", gate)
     chosen = backends.select("swiglu", gate, backend, lambda b: None if gate.dim() else "it takes no scalars")
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         return reference.swiglu(gate, up)
     return _SwiGLU.apply(gate, up, chosen)
@@ -42,41 +43,21 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(gate, up)
         ctx.backend = backend
-        return torch.ops.fastllm.swiglu_forward(gate, up, backend)
+        return swiglu_forward(gate, up, backend)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        grads = torch.ops.fastllm.swiglu_backward(dout, gate, up, ctx.backend)
+        grads = swiglu_backward(dout, gate, up, ctx.backend)
         dgate, dup = (differentiable_once("swiglu", gate, g) for g in grads)
         return dgate, dup, None
 
 
-@register(
-    "swiglu_forward(Tensor gate, Tensor up, str backend) -> Tensor",
-    fake=lambda gate, up, backend: gate.new_empty(gate.shape),
-)
-def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
-    out = gate.new_empty(gate.shape)
-    if out.numel():
-        _kernels(backend).forward(gate, up, out, backend)
-    return out
+@operator
+def swiglu_forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    return gate.new_empty(gate.shape)
 
 
-@register(
-    "swiglu_backward(Tensor dout, Tensor gate, Tensor up, str backend) -> (Tensor dgate, Tensor dup)",
-    fake=lambda dout, gate, up, backend: (gate.new_empty(gate.shape), gate.new_empty(gate.shape)),
-)
-def _backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    dgate, dup = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
-    if dgate.numel():
-        _kernels(backend).backward(dout, gate, up, dgate, dup, backend)
-    return dgate, dup
-
-
-def _kernels(backend: str) -> ModuleType:
-    if backend == "triton":
-        from . import triton_kernels  # needs triton, which the other backends do without
-
-        return triton_kernels
-    return native
+@operator
+def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)

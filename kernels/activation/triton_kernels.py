@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..native import as_rows
-from ..triton_launch import on_device, row_offsets
+from ..triton_launch import on_device, row_offsets, row_strides
 
 ELEMENTS = 2048  # of a program's tile
 
@@ -59,27 +59,25 @@ def backward_kernel(
     tl.store(DGATE + out_at, (dout * up * (s + silu * (1.0 - s))).to(DGATE.dtype.element_ty), mask)
 
 
-def _launch(x: Tensor) -> tuple[tuple[int, int], tuple[int, int], dict[str, int]]:
-    """(grid, (rows, cols), tile)"""
+def _tile(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid of a launch, and its arguments rows, cols, ROWS and COLS."""
     cols = x.shape[-1]
     rows = x.numel() // cols
     block = min(ELEMENTS, triton.next_power_of_2(cols))
-    tile = {"ROWS": ELEMENTS // block if block >= 32 else 64, "COLS": block}
-    return (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(cols, block)), (rows, cols), tile
+    tile = {"rows": rows, "cols": cols, "ROWS": ELEMENTS // block if block >= 32 else 64, "COLS": block}
+    return (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(cols, block)), tile
 
 
-def forward(gate: Tensor, up: Tensor, out: Tensor, backend: str) -> None:
-    gate, (_, *gate_strides) = as_rows(gate)
-    up, (_, *up_strides) = as_rows(up)
-    grid, size, tile = _launch(out)
+def swiglu_forward(gate: Tensor, up: Tensor, backend: str, out: Tensor) -> None:
+    gate, up = as_rows(gate), as_rows(up)
+    grid, tile = _tile(out)
     with on_device(out):
-        forward_kernel[grid](gate, up, out, *size, *gate_strides, *up_strides, **tile)
+        forward_kernel[grid](GATE=gate, UP=up, OUT=out, **row_strides(gate=gate, up=up), **tile)
 
 
-def backward(dout: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, backend: str) -> None:
-    dout, (_, *dout_strides) = as_rows(dout)
-    gate, (_, *gate_strides) = as_rows(gate)
-    up, (_, *up_strides) = as_rows(up)
-    grid, size, tile = _launch(dgate)
+def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str, dgate: Tensor, dup: Tensor) -> None:
+    dout, gate, up = as_rows(dout), as_rows(gate), as_rows(up)
+    grid, tile = _tile(dgate)
+    strides = row_strides(dout=dout, gate=gate, up=up)
     with on_device(dgate):
-        backward_kernel[grid](dout, gate, up, dgate, dup, *size, *dout_strides, *gate_strides, *up_strides, **tile)
+        backward_kernel[grid](DOUT=dout, GATE=gate, UP=up, DGATE=dgate, DUP=dup, **strides, **tile)

@@ -62,6 +62,8 @@ def flash_decode(
             "flash_attention, which has"
         )
     chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q))
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), True, window, float(softcap))
     if chosen == "torch":
         out, lse = reference.flash_decode(

@@ -92,6 +92,8 @@ def flash_attention(
                 raise ValueError(f"flash_attention: {name} must be [documents + 1], it has shape {list(cu.shape)}")
         checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q))
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Options(scale, bool(causal), window, float(softcap))
     if chosen == "torch":

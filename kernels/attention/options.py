@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
+
+from ..library import arguments
 
 
 class Options(NamedTuple):
@@ -14,5 +16,4 @@ class Options(NamedTuple):
     softcap: float
 
 
-# the same in an operator's schema
-SCHEMA = "float scale, bool causal, int window, float softcap"
+SCHEMA = arguments(get_type_hints(Options))  # the same in an operator's schema

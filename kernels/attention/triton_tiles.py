@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_launch import tanh
+
 L2_BYTES = 2**24  # keys and values that programs running at once share in the L2 cache
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
@@ -87,17 +89,6 @@ def visible(position, key, seq_k, window, CAUSAL: tl.constexpr, WINDOW: tl.const
     if WINDOW:
         seen &= key > position - window
     return seen
-
-
-@triton.jit
-def tanh(x, PRECISE: tl.constexpr):
-    y = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * x) + 1.0)
-    if PRECISE:  # near 0 that cancels: the polynomial of Cephes
-        z = x * x
-        p = -5.70498872745e-3 * z + 2.06390887954e-2
-        p = ((p * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
-        y = tl.where(z < 0.390625, x + x * z * p, y)
-    return y
 
 
 @triton.jit

@@ -72,6 +72,8 @@ def cross_entropy(
     check_target("cross_entropy", "logits", logits, target)
     check_loss("cross_entropy", "logits", logits, shard.classes, weight, label_smoothing, reduction)
     chosen = backends.select("cross_entropy", logits, backend)
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         return torch_loss(
             logits if shard.group is None else sharded.gathered(shard), target, return_lse, weight=weight,

@@ -73,6 +73,8 @@ def linear_cross_entropy(
     )  # fmt: skip
     hidden = _autocast(hidden)
     chosen = backends.select("linear_cross_entropy", hidden, backend)
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         return torch_loss(
             _logits(hidden, weight, bias), target, return_lse, weight=class_weight, ignore_index=ignore_index,
@@ -127,6 +129,8 @@ def linear_log_prob(
     check_loss("linear_log_prob", "hidden", hidden, weight.shape[0], None, 0.0, "none")
     hidden = _autocast(hidden)
     chosen = backends.select("linear_log_prob", hidden, backend)
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         return reference.log_prob(_logits(hidden, weight, bias), target, softcap=softcap)
     options = Options(NO_IGNORE_INDEX, 0.0, 0.0, float(softcap), 0, weight.shape[0])

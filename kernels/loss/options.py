@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
+
+from ..library import Size, arguments
 
 
 class Options(NamedTuple):
@@ -12,9 +14,8 @@ class Options(NamedTuple):
     label_smoothing: float
     z_loss: float
     softcap: float
-    first_class: int
-    classes: int
+    first_class: Size
+    classes: Size
 
 
-# the same in an operator's schema
-SCHEMA = "int ignore_index, float label_smoothing, float z_loss, float softcap, SymInt first_class, SymInt classes"
+SCHEMA = arguments(get_type_hints(Options))  # the same in an operator's schema

@@ -59,6 +59,8 @@ def softmax(
         return "mask needs a gradient" if mask is not None and mask.requires_grad else None
 
     chosen = backends.select("softmax", x, backend, why_not)
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         return reference.softmax(x, scale=scale, causal=causal, mask=mask)
     return _Softmax.apply(x, mask, float(scale), bool(causal), chosen)

@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..native import as_rows
-from ..triton_launch import LOOP_COLS, on_device, row_offsets, tile
-from .native import as_mask
+from ..triton_launch import LOOP_COLS, on_device, row_offsets, row_strides, tanh, tile
+from .native import BOOLEAN, as_mask
 from .options import Options
 
 # The longest row that a program holds: one value a column forward, two backward.
@@ -152,48 +152,60 @@ def softmax_backward_kernel(
 def softmax_forward(x: Tensor, mask: Tensor | None, y: Tensor, scale: float, causal: bool, backend: str) -> None:
     cols, queries = x.shape[-1], x.shape[-2] if causal else 0
     rows = x.numel() // cols
-    mask, (_, *mask_strides, kind) = as_mask(mask, x)
-    x, (_, *x_strides) = as_rows(x)
+    mask, kind = as_mask(mask, x)
+    m_sizes, m_strides = ((1, 1, 1), (0, 0, 0)) if mask is None else (mask.shape, mask.stride())
+    x = as_rows(x)
     config = tile(cols, LONGEST_FORWARD)
     with on_device(x):
         softmax_forward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
-            x, mask.view(torch.uint8) if kind == 1 else mask, y, rows, cols, queries, *x_strides, *mask_strides, scale,
-            KIND=kind, CAUSAL=causal, LOOP=cols > config["COLS"], **config,
-        )  # fmt: skip
+            X=x,
+            MASK=mask.view(torch.uint8) if kind == BOOLEAN else mask,
+            Y=y,
+            rows=rows,
+            cols=cols,
+            queries=queries,
+            m_middle=m_sizes[1],
+            m_inner=m_sizes[2],
+            m_outer=m_strides[0],
+            m_middle_step=m_strides[1],
+            m_step=m_strides[2],
+            scale=scale,
+            KIND=kind,
+            CAUSAL=causal,
+            LOOP=cols > config["COLS"],
+            **row_strides(x=x),
+            **config,
+        )
 
 
 def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, scale: float, causal: bool, backend: str) -> None:
     cols, queries = y.shape[-1], y.shape[-2] if causal else 0
     rows = y.numel() // cols
-    dy, (_, *dy_strides) = as_rows(dy)
-    y, (_, *y_strides) = as_rows(y)
+    dy, y = as_rows(dy), as_rows(y)
     config = tile(cols, LONGEST_BACKWARD)
     with on_device(y):
         softmax_backward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
-            dy, y, dx, rows, cols, queries, *dy_strides, *y_strides, scale,
-            CAUSAL=causal, LOOP=cols > config["COLS"], **config,
-        )  # fmt: skip
+            DY=dy,
+            Y=y,
+            DX=dx,
+            rows=rows,
+            cols=cols,
+            queries=queries,
+            scale=scale,
+            CAUSAL=causal,
+            LOOP=cols > config["COLS"],
+            **row_strides(dy=dy, y=y),
+            **config,
+        )
 
 
 # ---- cross-entropy ----
 
 
 @triton.jit
-def _tanh(x):
-    """To float32's accuracy: Cephes' polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
-    z = x * x
-    p = -5.70498872745e-3 * z + 2.06390887954e-2
-    p = p * z - 5.37397155531e-2
-    p = p * z + 1.33314422036e-1
-    p = p * z - 3.33332819422e-1
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(z < 0.390625, x + x * z * p, tl.where(x < 0, -far, far))
-
-
-@triton.jit
 def _capped(logit, softcap, CAPPED: tl.constexpr):
     if CAPPED:
-        logit = softcap * _tanh(logit / softcap)
+        logit = softcap * tanh(logit / softcap, True)
     return logit
 
 
@@ -279,7 +291,7 @@ def cross_entropy_backward_kernel(
     logit = tl.load(logits + at, at < tl.where(pulled, cols, 0), other=0.0).to(tl.float32)
     slope = 1.0
     if CAPPED:
-        t = _tanh(logit / softcap)
+        t = tanh(logit / softcap, True)
         logit, slope = softcap * t, 1.0 - t * t
     gradient = tl.exp(logit - lse) * push - tl.where(at == col, dloss * own, 0.0)
     if SMOOTHED:
@@ -306,8 +318,8 @@ def cross_entropy_forward(
     options: Options,
     backend: str,
 ) -> None:
-    logits, (_, *strides) = as_rows(logits)
-    cols = logits.shape[-1]
+    logits = as_rows(logits)
+    cols, strides = logits.shape[-1], row_strides(x=logits).values()
     with on_device(logits):
         cross_entropy_forward_kernel[(target.numel(),)](
             logits, target, class_weight, mean_weight, loss, lse, cols, *strides, *options,
@@ -328,7 +340,8 @@ def cross_entropy_backward(
     options: Options,
     backend: str,
 ) -> None:
-    logits, (_, *strides) = as_rows(logits)
+    logits = as_rows(logits)
+    strides = row_strides(x=logits).values()
     cols, config = logits.shape[-1], _block(logits.shape[-1])
     with on_device(logits):
         cross_entropy_backward_kernel[(target.numel() * triton.cdiv(cols, config["COLS"]),)](

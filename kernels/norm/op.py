@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, register
-from . import native, reference
+from ..library import differentiable_once, operator
+from . import reference
 
 
 @backends.op("cuda", "triton", "cpu")
@@ -53,6 +53,8 @@ def rms_norm(
     if residual is not None:
         checks.like("rms_norm", "residual", residual, "x", x)
     chosen = backends.select("rms_norm", x, backend)
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
     return _RMSNorm.apply(x, weight, residual, float(eps), float(weight_offset), chosen)
@@ -69,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
         weight_offset: float,
         backend: str,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h, rstd = torch.ops.fastllm.rms_norm_forward(x, weight, residual, eps, weight_offset, backend)
+        y, h, rstd = rms_norm_forward(x, weight, residual, eps, weight_offset, backend)
         ctx.save_for_backward(x if residual is None else h, weight, rstd)
         ctx.weight_offset, ctx.backend, ctx.has_residual = weight_offset, backend, residual is not None
         ctx.set_materialize_grads(False)
@@ -81,23 +83,23 @@ class _RMSNorm(torch.autograd.Function):
         dx, dweight = dh, None
         if dy is not None:
             wanted = ctx.needs_input_grad[1]
-            dx, dweight = torch.ops.fastllm.rms_norm_backward(
-                dy, x, weight, rstd, dh, ctx.weight_offset, wanted, ctx.backend
-            )
+            dx, dweight = rms_norm_backward(dy, x, weight, rstd, dh, ctx.weight_offset, wanted, ctx.backend)
             dx = differentiable_once("rms_norm", x, dx)
             dweight = differentiable_once("rms_norm", x, dweight) if wanted else None
         return dx, dweight, dx if ctx.has_residual else None, None, None, None
 
 
-def _fake_forward(
+@operator
+def rms_norm_forward(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape)
+    """``y``; ``h``, x + residual, empty without a residual; ``rstd``, float32, one per row."""
     h = x.new_empty((0,) if residual is None else x.shape)
-    return y, h, x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def _fake_backward(
+@operator
+def rms_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -107,49 +109,6 @@ def _fake_backward(
     need_dweight: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(0) if weight is None or not need_dweight else weight.new_empty(
-        weight.shape
-    )
-
-
-@register(
-    "rms_norm_forward(Tensor x, Tensor? weight, Tensor? residual, float eps, float weight_offset, str backend)"
-    " -> (Tensor y, Tensor h, Tensor rstd)",
-    fake=_fake_forward,
-)
-def _forward(
-    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``h`` is empty without a residual; ``rstd`` is float32, one per row."""
-    y, h, rstd = _fake_forward(x, weight, residual, eps, weight_offset, backend)
-    _kernels(backend).rms_norm_forward(x, weight, residual, y, h, rstd, eps, weight_offset, backend)
-    return y, h, rstd
-
-
-@register(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor rstd, Tensor? dh, float weight_offset,"
-    " bool need_dweight, str backend) -> (Tensor dx, Tensor dweight)",
-    fake=_fake_backward,
-)
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    rstd: Tensor,
-    dh: Tensor | None,
-    weight_offset: float,
-    need_dweight: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """``x`` is what was normalised; ``dweight`` is empty where it is not needed."""
-    dx, dweight = _fake_backward(dy, x, weight, rstd, dh, weight_offset, need_dweight, backend)
-    _kernels(backend).rms_norm_backward(dy, x, weight, rstd, dh, dx, dweight, weight_offset, backend)
-    return dx, dweight
-
-
-def _kernels(backend: str) -> Any:
-    if backend == "triton":
-        from . import triton_kernels  # needs triton, which the other backends do without
-
-        return triton_kernels
-    return native
+    """``dx`` and ``dweight``, empty where it is not needed; ``x`` is what was normalised."""
+    wanted = weight is not None and need_dweight
+    return x.new_empty(x.shape), weight.new_empty(weight.shape) if wanted else x.new_empty(0)

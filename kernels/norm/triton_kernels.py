@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..native import as_rows
-from ..triton_launch import on_device, processors, row_offsets, tile
+from ..native import as_rows, contiguous
+from ..triton_launch import on_device, processors, row_offsets, row_strides, tile
 
 # The longest row that a program holds: forward one value a column, backward four (dy, x, weight, sum).
 LONGEST_FORWARD, LONGEST_BACKWARD = 16384, 8192
@@ -164,25 +164,34 @@ def rms_norm_forward(
     x: Tensor,
     weight: Tensor | None,
     residual: Tensor | None,
-    y: Tensor,
-    h: Tensor,
-    rstd: Tensor,
     eps: float,
     weight_offset: float,
     backend: str,
+    y: Tensor,
+    h: Tensor,
+    rstd: Tensor,
 ) -> None:
     rows, cols = rstd.numel(), x.shape[-1]
-    if rows == 0:
-        return
-    x, (_, *x_strides) = as_rows(x)
-    residual, (_, *r_strides) = as_rows(residual)
-    weight = None if weight is None else weight.contiguous()
+    x, residual = as_rows(x), as_rows(residual)
     config = tile(cols, LONGEST_FORWARD)
     with on_device(x):
         forward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
-            x, residual, weight, y, h, rstd, rows, cols, *x_strides, *r_strides, eps, weight_offset,
-            HAS_WEIGHT=weight is not None, HAS_RESIDUAL=residual is not None, LOOP=cols > config["COLS"], **config,
-        )  # fmt: skip
+            X=x,
+            R=residual,
+            W=contiguous(weight),
+            Y=y,
+            H=h,
+            RSTD=rstd,
+            rows=rows,
+            cols=cols,
+            eps=eps,
+            offset=weight_offset,
+            HAS_WEIGHT=weight is not None,
+            HAS_RESIDUAL=residual is not None,
+            LOOP=cols > config["COLS"],
+            **row_strides(x=x, r=residual),
+            **config,
+        )
 
 
 def rms_norm_backward(
@@ -191,42 +200,41 @@ def rms_norm_backward(
     weight: Tensor | None,
     rstd: Tensor,
     dh: Tensor | None,
+    weight_offset: float,
+    need_dweight: bool,
+    backend: str,
     dx: Tensor,
     dweight: Tensor,
-    weight_offset: float,
-    backend: str,
 ) -> None:
     rows, cols = rstd.numel(), x.shape[-1]
+    wanted = dweight.numel() > 0
     if rows == 0:
         dweight.zero_()
         return
-    dy, (_, *dy_strides) = as_rows(dy)
-    x, (_, *x_strides) = as_rows(x)
-    dh, (_, *dh_strides) = as_rows(dh)
-    weight = None if weight is None else weight.contiguous()
+    dy, x, dh = as_rows(dy), as_rows(x), as_rows(dh)
     config = tile(cols, LONGEST_BACKWARD)
-    tiles = triton.cdiv(rows, config["ROWS"])
-    programs = min(tiles, 4 * processors(x.device))
-    given = {"HAS_WEIGHT": weight is not None, "HAS_DH": dh is not None}
-    wanted = dweight.numel() > 0
+    programs = min(triton.cdiv(rows, config["ROWS"]), 4 * processors(x.device))
     partials = torch.empty(programs if wanted else 0, cols, dtype=torch.float32, device=x.device)
+    given = {"DY": dy, "X": x, "RSTD": rstd, "cols": cols, **row_strides(dy=dy, x=x)}
+    for_dx = {
+        "W": contiguous(weight),
+        "DH": dh,
+        "DX": dx,
+        "offset": weight_offset,
+        "HAS_WEIGHT": weight is not None,
+        "HAS_DH": dh is not None,
+        **row_strides(dh=dh),
+    }
     with on_device(x):
         if cols <= config["COLS"]:
-            backward_kernel[(programs,)](
-                dy, x, weight, rstd, dh, dx, partials,
-                rows, cols, *dy_strides, *x_strides, *dh_strides, weight_offset,
-                WEIGHT_GRAD=wanted, **given, **config,
-            )  # fmt: skip
+            backward_kernel[(programs,)](PARTIALS=partials, rows=rows, WEIGHT_GRAD=wanted, **given, **for_dx, **config)
         else:
-            long_backward_kernel[(rows,)](
-                dy, x, weight, rstd, dh, dx, cols, *dy_strides, *x_strides, *dh_strides, weight_offset,
-                COLS=config["COLS"], num_warps=config["num_warps"], **given,
-            )  # fmt: skip
+            long_backward_kernel[(rows,)](COLS=config["COLS"], num_warps=config["num_warps"], **given, **for_dx)
             if wanted:
                 strips = triton.cdiv(cols, 256)
                 partials = partials[: max(1, 4 * processors(x.device) // strips)]
                 long_dweight_kernel[(strips, len(partials))](
-                    dy, x, rstd, partials, rows, cols, *dy_strides, *x_strides, ROWS=8, COLS=256, num_warps=4
+                    PARTIALS=partials, rows=rows, ROWS=8, COLS=256, num_warps=4, **given
                 )
     if wanted:
         torch.sum(partials, 0, out=dweight) if dweight.dtype == torch.float32 else dweight.copy_(partials.sum(0))

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..native import DTYPE_CODES, KERNELS, as_rows, place, pointer
+from ..native import KERNELS, as_rows, place
 
 
-def turn(
+def rotate(
     x: Tensor,
-    out: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
     interleaved: bool,
     inverse: bool,
     backend: str,
+    out: Tensor,
 ) -> None:
-    x, x_rows = as_rows(x)
-    _, out_rows = as_rows(out)
-    (seq, heads, cols), (max_seq, half) = x.shape[-3:], cos.shape
-    KERNELS[backend].rope(
-        x_rows, out_rows, cos.data_ptr(), sin.data_ptr(), pointer(positions),
-        x.numel() // cols, cols, heads, seq, half, max_seq, interleaved, inverse, DTYPE_CODES[x.dtype], *place(x),
-    )  # fmt: skip
+    """``out`` may be x."""
+    seq, heads = x.shape[-3:-1]
+    rows = as_rows(x), cos, sin, positions
+    KERNELS[backend].rope(*rows, interleaved, inverse, as_rows(out), seq, heads, *place(x))

@@ -1,4 +1,4 @@
-"""``rope``: the public function, its autograd Function and its operator."""
+"""``rope``: the public function, its autograd Function and its operators."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import register
+from ..library import launchers, operator
 from ..native import as_rows
-from . import native, reference
+from . import reference
 
 
 @backends.op("cuda", "triton", "cpu")
@@ -71,6 +71,8 @@ def rope(
         return "its kernel gives cos and sin no gradient" if cos.requires_grad or sin.requires_grad else None
 
     chosen = backends.select("rope", q, backend, why_not)
+    if isinstance(chosen, backends.Explanation):
+        return chosen
     if chosen == "torch":
         turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
     elif inplace and not torch.compiler.is_compiling():
@@ -99,8 +101,8 @@ class _Rope(torch.autograd.Function):
         ctx.interleaved, ctx.inverse, ctx.backend = interleaved, inverse, backend
         arguments = (x, cos, sin, positions, interleaved, inverse, backend)
         if not inplace:
-            return torch.ops.fastllm.rope(*arguments)
-        torch.ops.fastllm.rope_(*arguments)
+            return rotate(*arguments)
+        rotate_(*arguments)
         ctx.mark_dirty(x)
         return x
 
@@ -110,36 +112,38 @@ class _Rope(torch.autograd.Function):
         return dx, None, None, None, None, None, None, None
 
 
-_ARGUMENTS = "Tensor cos, Tensor sin, Tensor? positions, bool interleaved, bool inverse, str backend"
+def _launch(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    interleaved: bool,
+    inverse: bool,
+    backend: str,
+    out: Tensor,
+) -> None:
+    cos, sin = cos.float().contiguous(), sin.float().contiguous()
+    positions = None if positions is None else positions.long().contiguous()
+    launchers(__package__, backend).rotate(x, cos, sin, positions, interleaved, inverse, backend, out)
 
 
-@register(f"rope(Tensor x, {_ARGUMENTS}) -> Tensor", fake=lambda x, *_: x.new_empty(x.shape))
-def _rope(
+def _launch_inplace(x: Tensor, *rest: Any) -> None:
+    if x.numel():
+        rows = x if as_rows(x).data_ptr() == x.data_ptr() else x.contiguous()  # where they can't be addressed in place
+        _launch(rows, *rest, rows)
+        if rows is not x:
+            x.copy_(rows)
+
+
+@operator(launch=_launch)
+def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool, backend: str
 ) -> Tensor:
-    out = x.new_empty(x.shape)
-    _turn(x, out, cos, sin, positions, interleaved, inverse, backend)
-    return out
+    return x.new_empty(x.shape)
 
 
-@register(f"rope_(Tensor(a!) x, {_ARGUMENTS}) -> ()", fake=lambda *_: None)
-def _rope_(
+@operator(launch=_launch_inplace, mutates="x")
+def rotate_(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool, backend: str
 ) -> None:
-    rows, _ = as_rows(x)  # a copy where the rows of x can't be addressed in place
-    _turn(rows, rows, cos, sin, positions, interleaved, inverse, backend)
-    if rows is not x:
-        x.copy_(rows)
-
-
-def _turn(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, *options: Any) -> None:
-    if x.numel() == 0:
-        return
-    cos, sin = (t.to(torch.float32).contiguous() for t in (cos, sin))
-    positions = None if positions is None else positions.to(torch.int64).contiguous()
-    if options[-1] == "triton":
-        from . import triton_kernels  # needs triton, which the other backends do without
-
-        triton_kernels.turn(x, out, cos, sin, positions, *options[:-1])
-    else:
-        native.turn(x, out, cos, sin, positions, *options)
+    """Rotates x itself."""

@@ -1,6 +1,6 @@
 """Rotary position embedding in Triton.
 
-Memory-bound: the floor is one read and one write. A program turns all heads of a few tokens, whose angles it
+Memory-bound: the floor is one read and one write. A program rotates all heads of a few tokens, whose angles it
 reads once.
 """
 
@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..native import as_rows
-from ..triton_launch import on_device, row_offsets
+from ..triton_launch import on_device, row_offsets, row_strides
 
 PAIRS = 2048  # of a program
 
 
 @triton.jit
-def turn_kernel(
+def rotate_kernel(
     X, OUT, COS, SIN, POSITIONS,
     tokens, seq, heads, max_seq, x_inner, x_outer, x_step, out_inner, out_outer, out_step, sign,
     HALF: tl.constexpr, PASSED: tl.constexpr, INTERLEAVED: tl.constexpr,
@@ -59,26 +59,41 @@ def turn_kernel(
         tl.store(OUT + out_row + 2 * HALF + col, rest, mask)
 
 
-def turn(
+def rotate(
     x: Tensor,
-    out: Tensor,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | None,
     interleaved: bool,
     inverse: bool,
+    backend: str,
+    out: Tensor,
 ) -> None:
-    x, (_, *x_strides) = as_rows(x)
-    _, (_, *out_strides) = as_rows(out)
+    """``out`` may be x."""
     (seq, heads, dim), (max_seq, half) = x.shape[-3:], cos.shape
     tokens, passed = x.numel() // (heads * dim), 0 if x is out else dim - 2 * half
     cols = max(1, triton.next_power_of_2(half))
     tile_heads = min(triton.next_power_of_2(heads), max(1, PAIRS // cols))
     tile_tokens = max(1, min(16, PAIRS // (cols * tile_heads)))
+    x, out = as_rows(x), as_rows(out)
     with on_device(x):
-        turn_kernel[(triton.cdiv(tokens, tile_tokens), triton.cdiv(heads, tile_heads))](
-            x, out, cos, sin, positions,
-            tokens, seq, heads, max_seq, *x_strides, *out_strides, -1.0 if inverse else 1.0,
-            HALF=half, PASSED=passed, INTERLEAVED=interleaved, TOKENS=tile_tokens, HEADS=tile_heads, COLS=cols,
+        rotate_kernel[(triton.cdiv(tokens, tile_tokens), triton.cdiv(heads, tile_heads))](
+            X=x,
+            OUT=out,
+            COS=cos,
+            SIN=sin,
+            POSITIONS=positions,
+            tokens=tokens,
+            seq=seq,
+            heads=heads,
+            max_seq=max_seq,
+            sign=-1.0 if inverse else 1.0,
+            HALF=half,
+            PASSED=passed,
+            INTERLEAVED=interleaved,
+            TOKENS=tile_tokens,
+            HEADS=tile_heads,
+            COLS=cols,
             REST=max(1, triton.next_power_of_2(passed)),
-        )  # fmt: skip
+            **row_strides(x=x, out=out),
+        )

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from fastllm import kernels
-from fastllm.kernels import backends, explain, flash_attention, native, rms_norm, use_backend
+from fastllm.kernels import backends, explain, flash_attention, native, rms_norm, swiglu, use_backend
 from tests.numerics import DTYPES, assert_accurate
 
 X = torch.randn(2, 8)
@@ -85,6 +87,143 @@ def test_use_backend_survives_an_exception():
     assert explain(rms_norm, X).chosen == "cpu"
 
 
+def in_threads(*functions) -> list:
+    """What the functions return, each in a thread of its own, all at once; what one raises is raised."""
+    results = [None] * len(functions)
+
+    def run(i, function):
+        try:
+            results[i] = function()
+        except BaseException as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=item) for item in enumerate(functions)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results
+
+
+def test_every_op_explains_itself_and_runs_nothing():
+    q, x, w, target = torch.randn(1, 3, 2, 8), torch.randn(3, 8), torch.randn(5, 8), torch.zeros(3, dtype=torch.int64)
+    calls = {
+        "flash_attention": (q, q, q),
+        "flash_decode": (q, q, q),
+        "rms_norm": (x,),
+        "rope": (q, q, torch.randn(3, 4), torch.randn(3, 4)),
+        "swiglu": (x, x),
+        "softmax": (x,),
+        "cross_entropy": (x, target),
+        "linear_cross_entropy": (x, w, target),
+        "linear_log_prob": (x, w, target),
+    }
+    assert set(calls) == set(backends.OPS)
+    for name, arguments in calls.items():
+        for backend in (None, "torch", "cuda"):
+            found = explain(name, *arguments, backend=backend)
+            assert isinstance(found, backends.Explanation) and found.op == name
+            assert found.chosen == (backend or "cpu")
+
+
+def test_explain_in_one_thread_leaves_calls_in_others_alone():
+    done = threading.Event()
+
+    def explains():
+        try:
+            return {explain(rms_norm, X).chosen for _ in range(300)}
+        finally:
+            done.set()
+
+    def calls():
+        shapes = set()
+        while not done.is_set():
+            shapes.add(rms_norm(X).shape)
+        return shapes
+
+    explained, *called = in_threads(explains, calls, calls)
+    assert explained == {"cpu"}
+    assert all(shapes <= {X.shape} for shapes in called)
+
+
+def test_use_backend_belongs_to_a_thread():
+    both = threading.Barrier(2)
+
+    def prefer(name):
+        def run():
+            before = explain(rms_norm, X).chosen
+            with use_backend(name):
+                both.wait()
+                inside = {explain(rms_norm, X).chosen for _ in range(100)}
+                both.wait()
+            return before, inside, explain(rms_norm, X).chosen
+
+        return run
+
+    with use_backend("torch"):  # which new threads don't inherit
+        assert in_threads(prefer("torch"), prefer(None)) == [("cpu", {"torch"}, "cpu"), ("cpu", {"cpu"}, "cpu")]
+
+
+def test_use_backend_belongs_to_a_task():
+    async def prefer(name):
+        with use_backend(name):
+            await asyncio.sleep(0)
+            chosen = [explain(rms_norm, X).chosen]
+            await asyncio.sleep(0)
+            return [*chosen, explain(rms_norm, X).chosen]
+
+    async def none():
+        await asyncio.sleep(0)
+        return explain(rms_norm, X).chosen
+
+    async def both():
+        return await asyncio.gather(prefer("torch"), prefer(None), none())
+
+    assert asyncio.run(both()) == [["torch", "torch"], ["cpu", "cpu"], "cpu"]
+    with use_backend("torch"):
+        assert asyncio.run(both()) == [["torch", "torch"], ["cpu", "cpu"], "torch"]  # tasks inherit
+
+
+def test_backward_keeps_the_backend_of_its_forward():
+    x = torch.randn(2, 8, requires_grad=True)
+    with use_backend("cpu"):
+        y = swiglu(x, x)
+    with use_backend("torch"):
+        assert type(y.grad_fn).__name__.startswith("_SwiGLU")
+        (inside,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    (elsewhere,) = in_threads(lambda: torch.autograd.grad(y.sum(), x)[0])
+    assert torch.equal(inside, elsewhere)
+
+
+def test_use_backend_under_compile():
+    """One graph each, made again where the preference differs: around the call, inside it, and in another thread."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, _):
+        graphs.append("fastllm" in graph.code)
+        return graph
+
+    def inside(x):
+        with use_backend("torch"):
+            y = rms_norm(x)
+        return y, rms_norm(x)
+
+    compiled = torch.compile(rms_norm, fullgraph=True, backend=count)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(X), rms_norm(X))
+        with use_backend("torch"):
+            torch.testing.assert_close(compiled(X), rms_norm(X, backend="torch"))
+            in_threads(lambda: compiled(X))
+    assert graphs == [True, False]
+    got = torch.compile(inside, fullgraph=True, backend=count)(X)
+    assert torch.equal(got[0], rms_norm(X, backend="torch")) and torch.equal(got[1], rms_norm(X))
+    assert explain(rms_norm, X).chosen == "cpu"
+
+
 def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLLM_BACKEND")} | environment
     return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
@@ -133,18 +272,15 @@ def test_without_the_native_module_pytorch_serves(monkeypatch):
     ],
 )
 def test_rows_are_addressed_in_place(view, copied):
-    """Following inner and the two strides reaches each row, without a copy wherever two strides are enough."""
+    """A contiguous tensor, or a view [outer, inner, cols] of the same rows, without a copy where two strides do."""
     x = view(torch.arange(4 * 5 * 6 * 8.0).view(4, 5, 6, 8))
-    y, (data, inner, outer, step) = native.as_rows(x)
-    assert data == y.data_ptr()
-    assert (y.data_ptr() != x.data_ptr()) == copied
-    rows = x.reshape(-1, x.shape[-1])
-    flat = torch.as_strided(y, (y.untyped_storage().size() // 4 - y.storage_offset(),), (1,))
-    for r in range(len(rows)):
-        at = (r // inner) * outer + (r % inner) * step
-        assert torch.equal(flat[at : at + x.shape[-1]], rows[r])
+    rows = native.as_rows(x)
+    assert rows.is_contiguous() or rows.dim() == 3
+    assert (rows.data_ptr() != x.data_ptr()) == copied
+    assert torch.equal(rows.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
 
 
+@pytest.mark.skipif("cpu" not in native.KERNELS, reason="no native module")
 @pytest.mark.skipif("cpu" not in native.KERNELS, reason="no native module")
 def test_each_instruction_set_is_right():
     cpu = native.KERNELS["cpu"]

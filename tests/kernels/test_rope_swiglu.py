@@ -262,7 +262,7 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.fastllm.swiglu_backward, (x, x + 1, x - 1, backend))
     (q, _), cos, sin, _ = rope_inputs()
     for positions in (None, torch.zeros(2, 5, dtype=torch.int64)):
-        for op in (torch.ops.fastllm.rope, torch.ops.fastllm.rope_):
+        for op in (torch.ops.fastllm.rotate, torch.ops.fastllm.rotate_):
             torch.library.opcheck(op, (q, cos, sin, positions, False, False, backend))
 
 
