@@ -39,12 +39,28 @@ def cuda_missing(device: torch.device) -> str | None:
     if _C is None:
         return _MISSING
     if "cuda" not in KERNELS:
-        return "fastllm was installed without nvcc, so it holds no CUDA C++ kernels"
+        return "this install has no CUDA C++ kernels (install where nvcc and the GPU are, or set FASTLLM_CUDA_ARCHS)"
     if torch.version.hip:
         return "serves NVIDIA GPUs only"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs a GPU of compute capability 8.0 or newer"
+    capability, archs = torch.cuda.get_device_capability(device), KERNELS["cuda"].archs
+    if not runs_on(capability, archs):
+        gpu = ".".join(map(str, capability))
+        return f"its kernels are compiled for {archs}, this GPU has compute capability {gpu} (set FASTLLM_CUDA_ARCHS)"
     return None
+
+
+@functools.cache
+def runs_on(capability: tuple[int, int], archs: str) -> bool:
+    """Whether kernels compiled for ``archs`` ("80 90a") run on a GPU of this compute capability.
+
+    Machine code runs on later minor versions too, except that of architectures with a letter. The newest architecture
+    without one is there as PTX as well, which the driver compiles for anything newer.
+    """
+    major, minor = capability
+    plain = [int(arch) for arch in archs.split() if arch.isdigit()]
+    exact = [arch[:-1] for arch in archs.split() if not arch.isdigit()]
+    same_major = any(arch // 10 == major and arch % 10 <= minor for arch in plain)
+    return f"{major}{minor}" in exact or same_major or (bool(plain) and max(plain) <= 10 * major + minor)
 
 
 def place(x: torch.Tensor) -> tuple[int, int]:

@@ -40,8 +40,6 @@ def test_the_native_module_was_built():
     from fastllm.kernels import native
 
     assert native.cpu_missing() is None
-    if shutil.which("nvcc") and os.environ.get("FASTLLM_CUDA_ARCHS") != "none":
-        assert "cuda" in native.KERNELS
 
 
 def test_sources_include_no_torch_header():

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from ..config import ModelConfig
 
-if TYPE_CHECKING:
-    from .gpt import GPT
+
+class CachedModel(Protocol):
+    """What a cache needs to know of a model."""
+
+    config: ModelConfig
+
+    @property
+    def head_weight(self) -> Tensor:
+        """For the dtype and the device."""
+        ...
 
 
 class LayerCache:
@@ -33,7 +41,7 @@ class KVCache:
     ``size``: tokens that fit into each sequence; None: the model's ``max_seq_len``.
     """
 
-    def __init__(self, model: GPT, batch: int = 1, size: int | None = None) -> None:
+    def __init__(self, model: CachedModel, batch: int = 1, size: int | None = None) -> None:
         config, size = model.config, size or model.config.max_seq_len
         self.layers = [LayerCache(config, batch, size, model.head_weight) for _ in range(config.layers)]
 

@@ -303,3 +303,17 @@ def test_each_instruction_set_is_right():
         cpu.use_instruction_set(best)
     with pytest.raises(ValueError, match="does not run the instruction set 'mmx'"):
         cpu.use_instruction_set("mmx")
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "does_not"),
+    [
+        ("80 90a 100 120", [(8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)], [(7, 5)]),
+        ("90a", [(9, 0)], [(8, 0), (10, 0)]),
+        ("80", [(8, 0), (8, 6), (9, 0), (12, 0)], [(7, 0)]),
+        ("86", [(8, 6), (8, 9), (9, 0)], [(8, 0)]),
+    ],
+)
+def test_the_gpus_that_compiled_kernels_run_on(archs, runs, does_not):
+    assert [c for c in runs if not native.runs_on(c, archs)] == []
+    assert [c for c in does_not if native.runs_on(c, archs)] == []
