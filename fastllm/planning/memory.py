@@ -35,7 +35,7 @@ class MemoryEstimate:
 def estimate_memory(config: Config, world_size: int, precision: torch.dtype) -> MemoryEstimate:
     """Of a training step of ``config`` on rank 0 of ``world_size``. Takes seconds, whatever the size.
 
-    Not included: memory inside of kernels, and what CUDA, NCCL and the allocator take beside the tensors.
+    Not included: memory inside of kernels, and what CUDA, NCCL and the allocator need in addition.
     """
     layers = config.model.layers
     if layers <= SAMPLED_LAYERS[-1]:

@@ -26,7 +26,7 @@ from .scaling_laws import compute_optimal, model_of_depth, model_of_size
 
 GPU_COUNTS = (1, 2, 4, *(8 * 2**n for n in range(11)))  # tried where --gpus does not say
 MAX_DAYS = 14.0  # of a run, if more GPUs can shorten it
-RESERVED = 3 * 2**30  # bytes for CUDA, NCCL and fragmentation beside the tensors
+RESERVED = 3 * 2**30  # bytes for CUDA, NCCL and fragmentation
 
 
 @dataclass(frozen=True)

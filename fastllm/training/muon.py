@@ -83,7 +83,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """About the orthogonal matrix nearest to ``matrix`` ``[rows, columns]``: its singular values are 0.7 to 1.2."""
+    """Approximates the orthogonal matrix nearest to ``matrix`` ``[rows, columns]``: singular values of 0.7 to 1.2."""
     a, b, c = COEFFICIENTS
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)

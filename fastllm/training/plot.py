@@ -9,7 +9,7 @@ from .metrics import read_log
 
 
 def plot(log: Path, path: Path, unigram_loss: float) -> None:
-    """Draw the curves in ``log``: loss, with that of a unigram model beside it, gradient norm and speed."""
+    """Plot the curves of ``log`` to ``path``: loss (and a unigram model's), gradient norm and speed."""
     from matplotlib.figure import Figure  # slow to import, and needed once
 
     records = read_log(log)

@@ -199,7 +199,7 @@ def resume_run(config: Config, folder: Path) -> Run:
 
 
 def baseline(tokenizer: Tokenizer, tokens: Tokens, config: Config) -> dict[str, float]:
-    """What puts the validation loss in relation: that of a unigram model (nats per token), and bytes per token."""
+    """Figures to compare the validation loss with: a unigram model's (nats per token), and the bytes per token."""
     validation = EvalDataset(tokens["validation"], config.model.max_seq_len, config.train.eval_tokens)
     targets = validation.batch(0, len(validation))["targets"].numpy()
     return {
