@@ -22,6 +22,7 @@ from fastllm.cli import main
 from fastllm.report import read_log
 from fastllm.runs import load_run
 from fastllm.signals import StopSignals
+from tests.limits import HANG
 
 TINY = """
 [model]
@@ -68,7 +69,7 @@ def start(*words: object, cwd: Path, python: Sequence[str] = ("-m", "fastllm")) 
 
 def finish(process: subprocess.Popen[str]) -> Done:
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=HANG)
     finally:
         process.kill()
     return Done(process.returncode, stdout, stderr)
@@ -241,7 +242,7 @@ def test_an_unknown_option_gets_the_near_ones(run):
 def test_ctrl_c_ends_training_with_a_checkpoint(work, run):
     out = work / "runs" / "stopped"
     process = start("train", "tiny.toml", "--data", "text.py", "--out", out, "--train.steps", 1_000_000, cwd=work)
-    log, end = out / "log.jsonl", time.monotonic() + 60
+    log, end = out / "log.jsonl", time.monotonic() + HANG
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
         assert time.monotonic() < end, "training did not begin"
         time.sleep(0.05)
