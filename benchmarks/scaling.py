@@ -11,6 +11,7 @@ processes that there are, the plan's alone. Writes scaling.json, scaling.md and 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import socket
@@ -165,11 +166,10 @@ def _train(rank: int, port: int, point: Point, config: Config, seconds: float, f
             where = {"run_dir": Path(folder), "device": device, "precision": precision, "signals": StopSignals()}
             return Trainer(config, dims, model, NextTokenPrediction(), data, None, **where)
 
-        if not ON_GPU:  # what PyTorch and the kernels take for themselves
-            small = replace(_small(1), model=replace(_small(1).model, vocab_size=config.model.vocab_size))
-            first = make(_with(small, 256 * point.processes, 1, 256))
-            first.train_step()
-            del first
+        if not ON_GPU:
+            # What PyTorch takes for itself, at any number of layers: oneDNN compiles code for each shape of a product.
+            make(replace(config, model=replace(config.model, layers=1))).train_step()
+            gc.collect()
         before = 0 if ON_GPU else _status("VmRSS")
         if not ON_GPU:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

@@ -1,4 +1,5 @@
 // Chooses among the instruction sets that the CPU kernels were compiled for.
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -61,8 +62,19 @@ const std::vector<Set>& sets() {
   return found;
 }
 
+const Set& named(const std::string& name) {
+  for (const Set& set : sets()) {
+    if (name == set.name) return set;
+  }
+  throw std::invalid_argument("this processor does not run the instruction set '" + name + "'");
+}
+
+// The best there is, or the one that the environment variable FASTLLM_CPU_ISA names.
 const Set*& current() {
-  static const Set* set = &sets().back();
+  static const Set* set = [] {
+    const char* asked = std::getenv("FASTLLM_CPU_ISA");
+    return asked && *asked ? &named(asked) : &sets().back();
+  }();
   return set;
 }
 
@@ -78,14 +90,6 @@ std::vector<std::string> instruction_sets() {
 
 std::string instruction_set() { return current()->name; }
 
-void use_instruction_set(const std::string& name) {
-  for (const Set& set : sets()) {
-    if (name == set.name) {
-      current() = &set;
-      return;
-    }
-  }
-  throw std::invalid_argument("this processor does not run the instruction set '" + name + "'");
-}
+void use_instruction_set(const std::string& name) { current() = &named(name); }
 
 }  // namespace fastllm::cpu

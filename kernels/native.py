@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from types import ModuleType
 
 import torch  # before _C, so that both share torch's OpenMP threads
@@ -25,9 +26,16 @@ def cpu_missing() -> str | None:
     return None if "cpu" in KERNELS else _MISSING
 
 
+# Of ONEDNN_MAX_CPU_ISA: those that lack instructions for products of bfloat16.
+_NO_BFLOAT16 = ("sse41", "avx", "avx2", "avx2_vnni", "avx2_vnni_2", "avx512_core", "avx512_core_vnni")
+
+
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16, and PyTorch uses them."""
+    """Whether this processor has instructions for products of bfloat16, and PyTorch, by oneDNN, uses them."""
+    limits = (os.environ.get(f"{name}_MAX_CPU_ISA", "") for name in ("ONEDNN", "DNNL"))
+    if next((limit for limit in limits if limit), "").lower() in _NO_BFLOAT16:
+        return False
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private functions of PyTorch: with care
     return any(getattr(torch.cpu, name, bool)() for name in asked)
 

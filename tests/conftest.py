@@ -9,13 +9,42 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
+
+# Instruction set of the CPU kernels -> the most that oneDNN, and PyTorch's own kernels, may use beside it.
+INSTRUCTION_SETS = {
+    "base": ("SSE41", "default"),
+    "avx2": ("AVX2", "avx2"),
+    "avx512": ("AVX512_CORE", "avx512"),
+    "avx512_bf16": ("AVX512_CORE_BF16", "avx512"),
+    "amx": ("DEFAULT", "avx512"),
+}
+if limit := os.environ.get("FASTLLM_CPU_ISA"):
+    # PyTorch reads these once, at import; processes that tests start inherit them
+    os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["ATEN_CPU_CAPABILITY"] = INSTRUCTION_SETS[limit]
+
+import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
 if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, at import
 
 from tests import interpreter  # noqa: E402
+
+# Of the files that take long, the longest first: started last, one would keep one worker busy alone.
+LONGEST = ("test_repository.py", "test_attention.py", "test_sanitizers.py", "test_softmax.py", "test_parallel.py")
+MOST_WORKERS = 8  # each takes up to 2 GiB
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist, which reads the options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """More than single tests run in a process for each core, a file in one of them, which builds what it needs once."""
+    option = config.option
+    if getattr(option, "numprocesses", 0) is not None or option.usepdb or any("::" in name for name in config.args):
+        return
+    option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
+    if option.dist == "no":
+        option.dist, option.loadscopereorder = "loadfile", False
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait would keep the other workers from the cores
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -24,6 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if gpu:
             config.hook.pytest_deselected(items=gpu)
             items[:] = [item for item in items if item not in gpu]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=1200)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG)
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
@@ -86,7 +88,7 @@ print(k.rms_norm(torch.ones(2, 4)).shape)
 """
     # -S: without the path hooks of an editable install, which would find the module after all
     command = [sys.executable, "-S", "-c", code, str(target), sysconfig.get_path("purelib")]
-    used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert used.returncode == 0, used.stderr
     assert "rms_norm: torch" in used.stdout
     assert "can't be loaded" in used.stdout

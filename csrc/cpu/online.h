@@ -20,22 +20,31 @@ class ExpSum {
     for (int i = 1; i < N; ++i) most = maximum(most, scores[i]);
     if (any_greater(most, shift_ + kSlack)) {
       const vfloat next = maximum(most, shift_);
-      sum_ *= exp(shift_ - next);
+      const vfloat by = exp(shift_ - next);
+      block_ *= by;
+      total_.scale(by);
       shift_ = next;
     }
     vfloat pairs[2] = {};
 #pragma GCC unroll 8
     for (int i = 0; i < N; ++i) pairs[i % 2] += exp(scores[i] - shift_);
-    sum_ += pairs[0] + pairs[1];
+    block_ += pairs[0] + pairs[1];
+    if (++added_ == kBlock) {
+      total_.add(block_);
+      block_ = vfloat{};
+      added_ = 0;
+    }
   }
 
   float shift() const { return greatest(shift_); }
   // Of exp(score - shift()); 0 where every score is -inf.
-  float sum() const { return FASTLLM_ISA::sum(sum_ * exp(shift_ - shift())); }
+  float sum() const { return FASTLLM_ISA::sum((total_.value() + block_) * exp(shift_ - shift())); }
 
  private:
   vfloat shift_ = broadcast(-3.40282347e38f);  // the lowest number: less -inf would be NaN
-  vfloat sum_ = {};
+  vfloat block_ = {};  // of the latest scores, fewer than kBlock groups
+  LongSum total_;      // of those before them
+  int64_t added_ = 0;
 };
 
 // Adds up score(at) over a row; `at` reads a vector, as in for_each_vector.

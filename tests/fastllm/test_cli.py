@@ -25,6 +25,7 @@ from fastllm.planning.presets import PRESETS
 from fastllm.run_dir import load_metadata
 from fastllm.training.metrics import read_log
 from fastllm.training.signals import StopSignals
+from tests.limits import HANG
 
 TINY = """
 [model]
@@ -71,7 +72,7 @@ def start(*words: object, cwd: Path, python: Sequence[str] = ("-m", "fastllm")) 
 
 def finish(process: subprocess.Popen[str]) -> Done:
     try:
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=HANG)
     finally:
         process.kill()
     return Done(process.returncode, stdout, stderr)
@@ -261,7 +262,7 @@ def test_an_unknown_option_gets_the_near_ones(run):
 def test_ctrl_c_ends_training_with_a_checkpoint(work, run):
     out = work / "runs" / "stopped"
     process = start("train", "tiny.toml", "--data", "text.py", "--out", out, "--train.steps", 1_000_000, cwd=work)
-    log, end = out / "log.jsonl", time.monotonic() + 60
+    log, end = out / "log.jsonl", time.monotonic() + HANG
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
         assert time.monotonic() < end, "training did not begin"
         time.sleep(0.05)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import HANG
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all"
@@ -131,7 +133,7 @@ def library() -> Path:
     flags = f"{SANITIZE} -O1 -g1 -DFASTLLM_EMULATE_AMX"
     environment = os.environ | {"FASTLLM_CUDA_ARCHS": "none", "CXXFLAGS": flags}
     command = ["setup.py", "-q", "build_ext", "--force", f"--build-lib={work}", f"--build-temp={work}"]
-    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, capture_output=True, timeout=HANG)
     (module,) = (work / "fastllm" / "kernels").glob("_C.*.so")
     return module
 
@@ -140,7 +142,7 @@ def run(library: Path, *arguments: str) -> subprocess.CompletedProcess:
     runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONMALLOC": "malloc"}
     command = [sys.executable, "-c", CHILD, str(library), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
 
 
 pytestmark = pytest.mark.skipif(

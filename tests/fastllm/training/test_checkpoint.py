@@ -26,6 +26,7 @@ from fastllm.errors import UserError
 from fastllm.training.checkpoint import MANIFEST, Checkpointer
 from fastllm.training.metrics import read_log
 from tests.fastllm import ranks, small_run
+from tests.limits import HANG
 
 SHARD = {"reshard_after_forward": True}
 # Name -> processes and options of the run that goes on from two processes' checkpoint of step 4.
@@ -219,20 +220,18 @@ every = 5
 
 @pytest.mark.parametrize(("dies_at", "goes_on_from"), [(2, {0}), (12, {5, 10})])
 def test_a_process_that_dies_ends_the_others(dies_at, goes_on_from, tmp_path):
-    """With a message, soon; and the run goes on from its last checkpoint, here in one process."""
+    """With a message, before gloo gives up; and the run goes on from its last checkpoint, here in one process."""
     (tmp_path / "tiny.toml").write_text(TINY)
     (tmp_path / "dying.py").write_text(DYING)
     (tmp_path / "text.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(2000)))
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "dying.py"]
     words += ["train", "tiny.toml", "--data", "text.txt", "--out", "run", str(dies_at)]
-    start = time.monotonic()
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert time.monotonic() - start < 60
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert done.returncode != 0
     assert "rank 0 of 2 lost the connection to another rank, which ended first" in done.stderr
     assert "fastllm train --resume run continues from the last checkpoint" in done.stderr
     words = [sys.executable, "-m", "fastllm", "train", "--resume", "run"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     assert any(f"from step {step} of 20" in done.stdout for step in goes_on_from)
     assert [step for step, _, _ in curve(tmp_path / "run")] == list(range(1, 21))
@@ -245,13 +244,13 @@ def test_sigterm_ends_all_processes_with_all_saved(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastllm"]
     words += ["train", "tiny.toml", "--data", "text.txt", "--out", "run", "--train.steps", "1000000"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    log, end = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
+    log, end = tmp_path / "run" / "log.jsonl", time.monotonic() + HANG
     while not (log.exists() and log.read_text().count("\n") > 7):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
         time.sleep(0.05)
     process.terminate()
-    printed = process.communicate(timeout=60)[0]
+    printed = process.communicate(timeout=HANG)[0]
     assert "fastllm train --resume run" in printed
     assert "lost the connection" not in printed
     meta = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -300,7 +299,7 @@ def test_killed_while_saving(tmp_path):
         before = said.read_text() if said.exists() else ""
         for process in running:
             process.start()
-        end = time.monotonic() + 60
+        end = time.monotonic() + HANG
         while all(p.is_alive() for p in running) and (said.read_text() if said.exists() else "") == before:
             assert time.monotonic() < end
             time.sleep(0.01)
