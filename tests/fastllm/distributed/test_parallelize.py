@@ -16,6 +16,7 @@ from fastllm.errors import UserError
 from fastllm.training import muon
 from tests.fastllm import ranks, small_run
 
+SELECTIVE = {"activation_checkpointing": "selective"}
 SHARDED: dict[int, dict[str, dict[str, Any]]] = {
     2: {
         "one unit": {},
@@ -23,7 +24,7 @@ SHARDED: dict[int, dict[str, dict[str, Any]]] = {
         "replicas": {"dp_replicate": 2},
         "tensor parallel": {"tensor_parallel": 2},
         "full recompute": {"activation_checkpointing": "full", "reshard_after_forward": True},
-        "selective recompute": {"activation_checkpointing": "selective"},
+        "selective recompute": SELECTIVE,
         "muon": {"optimizer": "muon"},
         "muon in bfloat16": {"optimizer": "muon", "bfloat16": True},
         "untied, windowed": {"tie_embeddings": False, "window": 5, "reshard_after_forward": True},
