@@ -282,7 +282,6 @@ def test_rows_are_addressed_in_place(view, copied):
 
 
 @pytest.mark.skipif("cpu" not in native.KERNELS, reason="no native module")
-@pytest.mark.skipif("cpu" not in native.KERNELS, reason="no native module")
 def test_each_instruction_set_is_right():
     cpu = native.KERNELS["cpu"]
     best = cpu.instruction_set()
@@ -304,6 +303,24 @@ def test_each_instruction_set_is_right():
         cpu.use_instruction_set(best)
     with pytest.raises(ValueError, match="does not run the instruction set 'mmx'"):
         cpu.use_instruction_set("mmx")
+
+
+@pytest.mark.skipif("cpu" not in native.KERNELS, reason="no native module")
+def test_the_environment_limits_instruction_sets():
+    """Ours, and what oneDNN may use for products of bfloat16."""
+    code = """
+import os, torch
+from fastllm.kernels import native
+os.environ["FASTLLM_CPU_ISA"] = "mmx"
+try:
+    native.KERNELS["cpu"].instruction_set()
+except ValueError as error:
+    print(error)
+os.environ["FASTLLM_CPU_ISA"] = "base"
+print(native.KERNELS["cpu"].instruction_set(), native.multiplies_bfloat16())
+"""
+    found = run(code, ONEDNN_MAX_CPU_ISA="AVX512_CORE").stdout.splitlines()
+    assert found == ["this processor does not run the instruction set 'mmx'", "base False"]
 
 
 @pytest.mark.parametrize(
