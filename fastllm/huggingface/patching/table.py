@@ -98,9 +98,9 @@ ernie4_5: Ernie4_5MLP=mlp Ernie4_5Attention=attention Ernie4_5RMSNorm=norm Ernie
 ernie4_5_moe: Ernie4_5_MoeRMSNorm=norm Ernie4_5_MoeMLP=mlp Ernie4_5_MoeAttention=attention
 ernie4_5_vl_moe: Ernie4_5_VLMoeRMSNorm=norm Ernie4_5_VLMoeMLP=mlp
 esm: EsmSelfAttention=rotary
-esmc: EsmcMLP=mlp EsmcAttention=rotary,attention EsmcForMaskedLM=loss
+esmc: EsmcMLP=mlp EsmcAttention=rotary,attention
 esmfold2: EsmFold2RMSNorm=norm EsmFold2SwiGLU=mlp EsmFold2AtomAttention=rotary
-eurobert: EuroBertRMSNorm=norm EuroBertAttention=rotary,attention EuroBertMLP=mlp EuroBertForMaskedLM=loss
+eurobert: EuroBertRMSNorm=norm EuroBertAttention=rotary,attention EuroBertMLP=mlp
 evolla: EvollaSaProtSelfAttention=rotary,attention EvollaRMSNorm=norm EvollaMLP=mlp EvollaAttention=rotary
 exaone4: Exaone4RMSNorm=norm Exaone4Attention=rotary,attention Exaone4MLP=mlp Exaone4ForCausalLM=loss
 exaone4_5: Exaone4_5_RMSNorm=norm Exaone4_5_MLP=mlp Exaone4_5_Attention=rotary
@@ -139,7 +139,7 @@ gpt_oss: GptOssRMSNorm=norm GptOssAttention=attention
 gptj: GPTJAttention=attention GPTJForCausalLM=loss
 gradium_phonon_tts: GradiumPhononTTSTimestepNorm=norm GradiumPhononTTSAttention=rotary
 granite: GraniteAttention=rotary,attention GraniteRMSNorm=norm GraniteMLP=mlp GraniteForCausalLM=loss
-granite4_vision: Granite4VisionTextAttention=rotary Granite4VisionTextRMSNorm=norm Granite4VisionTextMLP=mlp
+granite4_vision: Granite4VisionTextAttention=rotary,attention Granite4VisionTextRMSNorm=norm Granite4VisionTextMLP=mlp
 granite_docling: GraniteDoclingTextAttention=rotary,attention GraniteDoclingTextRMSNorm=norm GraniteDoclingTextMLP=mlp
 granite_swa: GraniteSWAAttention=rotary,attention GraniteSWARMSNorm=norm GraniteSWAMLP=mlp GraniteSWAForCausalLM=loss
 granitemoe: GraniteMoeRMSNorm=norm GraniteMoeAttention=rotary,attention
@@ -168,13 +168,17 @@ imagegpt: ImageGPTLayerNorm=norm
 inkling: InklingRMSNorm=norm InklingMLP=mlp
 inkling2: Inkling2RMSNorm=norm Inkling2UnweightedRMSNorm=norm
 inkling2_loop: Inkling2LoopUnweightedRMSNorm=norm Inkling2LoopRMSNorm=norm
+instructblip: InstructBlipAttention=attention InstructBlipQFormerMultiHeadAttention=attention
+instructblipvideo: InstructBlipVideoAttention=attention InstructBlipVideoQFormerMultiHeadAttention=attention
 internvl: InternVLVisionRMSNorm=norm InternVLVisionAttention=attention
 jais2: Jais2Attention=rotary,attention Jais2ForCausalLM=loss
 jamba: JambaRMSNorm=norm JambaMLP=mlp
+janus: JanusVisionAttention=attention
 jetmoe: JetMoeRMSNorm=norm JetMoeAttention=rotary
 jina_embeddings_v3: JinaEmbeddingsV3Attention=rotary,attention
 kimi_linear: KimiLinearRMSNorm=norm KimiLinearMLP=mlp
 kolibri1: Kolibri1RMSNorm=norm Kolibri1Attention=rotary,attention Kolibri1MLP=mlp
+kosmos2: Kosmos2VisionAttention=attention KosmosTextAttention=attention
 kosmos2_5: Kosmos2_5LayerNorm=norm Kosmos2_5TextAttention=attention
 kyutai_speech_to_text: KyutaiSpeechToTextRMSNorm=norm KyutaiSpeechToTextAttention=rotary
     KyutaiSpeechToTextForConditionalGeneration=loss
@@ -199,6 +203,7 @@ markuplm: MarkupLMSelfAttention=attention
 maskformer: MaskFormerDetrSelfAttention=attention MaskFormerDetrCrossAttention=attention
 mbart: MBartAttention=attention
 mellum: MellumRMSNorm=norm MellumAttention=rotary,attention MellumMLP=mlp
+metaclip_2: MetaClip2Attention=attention
 mimi: MimiAttention=rotary
 mimo_v2_flash: MiMoV2FlashRMSNorm=norm MiMoV2FlashMLP=mlp MiMoV2FlashAttention=rotary,attention
 minicpm3: MiniCPM3RMSNorm=norm MiniCPM3MLP=mlp MiniCPM3Attention=rotary,attention MiniCPM3ForCausalLM=loss
@@ -218,7 +223,8 @@ mobilebert: MobileBertSelfAttention=attention
 modernbert: ModernBertAttention=rotary,attention
 modernbert_decoder: ModernBertDecoderAttention=rotary,attention
 molmo2: Molmo2RMSNorm=norm Molmo2Attention=rotary,attention Molmo2MLP=mlp Molmo2ImageProjectorMLP=mlp
-moonshine_streaming: MoonshinMoonshineStreamingDecoderMLP=mlp
+moonshine: MoonshineAttention=attention
+moonshine_streaming: MoonshineStreamingEncoderAttention=attention MoonshinMoonshineStreamingDecoderMLP=mlp
 moshi: MoshiRMSNorm=norm MoshiAttention=rotary MoshiForCausalLM=loss
 moss_transcribe_diarize: MossTranscribeDiarizeAudioAttention=attention
 mpt: MptForCausalLM=loss
@@ -247,6 +253,8 @@ openai: OpenAIGPTLMHeadModel=loss
 openai_privacy_filter: OpenAIPrivacyFilterRMSNorm=norm OpenAIPrivacyFilterAttention=attention
 opt: OPTAttention=attention
 ovis2: Ovis2RMSNorm=norm Ovis2VisionMLP=mlp Ovis2MLP=mlp
+owlv2: Owlv2Attention=attention
+owlvit: OwlViTAttention=attention
 paddleocr_vl: PaddleOCRMLP=mlp PaddleOCRAttention=rotary,attention PaddleOCRRMSNorm=norm
 parakeet: ParakeetEncoderAttention=attention
 pe_audio: PeAudioEncoderRMSNorm=norm PeAudioEncoderMLP=mlp
@@ -298,6 +306,7 @@ seed_oss: SeedOssRMSNorm=norm SeedOssMLP=mlp SeedOssAttention=rotary,attention S
 segformer: SegformerAttention=attention
 sew: SEWAttention=attention
 siglip: SiglipAttention=attention
+siglip2: Siglip2Attention=attention
 smollm3: SmolLM3Attention=rotary,attention SmolLM3RMSNorm=norm SmolLM3MLP=mlp SmolLM3ForCausalLM=loss
 solar_open: SolarOpenMLP=mlp SolarOpenAttention=rotary,attention SolarOpenRMSNorm=norm
 speech_to_text: Speech2TextAttention=attention
@@ -330,6 +339,7 @@ voxtral_realtime: VoxtralRealtimeRMSNorm=norm VoxtralRealtimeAttention=rotary,at
     VoxtralRealtimeTextAttention=rotary VoxtralRealtimeTextMLP=mlp
 wav2vec2: Wav2Vec2Attention=attention
 whisper: WhisperAttention=attention
+x_clip: XCLIPAttention=attention
 xcodec2: Xcodec2Attention=rotary Xcodec2RMSNorm=norm
 xglm: XGLMForCausalLM=loss
 xlm_roberta: XLMRobertaSelfAttention=attention XLMRobertaForCausalLM=loss
