@@ -4,10 +4,11 @@ transformers asks a registered implementation for two things: a mask, once in a 
 in each layer. Our mask is one of
 
 - None: a query sees all keys up to its own (in its window);
-- int32 ``[2, documents + 1]``: cu_seqlens of queries and of keys, for padding and for packed sequences;
+- int32 ``[1, 1, 2, documents + 1]``: cu_seqlens of queries and of keys, for padding and for packed sequences;
 - bool or floating ``[batch, 1 or heads, queries, keys]``: anything else (a static cache, masks made by the user, and
   under torch.compile, which can't look at values, any mask at all).
 
+All have four dimensions, so that a model inside another one hands them on, as transformers does with finished masks.
 The hidden states of padding itself are of no use, and not those of other implementations.
 """
 
@@ -26,7 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ...kernels import flash_attention, softmax
-from .finding import Change, Finding, class_forward, names_in, replaced_forward, taken
+from .finding import Finding, class_forward, names_in
+from .swap import step, taken
 
 NAME = "fastllm"
 
@@ -51,12 +53,12 @@ def attention_forward(
         raise ValueError(f"fastllm's attention has no dropout, it is {dropout}: set the model's attention dropout to 0")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None and attention_mask.numel() == 0:
-        attention_mask = None  # from without_mask
+        attention_mask = None  # from maskless_forward
     if query.dtype != value.dtype:  # under autocast rotary positions may have made float32 of queries and keys
         query, key = query.to(value.dtype), key.to(value.dtype)
     if kwargs.get("output_attentions"):
         return _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window)
-    if attention_mask is not None and attention_mask.dim() == 4:
+    if attention_mask is not None and attention_mask.dtype != torch.int32:
         if softcap or s_aux is not None:
             out, _ = _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window)
             return out, None
@@ -69,7 +71,7 @@ def attention_forward(
     options["window"] = sliding_window if causal else None
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if attention_mask is not None:
-        cu_q, cu_k = attention_mask
+        cu_q, cu_k = attention_mask[0, 0]
     if cu_q is None:
         return flash_attention(q, k, v, **options)[..., :width], None
     longest = {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}  # no document is longer than a row
@@ -95,7 +97,7 @@ def _explicit(
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None or mask.dim() != 4:
+    if mask is None or mask.dtype == torch.int32:
         mask = _dense(mask, query.shape[0], query.shape[2], key.shape[2], causal, window, query.device)
     if sinks is None:
         probabilities = softmax(scores, mask=mask)
@@ -116,7 +118,7 @@ def _dense(
     if causal and window:
         seen = seen & (k > q - window)
     if documents is not None:
-        of_q, of_k = (_document(cu, batch, seq) for cu, seq in zip(documents, (seq_q, seq_k), strict=True))
+        of_q, of_k = (_document(cu, batch, seq) for cu, seq in zip(documents[0, 0], (seq_q, seq_k), strict=True))
         seen = seen & (of_q.unsqueeze(-1) == of_k.unsqueeze(1))
     return seen.expand(batch, -1, -1).unsqueeze(1)
 
@@ -188,7 +190,7 @@ def _packed(
 
 
 def _documents(begins: Tensor, q_length: int, padding: Tensor | None = None) -> Tensor:
-    """cu_seqlens ``[2, documents + 1]`` from where documents of keys begin, bool ``[batch, keys]``.
+    """cu_seqlens ``[1, 1, 2, documents + 1]`` from where documents of keys begin, bool ``[batch, keys]``.
 
     The queries are the last ``q_length`` of each row; a document may have none of them. Padding is two documents, one
     of its queries and one of its keys: it is not seen and sees nothing.
@@ -202,7 +204,7 @@ def _documents(begins: Tensor, q_length: int, padding: Tensor | None = None) -> 
         between = torch.stack([torch.cat([starts[0, 1:], ends[0]]), starts[1]])
         kept = torch.stack([torch.ones_like(row, dtype=torch.bool), padding[row, column]], 1).flatten()
         starts = torch.stack([starts, between], 2).flatten(1)[:, kept]
-    return torch.cat([starts, ends], 1).to(torch.int32)
+    return torch.cat([starts, ends], 1).to(torch.int32)[None, None]
 
 
 # ---- the registry, and who asks it ----
@@ -215,23 +217,29 @@ MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_recu
 MASKS |= {"create_bidirectional_mask", "create_bidirectional_sliding_window_mask"}
 
 
-def find_attention(name: str, module: nn.Module, owner: PreTrainedModel | None) -> Finding | None:
+def looks_like_attention(module: nn.Module) -> bool:
+    if REGISTRY in names_in(class_forward(module)):
+        return True
+    around = any(REGISTRY in names_in(class_forward(m)) for m in module.modules())
+    return type(module).__name__.endswith("Attention") and not around
+
+
+def find_attention(
+    name: str, module: nn.Module, untried: str | None, owner: PreTrainedModel | None, listed: bool
+) -> Finding:
     """``owner`` is the model that makes the masks for ``module``."""
     forward, kind = class_forward(module), type(module).__name__
     names = names_in(forward)
     if REGISTRY not in names:
-        around = any(REGISTRY in names_in(class_forward(m)) for m in module.modules())
-        if around or not kind.endswith("Attention"):
-            return None
-        return Finding("attention", name, kind, "it does not ask transformers' attention registry")
+        return Finding("attention", name, kind, "it does not ask transformers' attention registry", disagrees=True)
     why_not = _why_not(module, names, owner)
-    if why_not:
-        return Finding("attention", name, kind, why_not)
-    view = as_fastllm(module.config)
-    changes = (Change(module, "config", view), Change(owner, "config", view))
-    if not taken(owner):
-        changes += (replaced_forward(owner, without_mask(class_forward(owner))),)
-    return Finding("attention", name, kind, f"flash_attention (was {module.config._attn_implementation})", changes)
+    if not why_not and not listed and not owner._supports_sdpa:
+        why_not = "it may need the masks that transformers makes for eager attention"
+    if why_not or untried:
+        return Finding("attention", name, kind, why_not or untried)
+    steps = () if taken(owner) else ((owner, step(maskless_forward)),)
+    note = f"flash_attention (was {module.config._attn_implementation})"
+    return Finding("attention", name, kind, note, steps, module.config)
 
 
 def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) -> str | None:
@@ -254,8 +262,7 @@ def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) 
     return None
 
 
-@functools.cache
-def without_mask(original: Callable) -> Callable:
+def maskless_forward(original: Callable) -> Callable:
     """``original``, the forward of a decoder, that makes no mask under torch.compile where none is needed.
 
     transformers would look for packed sequences in the positions that it counts itself, which under torch.compile it
@@ -274,16 +281,3 @@ def without_mask(original: Callable) -> Callable:
         return original(self, *args, **kwargs)
 
     return forward
-
-
-def as_fastllm(config: Any) -> Any:
-    """``config`` itself, all that it holds now and later, but that its attention implementation is ours."""
-    view = object.__new__(_as_fastllm_kind(type(config)))
-    object.__setattr__(view, "__dict__", config.__dict__)
-    return view
-
-
-@functools.cache
-def _as_fastllm_kind(kind: type) -> type:
-    mine = property(lambda self: NAME, kind._attn_implementation.fset)
-    return type(kind.__name__, (kind,), {"_attn_implementation": mine})

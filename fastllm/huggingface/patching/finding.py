@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ...kernels import use_backend
+from .swap import Step
 
-@dataclass(frozen=True)
-class Change:
-    """An attribute of a module, as it is to be."""
-
-    module: nn.Module
-    attribute: str
-    value: Any
+MAGNITUDES = (1e-3, 1.0, 1e2, 1e4)  # the least is of eps' size in a norm, the greatest meets a clamp
 
 
 @dataclass(frozen=True)
@@ -28,41 +26,23 @@ class Finding:
     name: str  # where it is in the model
     kind: str  # its class
     note: str  # the kernel, or why not
-    changes: tuple[Change, ...] = ()  # none: left
+    steps: tuple[tuple[nn.Module, Step], ...] = ()  # new forwards
+    config: Any = None  # the configuration in which attention becomes ours
+    disagrees: bool = False  # left because it was tried, and computed something else
+
+    @property
+    def replaced(self) -> bool:
+        return bool(self.steps) or self.config is not None
 
 
-def replaced_forward(module: nn.Module, forward: Callable) -> Change:
-    """Binding to the instance keeps the class, its parameters' names, its hooks and every other instance."""
-    return Change(module, "forward", MethodType(forward, module))
-
-
-def taken(module: nn.Module) -> str | None:
-    """Why the forward of ``module`` can't be replaced, or None."""
-    return "its forward was replaced by something else (a hook?)" if "forward" in module.__dict__ else None
-
-
-def stand_in(module: nn.Module, **parts: nn.Parameter | nn.Module) -> nn.Module:
-    """A copy of ``module`` that shares all but the parameters and children named, to try its forward on.
-
-    Small parts on the CPU make trying cheap, wherever the module's own parameters are: on a GPU, sharded, on meta.
-    """
-    twin = object.__new__(type(module))  # not copy.copy: what FSDP has wrapped makes itself anew
-    twin.__dict__.update(module.__dict__)
-    for store in ("_parameters", "_modules"):
-        twin.__dict__[store] = dict(module.__dict__[store])
-    for name, part in parts.items():
-        twin.__dict__["_parameters" if isinstance(part, nn.Parameter) else "_modules"][name] = part
-    return twin
+def defining_class(module: nn.Module) -> type[nn.Module]:
+    """The class that defines the forward of ``module``: fully_shard and others put subclasses above it."""
+    return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
 
 
 def class_forward(module: nn.Module) -> Callable:
     """The forward of the module's class: not what was put on the instance."""
     return type(module).forward
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding in float32: a check of what is computed, not how well."""
-    return a.shape == b.shape and bool(((a.float() - b.float()).abs() <= 1e-4 * (1 + b.float().abs())).all())
 
 
 def names_in(function: Callable) -> set[str]:
@@ -80,21 +60,61 @@ def _names(code: CodeType) -> set[str]:
     return found
 
 
-def with_globals(function: Callable, **replaced: Any) -> Callable:
-    """``function`` as it is, but that it sees other objects under these global names; its decorators are kept."""
-    wrapped = getattr(function, "__wrapped__", None)
-    if wrapped is None:
-        # Without __name__: torch.compile looks up the globals of a named module there, and would find the old ones.
-        names = {k: v for k, v in function.__globals__.items() if k != "__name__"} | replaced
-        closure = function.__closure__
-    else:
-        inner = with_globals(wrapped, **replaced)
-        names = function.__globals__
-        cells = function.__closure__ or ()
-        closure = tuple(CellType(inner) if cell.cell_contents is wrapped else cell for cell in cells)
-    twin = FunctionType(function.__code__, names, function.__name__, function.__defaults__, closure)
-    twin.__kwdefaults__, twin.__doc__ = function.__kwdefaults__, function.__doc__
-    twin.__dict__.update(function.__dict__)
-    if wrapped is not None:
-        twin.__wrapped__ = inner
+# ---- trying a module on small tensors ----
+
+
+def stand_in(module: nn.Module, **parts: nn.Parameter | nn.Module) -> nn.Module:
+    """A copy of ``module`` that shares all but its children and the parameters and children named.
+
+    Small parts on the CPU make trying cheap, wherever the module's own parameters are: on a GPU, sharded, on meta.
+    """
+    twin = object.__new__(type(module))  # not copy.copy: what FSDP has wrapped makes itself anew
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    twin.__dict__["_modules"] = {
+        name: stand_in(child) if name not in parts and child is not None else child
+        for name, child in module._modules.items()
+    }
+    for name, part in parts.items():
+        twin.__dict__["_parameters" if isinstance(part, nn.Parameter) else "_modules"][name] = part
     return twin
+
+
+def dtypes_to_try(module: nn.Module) -> list[torch.dtype]:
+    """float32, where little is lost, and the dtype of the module, on which its code may depend."""
+    own = {p.dtype for p in module.parameters()} & {torch.float16, torch.bfloat16, torch.float64}
+    return [torch.float32, *own]
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Try modules whatever device, autocast and backend the caller has chosen, and leave its random state as it was."""
+    with (
+        torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False), use_backend("torch"),
+        torch.random.fork_rng(devices=[]),
+    ):  # fmt: skip
+        yield
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding, where both are finite: a check of what is computed, not how well."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    finite = a.isfinite() & b.isfinite()  # beyond the range of the dtype there is nothing to compare
+    bound = max(1e-4, 8 * torch.finfo(a.dtype).eps)
+    a, b = a[finite].double(), b[finite].double()
+    return not a.numel() or bool((a - b).abs().max() <= bound * b.abs().max())
+
+
+def why_different(module: nn.Module, trial: Callable[[bool, torch.dtype, float], bool]) -> str | None:
+    """None if a kernel computes what ``module`` does, else why not. ``trial(training, dtype, magnitude)`` compares."""
+    for training in (False, True):
+        for dtype in dtypes_to_try(module):
+            for magnitude in MAGNITUDES:
+                try:
+                    agree = trial(training, dtype, magnitude)
+                except Exception:  # whatever a foreign forward raises on our stand-in: it is another structure
+                    return "it has another structure"
+                if not agree:
+                    return "it drops out in training" if training else f"at inputs of about {magnitude:g} it differs"
+    return None

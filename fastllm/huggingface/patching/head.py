@@ -17,30 +17,30 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.utils import can_return_tuple
 
 from ...kernels import linear_cross_entropy
-from .finding import Finding, class_forward, names_in, replaced_forward, same, stand_in, taken
+from .finding import Finding, class_forward, names_in, same, stand_in, why_different
+from .swap import Step, step, steps_of, swap, taken
 
 
-def find_loss(name: str, module: nn.Module) -> Finding | None:
-    forward, kind = class_forward(module), type(module).__name__
-    if not isinstance(module, PreTrainedModel) or "labels" not in inspect.signature(forward).parameters:
-        return None
-    head = getattr(module, "lm_head", None)
-    why_not = _why_not(module, head)
+def looks_like_loss(module: nn.Module) -> bool:
+    forward = class_forward(module)
+    return isinstance(module, PreTrainedModel) and "labels" in inspect.signature(forward).parameters
+
+
+def find_loss(name: str, module: nn.Module, untried: str | None) -> Finding:
+    kind, head = type(module).__name__, getattr(module, "lm_head", None)
+    why_not = _why_not(module, head) or untried
     if not why_not:
         softcap = float(getattr(module.config, "final_logit_softcapping", None) or 0.0)
-        result = _agreed_output(module, head, softcap)
-        if result is None:
+        each = _agreed(module, head, softcap)
+        if each is None:
             why_not = "its loss is not the cross-entropy of lm_head(hidden states), or of those softcapped"
+            return Finding("loss", name, kind, why_not, disagrees=True)
     if why_not:
         return Finding("loss", name, kind, why_not)
-    changes = (
-        replaced_forward(module, causal_lm_forward(forward, softcap, result)),
-        replaced_forward(head, head_forward),
-    )
-    return Finding("loss", name, kind, "linear_cross_entropy", changes)
+    return Finding("loss", name, kind, "linear_cross_entropy", ((module, each), (head, step(head_forward))))
 
 
-def _why_not(module: PreTrainedModel, head: nn.Module | None) -> str | None:
+def _why_not(module: nn.Module, head: nn.Module | None) -> str | None:
     if "loss_function" not in names_in(class_forward(module)) or head is None:
         return "it has no lm_head with transformers' loss function"
     if not isinstance(head, nn.Linear) or class_forward(head) is not nn.Linear.forward:
@@ -50,14 +50,19 @@ def _why_not(module: PreTrainedModel, head: nn.Module | None) -> str | None:
     return taken(module) or taken(head)
 
 
-def head_forward(self: nn.Linear, hidden_states: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
+def head_forward(original: Callable) -> Callable:
     """Logits; with a target ``[batch, seq]`` the loss: in the head's own forward, where FSDP has its weight whole."""
-    if target is None:
-        return F.linear(hidden_states, self.weight, self.bias)
-    return linear_cross_entropy(hidden_states, self.weight, target, bias=self.bias, **options)
+
+    @functools.wraps(original)
+    def forward(self: nn.Linear, hidden_states: Tensor, target: Tensor | None = None, **options: Any) -> Tensor:
+        if target is None:
+            return original(self, hidden_states)
+        return linear_cross_entropy(hidden_states, self.weight, target, bias=self.bias, **options)
+
+    return forward
 
 
-def causal_lm_forward(original: Callable, softcap: float, result: type[ModelOutput]) -> Callable:
+def causal_lm_forward(original: Callable, *, softcap: float, result: type[ModelOutput]) -> Callable:
     """``original``, the forward of a causal language model's class, but that its loss does without the logits."""
     names = tuple(inspect.signature(original).parameters)[1:]
     copied = [f.name for f in dataclasses.fields(result) if f.name not in ("loss", "logits")]
@@ -70,7 +75,8 @@ def causal_lm_forward(original: Callable, softcap: float, result: type[ModelOutp
         wanted = not self.training if skip_logits is None else not skip_logits
         keep = kwargs.get("logits_to_keep", 0)
         plain = isinstance(keep, int) and keep == 0 and self.loss_function is ForCausalLMLoss
-        fused = getattr(self.lm_head.forward, "__func__", None) is head_forward
+        head = self.lm_head
+        fused = "forward" not in head.__dict__ and any(each.make is head_forward for each in steps_of(head))
         if labels is None or wanted or not (plain and fused):
             return original(self, **kwargs)
         decoder = getattr(self, self.base_model_prefix)
@@ -90,25 +96,33 @@ def causal_lm_forward(original: Callable, softcap: float, result: type[ModelOutp
     return forward
 
 
-@torch.no_grad()
-def _agreed_output(module: PreTrainedModel, head: nn.Linear, softcap: float) -> type | None:
-    """The class of the output, if the loss on made-up hidden states is the same with and without logits."""
+def _agreed(module: PreTrainedModel, head: nn.Linear, softcap: float) -> Step | None:
+    """The new forward, if the loss on made-up hidden states is the same with and without logits."""
+    original = class_forward(module)
     generator = torch.Generator().manual_seed(0)
-    small = nn.Linear(8, head.out_features, bias=head.bias is not None)
-    for p in small.parameters():
-        p.data = 5 * torch.randn(p.shape, generator=generator)  # logits so large that a softcap counts
-    small.forward = head_forward.__get__(small)
-    parts = {"lm_head": small, module.base_model_prefix: _Hidden(torch.randn(2, 5, 8, generator=generator))}
-    twin = stand_in(module, **parts)
-    twin.training = True
-    labels = torch.randint(head.out_features, (2, 5), generator=generator)
+    weight = torch.randn(head.out_features, 8, generator=generator)
+    bias = None if head.bias is None else torch.randn(head.out_features, generator=generator)
+    hidden, labels = (
+        torch.randn(2, 5, 8, generator=generator),
+        torch.randint(head.out_features, (2, 5), generator=generator),
+    )
     labels[0, 3] = -100
-    try:
-        theirs = class_forward(module)(twin, input_ids=None, labels=labels)
-        ours = causal_lm_forward(class_forward(module), softcap, type(theirs))(twin, input_ids=None, labels=labels)
-        return type(theirs) if same(ours.loss, theirs.loss) else None
-    except Exception:  # whatever a foreign forward raises on our stand-in: it is another structure
-        return None
+    made: dict[type, Step] = {}
+
+    def trial(training: bool, dtype: torch.dtype, magnitude: float) -> bool:
+        small = nn.Linear(8, head.out_features, bias=bias is not None, device="meta")
+        small.weight = nn.Parameter(weight.to(dtype))
+        small.bias = bias if bias is None else nn.Parameter(bias.to(dtype))
+        swap(small, (step(head_forward),))
+        parts = {"lm_head": small, module.base_model_prefix: _Hidden((magnitude * hidden).to(dtype))}
+        twin = stand_in(module, **parts)
+        nn.Module.train(twin, training)
+        theirs = original(twin, input_ids=None, labels=labels)
+        each = made[type(theirs)] = step(causal_lm_forward, softcap=softcap, result=type(theirs))
+        ours = each.make(original, **dict(each.options))(twin, input_ids=None, labels=labels, skip_logits=True)
+        return ours.logits is None and same(ours.loss, theirs.loss)
+
+    return None if why_different(module, trial) or len(made) != 1 else next(iter(made.values()))
 
 
 class _Hidden(nn.Module):

@@ -6,16 +6,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
 from ...errors import UserError
-from .finding import Change, Finding
-from .layers import find_mlp, find_norm, find_rotary
+from . import table
+from .finding import Finding, quietly
+from .layers import find_mlp, find_norm, looks_like_mlp, looks_like_norm
+from .rotary import find_rotary, looks_rotary
+from .swap import Step, steps_of, swap, swap_back, why_not_back
 
 PARTS = ("norm", "mlp", "rotary", "attention", "loss")
-_DONE = "_fastllm_patch"  # the attribute of a patched model that says how to restore it
+_PATCHED = "_fastllm_patched"  # an attribute of a model that patch() was called on
+NOT_LISTED = 'not in the table; patch(model, unknown="probe") tries it'
+DISAGREES = "listed, but as configured here, or in this version of transformers, it computes something else"
+
+LooksLike = Callable[[nn.Module], bool]
+Find = Callable[..., Finding]
 
 
 @dataclass(frozen=True)
@@ -41,23 +48,13 @@ def _table(findings: tuple[Finding, ...]) -> list[str]:
     return [f"  {part:<9} {count:>3} {kind:<{wide}}  {note}" for (part, kind, note), count in order]
 
 
-@dataclass(frozen=True)
-class _Restore:
-    """The attribute of a module as it was before, and as it was made."""
-
-    module: nn.Module
-    attribute: str
-    was_there: bool
-    before: Any
-    after: Any
-
-
-def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS) -> PatchReport:
+def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS, unknown: str = "leave") -> PatchReport:
     """Put fastllm's kernels into a Hugging Face transformers model, in place.
 
-    Only this instance changes: forwards are bound to its modules, and no class, function or other model is touched.
-    Parameters, their names, hooks and checkpoints stay as they are. What a module computes decides, not what it
-    is called: each candidate is tried on random numbers against its kernel, and left where they differ.
+    A table lists the classes of transformers that the kernels compute (:mod:`fastllm.huggingface.patching.table`).
+    Each module of a listed class is first tried against its kernel: on small and large numbers, in training and in
+    evaluation mode, in float32 and in its own dtype. Where they differ (another activation in the configuration,
+    dropout, a newer version of the class) it is left, and the report says why.
 
     - ``"norm"``: RMSNorm, with the weight or 1 + the weight: :func:`fastllm.kernels.rms_norm`.
     - ``"mlp"``: ``down(silu(gate) · up)``: :func:`fastllm.kernels.swiglu`. Mixtures of experts are left alone.
@@ -68,9 +65,19 @@ def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS) -> PatchReport:
       has no logits. They are made, and the loss from them, in eval mode, without labels, with ``logits_to_keep``, and
       with ``model(..., labels=..., skip_logits=False)``; ``skip_logits=True`` saves them in eval mode too.
 
+    Only this instance changes. A patched module gets a subclass of its class, of the same name, with another forward;
+    parameters, their names, hooks and checkpoints stay as they are. The model's configuration becomes a copy of the
+    same type with ``_attn_implementation`` "fastllm". No class is changed, and every other model computes what it did,
+    bit for bit, in other threads too: for rotary positions a global function of the modeling file is replaced by one
+    that asks whether a patched module is running. A patched model can be pickled, deep-copied and saved: a copy is
+    patched as well and can be unpatched by itself, a checkpoint is that of the unpatched model.
+
     Args:
         model: a transformers ``PreTrainedModel``, or a module that holds one (as peft's do).
         parts: those to replace.
+        unknown: what to do with a module of a class that the table does not know. ``"leave"`` leaves it and reports
+            it. ``"probe"`` tries it too, and takes the kernel where both agree. Only the numbers that were tried are
+            then known to agree, so compare the model's outputs before and after.
 
     Returns:
         A report of what was replaced and what was left, and why.
@@ -79,66 +86,81 @@ def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS) -> PatchReport:
     model exactly, :func:`patched` does both around a block.
 
     Raises:
-        UserError: transformers is not installed, ``model`` holds no transformers model, is patched already, or a part
-            is unknown.
+        UserError: transformers is not installed, ``model`` holds no transformers model, is patched already, a part is
+            unknown, or ``unknown`` is neither "leave" nor "probe".
     """
-    unknown = set(parts) - set(PARTS)
-    if unknown:
-        raise UserError(f"patch: unknown parts {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
-    if any(_DONE in m.__dict__ for m in model.modules()):
+    not_parts = set(parts) - set(PARTS)
+    if not_parts:
+        raise UserError(f"patch: unknown parts {', '.join(sorted(not_parts))}; choose from {', '.join(PARTS)}")
+    if unknown not in ("leave", "probe"):
+        raise UserError(f'patch: unknown={unknown!r}; choose from "leave" and "probe"')
+    if any(_is_patched(m) for m in model.modules()):
         raise UserError("patch: the model is patched already; fastllm.unpatch(model) first")
-    findings = [f for f in _look(model) if f.part in parts]
-    restores: list[_Restore] = []
-    for change in {(id(c.module), c.attribute): c for f in findings for c in f.changes}.values():
-        restores.append(_made(change))
-    object.__setattr__(model, _DONE, restores)
-    replaced = tuple(f for f in findings if f.changes)
-    return PatchReport(type(model).__name__, replaced, tuple(f for f in findings if not f.changes))
+    with quietly():
+        findings = [f for f in _look(model, unknown == "probe") if f.part in parts]
+    steps: dict[nn.Module, dict[Step, None]] = {}
+    for module, step in (each for f in findings for each in f.steps):
+        steps.setdefault(module, {})[step] = None
+    for module, wanted in steps.items():
+        swap(module, tuple(wanted))
+    configs = {id(f.config): f.config for f in findings if f.config is not None}
+    if configs:
+        from .attention import NAME
+        from .configs import choose_in_copies
+
+        choose_in_copies(model, list(configs.values()), NAME)
+    vars(model)[_PATCHED] = True
+    replaced = tuple(f for f in findings if f.replaced)
+    return PatchReport(type(model).__name__, replaced, tuple(f for f in findings if not f.replaced))
 
 
 def unpatch(model: nn.Module) -> None:
-    """Restore a patched model, all or nothing. Raises UserError where it is not patched, or was wrapped since."""
-    holder = next((m for m in model.modules() if _DONE in m.__dict__), None)
-    if holder is None:
+    """Restore a patched model, all or nothing.
+
+    Changes of its configuration made since :func:`patch` are kept. Raises UserError where the model is not patched, or
+    was wrapped since (by ``fully_shard``, a hook, an assigned forward): undo that first.
+    """
+    modules = list(model.modules())
+    if not any(_is_patched(m) for m in modules):
         raise UserError("unpatch: the model is not patched")
-    restores: list[_Restore] = holder.__dict__[_DONE]
-    for r in restores:
-        if r.module.__dict__.get(r.attribute) is not r.after:
+    from .configs import replaced_config, restore_configs
+
+    for module in modules:
+        attribute = replaced_config(module)
+        why_not = why_not_back(module) if steps_of(module) else None
+        why_not = why_not or (attribute and f"the {attribute} of a {type(module).__name__} was replaced after patch()")
+        if why_not:
             raise UserError(
-                f"unpatch: the {r.attribute} of a {type(r.module).__name__} was replaced after patch(); undo that first"
+                f"unpatch: {why_not}; undo that first"
                 " (accelerate: accelerator.unwrap_model(model, keep_fp32_wrapper=False))"
             )
-    for r in restores:
-        if r.was_there:
-            setattr(r.module, r.attribute, r.before)
-        else:
-            delattr(r.module, r.attribute)
-    delattr(holder, _DONE)
+    for module in modules:
+        if steps_of(module):
+            swap_back(module)
+        restore_configs(module)
+        vars(module).pop(_PATCHED, None)
 
 
 @contextmanager
-def patched(model: nn.Module, *, parts: tuple[str, ...] = PARTS) -> Iterator[PatchReport]:
+def patched(model: nn.Module, *, parts: tuple[str, ...] = PARTS, unknown: str = "leave") -> Iterator[PatchReport]:
     """:func:`patch` inside the block, :func:`unpatch` at its end."""
-    report = patch(model, parts=parts)
+    report = patch(model, parts=parts, unknown=unknown)
     try:
         yield report
     finally:
         unpatch(model)
 
 
-def _made(change: Change) -> _Restore:
-    module, attribute = change.module, change.attribute
-    was_there, before = attribute in module.__dict__, module.__dict__.get(attribute)
-    setattr(module, attribute, change.value)
-    return _Restore(module, attribute, was_there, before, change.value)
+def _is_patched(module: nn.Module) -> bool:
+    return _PATCHED in vars(module) or bool(steps_of(module))
 
 
-def _look(model: nn.Module) -> list[Finding]:
+def _look(model: nn.Module, probe: bool) -> list[Finding]:
     try:
         from transformers import PreTrainedModel
 
-        from .attention import find_attention
-        from .head import find_loss
+        from .attention import find_attention, looks_like_attention
+        from .head import find_loss, looks_like_loss
     except ImportError as error:
         raise UserError(f'patch: needs transformers: pip install "fastllm[hf]" ({error})') from None
     modules = dict(model.named_modules())
@@ -151,23 +173,46 @@ def _look(model: nn.Module) -> list[Finding]:
         inside = (n for n in among if n == name or not n or name.startswith(n + "."))
         return among.get(max(inside, key=len, default=None))
 
+    def attention(name: str, module: nn.Module, untried: str | None) -> Finding:
+        return find_attention(name, module, untried, around(name, models), "attention" in table.options_of(module))
+
+    finders: dict[str, tuple[LooksLike, Find]] = {
+        "norm": (looks_like_norm, find_norm),
+        "mlp": (looks_like_mlp, find_mlp),
+        "rotary": (looks_rotary, find_rotary),
+        "attention": (looks_like_attention, attention),
+        "loss": (looks_like_loss, find_loss),
+    }
     experts = {name: m for name, m in modules.items() if "experts" in m._modules}
-    finders: list[Callable[[str, nn.Module], Finding | None]] = [
-        find_norm, find_mlp, find_rotary,
-        lambda name, module: find_attention(name, module, around(name, models)), find_loss,
-    ]  # fmt: skip
     findings = []
     for name, module in modules.items():
         if name in experts:
             findings.append(Finding("mlp", name, type(module).__name__, "a mixture of experts is left alone"))
         elif around(name, experts) is None:
-            findings += [f for f in (find(name, module) for find in finders) if f is not None]
-    # A model makes one mask for all of its attentions: all or none.
-    mixed = {id(around(f.name, models)) for f in findings if f.part == "attention" and not f.changes}
-    return [_unless_mixed(f, id(around(f.name, models)) in mixed) for f in findings]
+            found = (_find(part, name, module, *finder, probe) for part, finder in finders.items())
+            findings += [f for f in found if f is not None]
+    # transformers makes one mask for all attentions that share a configuration: all or none.
+    left = [around(f.name, models) for f in findings if f.part == "attention" and not f.replaced]
+    mixed = {id(m.config) for m in left if m is not None}
+    return [_unless_mixed(f, mixed) for f in findings]
 
 
-def _unless_mixed(finding: Finding, mixed: bool) -> Finding:
-    if finding.part != "attention" or not finding.changes or not mixed:
+def _find(part: str, name: str, module: nn.Module, looks_like: LooksLike, find: Find, probe: bool) -> Finding | None:
+    options = table.options_of(module).get(part)
+    if options is not None:
+        finding = find(name, module, None, **options)
+        return replace(finding, note=f"{DISAGREES}: {finding.note}") if finding.disagrees else finding
+    if not looks_like(module):
+        return None
+    why_not = table.why_left(part, module)
+    return (
+        Finding(part, name, type(module).__name__, why_not)
+        if why_not
+        else find(name, module, None if probe else NOT_LISTED)
+    )
+
+
+def _unless_mixed(finding: Finding, mixed: set[int]) -> Finding:
+    if finding.config is None or id(finding.config) not in mixed:
         return finding
-    return replace(finding, note="another attention of the model is left, and they share a mask", changes=())
+    return replace(finding, note="another attention of the model is left, and they share a mask", steps=(), config=None)

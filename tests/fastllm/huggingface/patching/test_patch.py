@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import inspect
 from typing import Any
 
@@ -11,25 +11,26 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 import fastllm
 from fastllm.errors import UserError
+from fastllm.kernels import use_backend
 from tests.fastllm.huggingface.patching.models import FAMILIES, assert_as_near, loss_and_gradients, make, some_text
 
 families = pytest.mark.parametrize("family", FAMILIES)
 ALL = {"norm", "mlp", "rotary", "attention", "loss"}
 # What is left in a family, and a word of why; all the rest is replaced.
 LEFT = {
-    "gemma": {"mlp": "GELUTanh"},
-    "gemma2": {"mlp": "GELUTanh"},
-    "gemma3": {"mlp": "GELUTanh"},
+    "gemma": {"mlp": "GELU"},
+    "gemma2": {"mlp": "GELU"},
+    "gemma3": {"mlp": "GELU"},
     "gpt2": {"norm": "no RMSNorm", "mlp": "no gated MLP"},
     "mixtral": {"mlp": "experts is left alone", "loss": "experts"},
     "gpt-oss": {"mlp": "experts is left alone", "loss": "experts", "rotary": "other pairs"},
     "llama4": {"mlp": "experts is left alone", "loss": "experts", "attention": "create_chunked_causal_mask"},
-    "cohere": {"norm": "no RMSNorm", "rotary": "other pairs", "loss": "not the cross-entropy"},
+    "cohere": {"norm": "subtracts the mean", "rotary": "other pairs", "loss": "logits are scaled"},
 }
 
 
@@ -69,7 +70,9 @@ def test_unpatch_restores_every_attribute(family):
     with torch.no_grad():
         expected = model(**some_text())
         fastllm.patch(model)
-        assert model.config._attn_implementation == other.config._attn_implementation != "fastllm"
+        assert type(model.config) is type(other.config)
+        assert model.config is model.get_decoder().config
+        assert other.config._attn_implementation != "fastllm"
         assert torch.equal(other(**some_text()).logits, expected.logits)
         fastllm.unpatch(model)
         assert torch.equal(model(**some_text()).logits, expected.logits)
@@ -82,7 +85,7 @@ def test_patched_restores_after_an_error():
     model = make("llama")
     with pytest.raises(IndexError), fastllm.patched(model):
         model(torch.tensor([[10**6]]))
-    assert "forward" not in model.__dict__
+    assert type(model) is transformers.LlamaForCausalLM
     assert fastllm.patch(model).replaced
 
 
@@ -95,15 +98,6 @@ def test_checkpoints_are_those_of_the_unpatched_model(tmp_path):
         assert (tmp_path / "patched" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "patched").train()
     torch.testing.assert_close(loaded(**some_text()).loss, model(**some_text()).loss)
-
-
-def test_a_deep_copy_is_patched_by_itself():
-    model = make("llama")
-    fastllm.patch(model)
-    twin = copy.deepcopy(model)
-    fastllm.unpatch(twin)
-    assert twin(**some_text()).logits is not None
-    assert model(**some_text()).logits is None
 
 
 def test_changes_of_the_configuration_outlive_the_patch():
@@ -120,7 +114,7 @@ def test_parts():
     model = make("llama")
     with fastllm.patched(model, parts=("norm", "loss")) as report:
         assert {f.part for f in report.replaced} == {"norm", "loss"}
-        assert "forward" not in model.model.layers[0].mlp.__dict__
+        assert type(model.model.layers[0].mlp) is LlamaMLP
     with pytest.raises(UserError, match="unknown parts norms; choose from norm, mlp"):
         fastllm.patch(model, parts=("norms",))
 
@@ -138,12 +132,18 @@ def test_errors():
     model.forward = lambda *args, **kwargs: mine(*args, **kwargs)
     with pytest.raises(UserError, match="forward of a LlamaForCausalLM was replaced after patch"):
         fastllm.unpatch(model)
-    assert "forward" in model.model.norm.__dict__, "a failed unpatch leaves all as it was"
-    model.forward = mine
+    assert type(model.model.norm) is not LlamaRMSNorm, "a failed unpatch leaves all as it was"
+    del model.forward
+    model.config = LlamaConfig()
+    with pytest.raises(UserError, match="config of a LlamaForCausalLM was replaced after patch"):
+        fastllm.unpatch(model)
+    model.config = model.model.config
     fastllm.unpatch(model)
+    with pytest.raises(UserError, match='unknown=\'try\'; choose from "leave" and "probe"'):
+        fastllm.patch(model, unknown="try")
 
 
-# ---- structure, not names ----
+# ---- what is not in the table ----
 
 
 class CentredNorm(LlamaRMSNorm):
@@ -153,13 +153,52 @@ class CentredNorm(LlamaRMSNorm):
         return super().forward(hidden_states - hidden_states.mean(-1, keepdim=True))
 
 
-class Scaler(LlamaRMSNorm):
-    """No norm by its name."""
+class OwnNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states)
 
 
-class Clipped(LlamaMLP):
+class GatedNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(hidden_states if gate is None else hidden_states * gate)
+
+
+class OwnMLP(LlamaMLP):
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.clamp(-0.1, 0.1))
+        return super().forward(x)
+
+
+class ClampedMLP(LlamaMLP):
+    """As GLM-5's: small numbers never meet the limit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x).clamp(max=10.0), self.up_proj(x).clamp(-10.0, 10.0)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class DroppingMLP(LlamaMLP):
+    """As Seed-OSS's: in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.1, self.training)
+
+
+class DroppingChildMLP(LlamaMLP):
+    """Dropout in a module of its own."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(super().forward(x))
+
+
+class HalfMLP(LlamaMLP):
+    """Something else in its own dtype alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.dtype == torch.float32 else super().forward(x.clamp(-2, 2))
 
 
 class Doubled(transformers.LlamaForCausalLM):
@@ -170,18 +209,93 @@ class Doubled(transformers.LlamaForCausalLM):
         return out
 
 
-def test_what_computes_something_else_is_left():
+def with_classes(*, norm: type = LlamaRMSNorm, mlp: type = LlamaMLP, dtype: torch.dtype = torch.float32) -> Any:
+    model = make("llama", num_hidden_layers=1)
+    model.model.norm.__class__ = norm
+    old = model.model.layers[0].mlp
+    model.model.layers[0].mlp = mlp(model.config)
+    model.model.layers[0].mlp.load_state_dict(old.state_dict())
+    return model.to(dtype)
+
+
+def notes(report: fastllm.huggingface.patching.PatchReport) -> dict[str, str]:
+    return {f.kind: f.note for f in report.left}
+
+
+def test_unknown_classes_are_left_and_reported():
+    model = with_classes(norm=OwnNorm, mlp=OwnMLP)
+    left = notes(fastllm.patch(model))
+    assert left == dict.fromkeys(("OwnNorm", "OwnMLP"), 'not in the table; patch(model, unknown="probe") tries it')
+    fastllm.unpatch(model)
+    with fastllm.patched(model, unknown="probe") as report:
+        assert not report.left
+        assert {"OwnNorm", "OwnMLP"} <= {f.kind for f in report.replaced}
+
+
+@pytest.mark.parametrize(
+    ("classes", "why"),
+    [
+        ({"norm": CentredNorm}, "no RMSNorm"),
+        ({"norm": GatedNorm}, "no RMSNorm"),
+        ({"mlp": ClampedMLP}, "at inputs of about 100 it differs"),
+        ({"mlp": DroppingMLP}, "drops out in training"),
+        ({"mlp": DroppingChildMLP}, "drops out in training"),
+        ({"mlp": HalfMLP, "dtype": torch.bfloat16}, "it differs"),
+    ],
+    ids=lambda value: next(iter(value.values())).__name__ if isinstance(value, dict) else "",
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_probe_leaves_what_computes_something_else(classes, why, training):
+    model = with_classes(**classes).train(training)
+    modes = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
+    left = notes(fastllm.patch(model, unknown="probe"))
+    assert list(left) == [next(iter(classes.values())).__name__]
+    assert why in next(iter(left.values()))
+    assert [m.training for m in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_listed_class_that_computes_something_else_is_left(monkeypatch):
+    """As in a version of transformers that changed it."""
+    monkeypatch.setattr(LlamaMLP, "forward", ClampedMLP.forward)
+    monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: x * self.weight)
+    left = notes(fastllm.patch(make("llama")))
+    assert left.keys() == {"LlamaMLP", "LlamaRMSNorm"}
+    assert all("in this version of transformers, it computes something else" in note for note in left.values())
+
+
+def test_another_activation_in_the_configuration():
+    left = notes(fastllm.patch(make("llama", hidden_act="gelu")))
+    assert left.keys() == {"LlamaMLP"}
+    assert "as configured here" in left["LlamaMLP"]
+    assert "GELU" in left["LlamaMLP"]
+
+
+def test_another_loss_is_left():
     model = make("llama")
     model.__class__ = Doubled
-    model.model.norm.__class__ = CentredNorm
-    model.model.layers[0].input_layernorm.__class__ = Scaler
-    model.model.layers[1].mlp.__class__ = Clipped
     expected = loss_and_gradients(model, some_text())
-    report = fastllm.patch(model)
-    assert {f.kind for f in report.left} == {"CentredNorm", "Clipped", "Doubled"}
-    assert {"Scaler", "LlamaMLP", "LlamaRMSNorm", "LlamaAttention"} == {f.kind for f in report.replaced}
+    report = fastllm.patch(model, unknown="probe")
+    assert notes(report).keys() == {"Doubled"}
     for mine, theirs in zip(loss_and_gradients(model, some_text()), expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("surroundings", ["default dtype", "autocast", "meta", "no backend"])
+def test_what_the_caller_has_set_makes_no_difference(surroundings):
+    model = make("llama", num_hidden_layers=1)
+    with contextlib.ExitStack() as stack:
+        if surroundings == "default dtype":
+            torch.set_default_dtype(torch.bfloat16)
+            stack.callback(torch.set_default_dtype, torch.float32)
+        elif surroundings == "autocast":
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        elif surroundings == "meta":
+            stack.enter_context(torch.device("meta"))
+        else:
+            stack.enter_context(use_backend("triton"))
+        assert not fastllm.patch(model).left
 
 
 @torch.no_grad()

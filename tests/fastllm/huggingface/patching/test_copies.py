@@ -1,0 +1,151 @@
+"""What is made of a patched model: copies, pickles, replicas; and what other models and threads see of it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.llama import modeling_llama
+
+import fastllm
+from tests.fastllm.huggingface.patching.models import loss_and_gradients, make, some_text
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt-oss"])
+
+
+def saved_and_loaded(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "pickle, protocol 0": lambda model: pickle.loads(pickle.dumps(model, protocol=0)),
+    "torch.save": saved_and_loaded,
+}
+
+
+@FAMILIES
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_is_patched_and_unpatched_by_itself(family, way):
+    model = make(family)
+    plain = loss_and_gradients(model, some_text())
+    fastllm.patch(model)
+    ours = loss_and_gradients(model, some_text())
+    kinds, twin = [type(m) for m in model.modules()], COPIES[way](model)
+    assert [type(m) for m in twin.modules()] == kinds
+    assert twin.config._attn_implementation == "fastllm"
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(twin, some_text()), ours, strict=True))
+    fastllm.unpatch(twin)
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(twin, some_text()), plain, strict=True))
+    assert twin.config._attn_implementation == make(family).config._attn_implementation
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(model, some_text()), ours, strict=True))
+    fastllm.unpatch(model)
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(model, some_text()), plain, strict=True))
+
+
+def test_a_copy_has_weights_of_its_own():
+    model = make("llama")
+    fastllm.patch(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert twin.eval()(some_text()["input_ids"]).logits.abs().max() == 0
+    assert model.eval()(some_text()["input_ids"]).logits.abs().max() > 0
+
+
+def test_a_copy_of_a_part_can_be_unpatched():
+    model = make("llama")
+    fastllm.patch(model)
+    decoder = copy.deepcopy(model.model)
+    fastllm.unpatch(decoder)
+    assert type(decoder) is modeling_llama.LlamaModel
+    assert decoder.layers[0].self_attn.config._attn_implementation == "sdpa"
+
+
+def test_classes_keep_their_names():
+    """Policies of FSDP, device maps and checkpoints find layers by them."""
+    model = make("llama")
+    before = [(type(m).__module__, type(m).__qualname__) for m in model.modules()]
+    fastllm.patch(model)
+    assert [(type(m).__module__, type(m).__qualname__) for m in model.modules()] == before
+    assert isinstance(model, transformers.LlamaForCausalLM)
+    assert type(model.config) is type(model.model.config) is transformers.LlamaConfig
+
+
+def test_replicas_of_data_parallel_use_their_own_weights():
+    model = make("llama")
+    fastllm.patch(model)
+    replica = model.model.norm._replicate_for_data_parallel()
+    replica._parameters["weight"] = torch.zeros(64)
+    assert replica(torch.ones(1, 64)).abs().max() == 0
+
+
+def test_nothing_is_left_in_the_modeling_file():
+    gc.collect()  # the models of other tests
+    with fastllm.patched(make("llama")):
+        pass
+    before = dict(vars(modeling_llama))
+    first, second = make("llama"), make("llama")
+    fastllm.patch(first)
+    assert modeling_llama.apply_rotary_pos_emb is not before["apply_rotary_pos_emb"]
+    fastllm.patch(second)
+    fastllm.unpatch(first)
+    assert modeling_llama.apply_rotary_pos_emb is not before["apply_rotary_pos_emb"]
+    fastllm.unpatch(second)
+    assert vars(modeling_llama) == before
+
+
+def test_other_models_compute_what_they_did_in_other_threads_too():
+    """Bit for bit, also when the patched model's attention runs at that very moment."""
+    patched, plain = make("llama"), make("llama")
+    expected = loss_and_gradients(plain, some_text())
+    fastllm.patch(patched)
+    ours = loss_and_gradients(patched, some_text())
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(plain, some_text()), expected, strict=True))
+    inside, done, seen = threading.Event(), threading.Event(), []
+
+    def other() -> None:
+        inside.wait(60)
+        seen.append(loss_and_gradients(plain, some_text()))
+        done.set()
+
+    def pause(*_: Any) -> None:
+        inside.set()
+        assert done.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    hook = patched.model.layers[0].self_attn.q_proj.register_forward_hook(pause)
+    mine = loss_and_gradients(patched, some_text())
+    hook.remove()
+    thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(mine, ours, strict=True))
+
+
+def test_an_error_in_a_patched_attention_ends_with_it():
+    patched, plain = make("llama"), make("llama")
+    expected = loss_and_gradients(plain, some_text())
+    fastllm.patch(patched)
+
+    def fail(*_: Any) -> Tensor:
+        raise RuntimeError("within")
+
+    patched.model.layers[0].self_attn.v_proj.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="within"):
+        patched(**some_text())
+    assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(plain, some_text()), expected, strict=True))
