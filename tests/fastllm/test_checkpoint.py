@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -24,6 +23,7 @@ from fastllm.checkpoint import MANIFEST, Checkpoints
 from fastllm.errors import UserError
 from fastllm.parallel import full_state, process_group
 from fastllm.report import read_log
+from tests import forked
 from tests.fastllm import processes, training
 from tests.limits import HANG
 
@@ -286,8 +286,7 @@ def save_and_save(rank: int, world: int, port: int, folder: str, said: str) -> N
 
 def test_killed_while_saving(tmp_path):
     """Two processes, twenty times, at any moment: the last checkpoint that was finished is there, and whole."""
-    world, context = 2, multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fastllm.test_checkpoint"])
+    world, context = 2, forked.context()
     said, last, moments, caught = tmp_path / "said", 0, random.Random(), 0
     for _ in range(20):
         args = (world, processes.free_port(), str(tmp_path / "checkpoints"), str(said))
