@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from tests.limits import HANG
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+def run(*command: str, timeout: float | None = HANG, **environment: str) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
@@ -87,7 +86,8 @@ print(k.explain("rms_norm", torch.ones(2, 4)))
 print(k.rms_norm(torch.ones(2, 4)).shape)
 """
     # -S: without the path hooks of an editable install, which would find the module after all
-    command = [sys.executable, "-S", "-c", code, str(target), sysconfig.get_path("purelib")]
+    others = [path for path in sys.path if path and Path(path).resolve() != ROOT]  # wherever torch is
+    command = [sys.executable, "-S", "-c", code, str(target), *others]
     used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert used.returncode == 0, used.stderr
     assert "rms_norm: torch" in used.stdout
@@ -96,7 +96,9 @@ print(k.rms_norm(torch.ones(2, 4)).shape)
 
 def test_compiled_kernels_match_the_table():
     """Every GPU kernel compiles for every target; nothing spills or loses its tensor-core instructions."""
-    found = run(sys.executable, "-m", "benchmarks.aot")
+    found = run(
+        sys.executable, "-m", "benchmarks.aot", timeout=None
+    )  # minutes of work: no limit holds on every machine
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
 
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from fastllm import console
+from tests import forked
 
 
 def run(world: int, function: Callable[..., None], *args: Any) -> None:
     """``function(rank, *args)`` in ``world`` processes; an error in one is raised here."""
-    mp.spawn(_start, (world, free_port(), function, args), nprocs=world)
+    forked.run(_start, (world, free_port(), function, args), world)
 
 
 def free_port() -> int:

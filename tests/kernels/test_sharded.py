@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
+from tests import forked
 from tests.kernels import sharded_checks
 
 SIZE = 2
@@ -16,7 +16,7 @@ SIZE = 2
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All checks in one start of the processes, which takes longer than the checks."""
     folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(sharded_checks.run, (SIZE, str(folder)), nprocs=SIZE)
+    forked.run(sharded_checks.run, (SIZE, str(folder)), SIZE)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -25,6 +24,7 @@ from fastllm.distributed.mesh import process_group
 from fastllm.errors import UserError
 from fastllm.training.checkpoint import MANIFEST, Checkpointer
 from fastllm.training.metrics import read_log
+from tests import forked
 from tests.fastllm import ranks, small_run
 from tests.limits import HANG
 
@@ -290,8 +290,7 @@ def save_and_save(rank: int, world: int, port: int, folder: str, said: str) -> N
 
 def test_killed_while_saving(tmp_path):
     """Two processes, twenty times, at any moment: the last checkpoint that was finished is there, and whole."""
-    world, context = 2, multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.fastllm.training.test_checkpoint"])
+    world, context = 2, forked.context()
     said, last, moments, caught = tmp_path / "said", 0, random.Random(), 0
     for _ in range(20):
         args = (world, ranks.free_port(), str(tmp_path / "checkpoints"), str(said))

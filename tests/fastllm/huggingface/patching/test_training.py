@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastllm
+from tests import forked
 from tests.fastllm.huggingface.patching import sharded_training
 from tests.fastllm.huggingface.patching.models import assert_as_near, make, trained
 
@@ -154,7 +155,7 @@ def test_lora_on_the_head():
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(sharded_training.run, (str(folder),), nprocs=sharded_training.SIZE)
+    forked.run(sharded_training.run, (str(folder),), sharded_training.SIZE)
     return folder
 
 
