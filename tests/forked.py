@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.multiprocessing
 
-IMPORTED = ["fastllm.train", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.testing"]
+IMPORTED = ["fastllm.training.pretrain", "torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch.testing"]
 
 
 def context() -> multiprocessing.context.ForkServerContext:
