@@ -22,6 +22,8 @@ if limit := os.environ.get("FASTLLM_CPU_ISA"):
     # PyTorch reads these once, at import; processes that tests start inherit them
     os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["ATEN_CPU_CAPABILITY"] = INSTRUCTION_SETS[limit]
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it starts a pool of processes, in each of ours
+
 import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
