@@ -41,6 +41,8 @@ MOST_WORKERS = 8  # each takes up to 2 GiB
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """More than single tests run in a process for each core, a file in one of them, which builds what it needs once."""
     option = config.option
+    if hasattr(config, "workerinput"):  # a worker, which runs this too
+        return
     if getattr(option, "numprocesses", 0) is not None or option.usepdb or any("::" in name for name in config.args):
         return
     option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)
