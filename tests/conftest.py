@@ -22,6 +22,8 @@ if limit := os.environ.get("FASTLLM_CPU_ISA"):
     # PyTorch reads these once, at import; processes that tests start inherit them
     os.environ["ONEDNN_MAX_CPU_ISA"], os.environ["ATEN_CPU_CAPABILITY"] = INSTRUCTION_SETS[limit]
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it starts a pool of processes, in each of ours
+
 import torch  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -39,6 +41,8 @@ MOST_WORKERS = 8  # each takes up to 2 GiB
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """More than single tests run in a process for each core, a file in one of them, which builds what it needs once."""
     option = config.option
+    if hasattr(config, "workerinput"):  # a worker, which runs this too
+        return
     if getattr(option, "numprocesses", 0) is not None or option.usepdb or any("::" in name for name in config.args):
         return
     option.numprocesses = min(os.cpu_count() or 1, MOST_WORKERS)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastllm.kernels import CrossEntropyLoss, cross_entropy, use_backend
-from tests.numerics import DTYPES, assert_accurate, with_gradients
+from tests.numerics import DTYPES, assert_accurate, long_row, with_gradients
 
 IGNORE = -100
 
@@ -77,6 +77,7 @@ def test_accuracy(backend, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("classes", [8192, 32000, 50257, 131080, 262144])
 def test_large_vocabularies(backend, classes, dtype):
+    classes = long_row(backend, classes)
     logits, target = inputs(3, classes, dtype, ignored=0.0)
     logits[0] = logits[0].sort().values  # the maximum moves at every step
     target[2] = classes - 1

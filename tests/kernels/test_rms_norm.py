@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastllm.kernels import RMSNorm, rms_norm, use_backend
-from tests.numerics import DTYPES, assert_accurate, with_gradients
+from tests.numerics import DTYPES, assert_accurate, long_row, with_gradients
 
 
 def inputs(shape, dtype, weight="same", residual=False, seed=0) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -65,7 +65,7 @@ def test_accuracy(backend, shape, dtype):
 
 @pytest.mark.parametrize("cols", [8192, 16385, 65536, 262144])
 def test_long_rows(backend, cols):
-    check(*inputs((3, cols), torch.bfloat16), backend)
+    check(*inputs((3, long_row(backend, cols)), torch.bfloat16), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

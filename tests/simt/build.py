@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shlex
@@ -50,7 +51,10 @@ def build(
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with open(target.parent / "lock", "w") as lock, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of pytest-xdist's workers builds, the others wait
+        if target.exists():
+            return target
         objects = [Path(folder, f"{number}.o") for number in range(len(sources))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # the largest first: the time is that of the last to end
@@ -58,7 +62,7 @@ def build(
             list(pool.map(lambda job: _run([*command, "-x", "c++", "-c", job[0], "-o", job[1]]), jobs))
         library = Path(folder, target.name)
         _run([*compiler, *flags, "-shared", *objects, "-ldl", "-o", library])
-        os.replace(library, target)  # whole or not at all, whoever else builds it now
+        os.replace(library, target)  # whole or not at all
     return target
 
 
