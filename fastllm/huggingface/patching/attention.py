@@ -54,6 +54,8 @@ def attention_forward(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None and attention_mask.numel() == 0:
         attention_mask = None  # from maskless_forward
+    if attention_mask is not None and attention_mask.dtype == torch.int32:
+        causal = True  # only causal masks become packed sequences
     if query.dtype != value.dtype:  # under autocast rotary positions may have made float32 of queries and keys
         query, key = query.to(value.dtype), key.to(value.dtype)
     if kwargs.get("output_attentions"):
@@ -253,6 +255,9 @@ def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) 
     makers = {n for n in names_in(class_forward(owner)) if n.startswith("create_") and n.endswith("_mask")}
     if makers - MASKS:
         return f"the model around it makes masks by {', '.join(sorted(makers - MASKS))}"
+    causal_masks = makers and not any("bidirectional" in maker for maker in makers)
+    if causal_masks and {m.is_causal for m in owner.modules() if hasattr(m, "is_causal")} == {False}:
+        return "it is causal by its mask alone"
     if getattr(config, "sliding_window", None) and "sliding_window" not in names:
         return "it has a window, and does not tell the attention function of it"
     if "position_bias" in names:

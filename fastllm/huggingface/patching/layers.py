@@ -29,7 +29,7 @@ def find_norm(
     parameters = {name: p for name, p in module._parameters.items() if p is not None}
     alone = not module._modules and parameters.keys() <= {"weight"} and all(p.dim() == 1 for p in parameters.values())
     why_not = "it is no RMSNorm with a weight (or a weight plus 1) and an eps"
-    if not alone or eps is None or _arguments(module) != 2:
+    if not alone or eps is None or isinstance(module, nn.LayerNorm) or _arguments(module) != 2:
         return Finding("norm", name, kind, why_not, disagrees=True)
     if untried or taken(module):
         return Finding("norm", name, kind, untried or taken(module))
