@@ -17,14 +17,13 @@ from .packing import Packing
 from .triton_tiles import (
     LOG2E,
     NOT_SPECIALIZED,
-    batch_strides,
+    batch_stride,
+    common_arguments,
     group_size,
     head_strides,
     key_stages,
     load_rows,
     logits,
-    lse_strides,
-    option_arguments,
     padded,
     sequence,
     shape_class,
@@ -223,53 +222,22 @@ def attention_backward(
     delta: Tensor,
 ) -> None:
     """Without atomics, so the same bit for bit, whatever ``deterministic`` says."""
-    sequences, seq_q, seq_k, heads, kv_heads, dim = sizes(q, k, packing)
-    heads_per_kv = heads // kv_heads
-    given = {
-        "Q": q,
-        "K": k,
-        "V": v,
-        "DOUT": dout,
-        "LSE": lse,
-        "DELTA": delta,
-        "CU_Q": packing.cu_seqlens_q,
-        "CU_K": packing.cu_seqlens_k,
-        "seq_q": seq_q,
-        "seq_k": seq_k,
-        "heads": heads,
-        "heads_per_kv": heads_per_kv,
-        **head_strides(q=q, k=k, v=v, d=dout),
-        **lse_strides(q),
-        **option_arguments(options, dim),
-    }
-
-    def call_delta() -> None:
-        tokens = q.shape[-3]
-        blocks = triton.cdiv(tokens, DELTA_ROWS)
-        delta_kernel[(blocks * (delta.numel() // tokens),)](
-            DOUT=dout,
-            OUT=out,
-            DLSE=dlse,
-            DELTA=delta,
-            seq=tokens,
-            heads=heads,
-            blocks=blocks,
-            DIM=dim,
-            BLOCK_D=padded(dim),
-            ROWS=DELTA_ROWS,
-            **head_strides(d=dout),
-        )
+    size = sizes(q, k, packing)
+    sequences, seq_q, seq_k, heads, heads_per_kv, dim = size
+    bytes_per_token = 2 * dim * q.element_size()
+    given = common_arguments(q, k, v, lse, packing, options, size)
+    given |= {"DOUT": dout, "DELTA": delta, **head_strides(d=dout)}
 
     def call_dkdv(config: triton_tuning.Config) -> None:
-        blocks, items = triton.cdiv(seq_k, config["BLOCK_N"]), sequences * kv_heads
+        blocks, items = triton.cdiv(seq_k, config["BLOCK_N"]), sequences * heads // heads_per_kv
         dkdv_kernel[(blocks * items,)](
             DK=dk,
             DV=dv,
             blocks=blocks,
             items=items,
-            group_size=group_size(seq_q, 2 * heads_per_kv * dim * q.element_size(), 1, items),
+            group_size=group_size(seq_q, heads_per_kv * bytes_per_token, 1, items),
+            dk_batch=batch_stride(dk),
             dk_scale=options.scale,
-            **batch_strides(dk=dk),
             **given,
             **config,
         )
@@ -280,9 +248,9 @@ def attention_backward(
             DQ=dq,
             blocks=blocks,
             items=items,
-            group_size=group_size(seq_k, 2 * dim * k.element_size(), heads_per_kv, items),
+            group_size=group_size(seq_k, bytes_per_token, heads_per_kv, items),
+            dq_batch=batch_stride(dq),
             dq_scale=options.scale,
-            **batch_strides(dq=dq),
             **given,
             **config,
         )
@@ -290,7 +258,21 @@ def attention_backward(
     shape = shape_class(sequences * heads, heads_per_kv, seq_q, seq_k, options.causal, options.window)
     with on_device(q):
         if delta.numel():
-            call_delta()
+            tokens = q.shape[-3]
+            blocks = triton.cdiv(tokens, DELTA_ROWS)
+            delta_kernel[(blocks * (delta.numel() // tokens),)](
+                DOUT=dout,
+                OUT=out,
+                DLSE=dlse,
+                DELTA=delta,
+                seq=tokens,
+                heads=heads,
+                blocks=blocks,
+                DIM=dim,
+                BLOCK_D=padded(dim),
+                ROWS=DELTA_ROWS,
+                **head_strides(d=dout),
+            )
         if sequences * seq_k:
             triton_tuning.launch("dkdv", q, options, shape, call_dkdv)
         if sequences * seq_q:

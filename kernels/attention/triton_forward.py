@@ -17,15 +17,13 @@ from .triton_tiles import (
     LN2,
     LOG2E,
     NOT_SPECIALIZED,
-    batch_strides,
+    batch_stride,
+    common_arguments,
     fuses_scale,
     group_size,
-    head_strides,
     key_stages,
     load_rows,
     logits,
-    lse_strides,
-    option_arguments,
     sequence,
     shape_class,
     sizes,
@@ -142,35 +140,24 @@ def attention_forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    sequences, seq_q, seq_k, heads, kv_heads, dim = sizes(q, k, packing)
-    items, heads_per_kv = sequences * heads, heads // kv_heads
+    size = sizes(q, k, packing)
+    items, bytes_per_token = size.sequences * size.heads, 2 * size.dim * k.element_size()
+    given = common_arguments(q, k, v, lse, packing, options, size)
 
     def call(config: triton_tuning.Config) -> None:
-        blocks = triton.cdiv(seq_q, config["BLOCK_M"])
+        blocks = triton.cdiv(size.seq_q, config["BLOCK_M"])
         forward_kernel[(blocks * items,)](
-            Q=q,
-            K=k,
-            V=v,
             SINKS=sinks,
-            CU_Q=packing.cu_seqlens_q,
-            CU_K=packing.cu_seqlens_k,
             OUT=out,
-            LSE=lse,
-            seq_q=seq_q,
-            seq_k=seq_k,
-            heads=heads,
-            heads_per_kv=heads_per_kv,
             blocks=blocks,
             items=items,
-            group_size=group_size(seq_k, 2 * dim * k.element_size(), heads_per_kv, items),
+            group_size=group_size(size.seq_k, bytes_per_token, size.heads_per_kv, items),
+            o_batch=batch_stride(out),
             FUSE_SCALE=fuses_scale(options),
-            **head_strides(q=q, k=k, v=v),
-            **batch_strides(o=out),
-            **lse_strides(q),
-            **option_arguments(options, dim),
+            **given,
             **config,
         )
 
-    shape = shape_class(items, seq_q, seq_k, options.causal, options.window)
+    shape = shape_class(items, size.seq_q, size.seq_k, options.causal, options.window)
     with on_device(q):
         triton_tuning.launch("forward", q, options, shape, call)

@@ -7,7 +7,7 @@ positions: the window's lower edge, blocks that are visible throughout, and the 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -109,34 +109,49 @@ class Sizes(NamedTuple):
     seq_q: int  # of packed sequences the longest
     seq_k: int
     heads: int
-    kv_heads: int
+    heads_per_kv: int
     dim: int
 
 
 def sizes(q: Tensor, k: Tensor, packing: Packing) -> Sizes:
     cu_q, cu_k, max_q, max_k = packing
     sequences = q.shape[0] if cu_q is None else len(cu_q) - 1
-    return Sizes(sequences, longest(q, cu_q, max_q), longest(k, cu_k, max_k), q.shape[-2], *k.shape[-2:])
+    (heads, dim), kv_heads = q.shape[-2:], k.shape[-2]
+    return Sizes(sequences, longest(q, cu_q, max_q), longest(k, cu_k, max_k), heads, heads // kv_heads, dim)
+
+
+def batch_stride(x: Tensor) -> int:
+    return x.stride(0) if x.dim() == 4 else 0  # packed sequences have no batch
 
 
 def head_strides(**tensors: Tensor) -> dict[str, int]:
-    """For ``x`` the keywords x_batch, x_seq and x_head; packed sequences have no batch."""
+    """For ``x`` the keywords x_batch, x_seq and x_head."""
     found = {}
     for name, x in tensors.items():
-        batch, seq, head = (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
-        found |= {f"{name}_batch": batch, f"{name}_seq": seq, f"{name}_head": head}
+        found |= {f"{name}_batch": batch_stride(x), f"{name}_seq": x.stride(-3), f"{name}_head": x.stride(-2)}
     return found
 
 
-def batch_strides(**tensors: Tensor) -> dict[str, int]:
-    """For ``x``, contiguous, the keyword x_batch."""
-    return {f"{name}_batch": 0 if x.dim() == 3 else x.stride(0) for name, x in tensors.items()}
-
-
-def lse_strides(q: Tensor) -> dict[str, int]:
-    """Of lse and delta, contiguous ``[batch, heads, seq_q]`` or ``[heads, tokens]``."""
-    tokens, heads = q.shape[-3:-1]
-    return {"lse_batch": 0 if q.dim() == 3 else heads * tokens, "lse_head": tokens}
+def common_arguments(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, packing: Packing, options: Options, size: Sizes
+) -> dict[str, Any]:
+    """What the forward kernel and those of the backward pass have in common, by keyword."""
+    return {
+        "Q": q,
+        "K": k,
+        "V": v,
+        "LSE": lse,
+        "CU_Q": packing.cu_seqlens_q,
+        "CU_K": packing.cu_seqlens_k,
+        "seq_q": size.seq_q,
+        "seq_k": size.seq_k,
+        "heads": size.heads,
+        "heads_per_kv": size.heads_per_kv,
+        "lse_batch": 0 if q.dim() == 3 else size.heads * size.seq_q,  # [batch, heads, seq_q] or [heads, tokens]
+        "lse_head": q.shape[-3],
+        **head_strides(q=q, k=k, v=v),
+        **option_arguments(options, size.dim),
+    }
 
 
 def option_arguments(options: Options, dim: int) -> dict[str, float]:
