@@ -264,6 +264,14 @@ def test_cu_seqlens_that_are_wrong(backend, cu):
         flash_attention(q, k, v, cu_seqlens_q=torch.tensor(cu), backend=backend)
 
 
+def test_wrong_cu_seqlens_without_queries(kernel):
+    """Nothing runs forward; the backward pass must not read queries that are not there."""
+    q, k, v = (t[0].requires_grad_() for t in qkv(0, 5, batch=1))
+    cu = torch.tensor([0, 5])
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must rise from 0 to the 0 tokens"):
+        flash_attention(q, k, v, cu_seqlens_q=cu, backend=kernel).sum().backward()
+
+
 # ---- what a query must not see ----
 
 
