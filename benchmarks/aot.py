@@ -83,10 +83,10 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         return call
 
     def attention(dim: int, dtype: torch.dtype, every: bool = False, softcap: float = 0.0) -> Callable[[], Any]:
-        options, document, sinks, length = (0.1, True, 0, 0.0), (None, None, 0, 0), None, None
+        options, packing, sinks, length = (0.1, True, 0, 0.0), (None, None, 0, 0), None, None
         if every:
             cu = torch.tensor([0, 512])
-            options, document, sinks, length = (0.1, True, 64, softcap), (cu, cu, 512, 512), torch.empty(4), cu[:1]
+            options, packing, sinks, length = (0.1, True, 64, softcap), (cu, cu, 512, 512), torch.empty(4), cu[:1]
 
         def call() -> None:
             q, k = torch.empty(1, 512, 4, dim, dtype=dtype), torch.empty(1, 512, 1, dim, dtype=dtype)
@@ -94,9 +94,9 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
             ops.attention_decode(q if every else q[:, :1], k, k, length, sinks, *options, "triton")
             if every:
                 q, k, lse = q[0], k[0], lse[0]
-            ops.attention_forward(q, k, k, sinks, *document, *options, "triton")
+            ops.attention_forward(q, k, k, sinks, *packing, *options, "triton")
             dlse = lse if every else None
-            ops.attention_backward(q, dlse, q, k, k, q, lse, *document, *options, False, "triton")
+            ops.attention_backward(q, dlse, q, k, k, q, lse, *packing, *options, False, "triton")
 
         return call
 

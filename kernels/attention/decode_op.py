@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends, checks
 from . import reference
 from .op import check_heads, check_window, too_wide
+from .operators import attention_decode
 from .options import Options
 
 
@@ -71,5 +72,5 @@ def flash_decode(
         )
     else:
         sinks = None if sinks is None else sinks.float()
-        out, lse = torch.ops.fastllm.attention_decode(q, k_cache, v_cache, cache_seqlens, sinks, *options, chosen)
+        out, lse = attention_decode(q, k_cache, v_cache, cache_seqlens, sinks, options, chosen)
     return (out, lse) if return_lse else out

@@ -5,61 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import KERNELS, contiguous, place
+from ..native import KERNELS, place
 from .options import Options
+from .packing import Packing
 
 
-def _index(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.to(torch.int64).contiguous()
+def _int64(*indices: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.to(torch.int64) for x in indices]
 
 
-def forward(
+def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    packing: Packing,
     options: Options,
     backend: str,
+    *outputs: Tensor,
 ) -> None:
-    inputs = q, k, v, contiguous(sinks), _index(cu_seqlens_q), _index(cu_seqlens_k)
-    KERNELS[backend].attention_forward(*inputs, options, out, lse, *place(q))
+    KERNELS[backend].attention_forward(q, k, v, sinks, *_int64(*packing[:2]), options, *outputs, *place(q))
 
 
-def backward(
+def attention_backward(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    delta: Tensor,
+    packing: Packing,
     options: Options,
+    deterministic: bool,
     backend: str,
+    *grads: Tensor,
 ) -> None:
-    inputs = dout, dlse, q, k, v, out, lse, _index(cu_seqlens_q), _index(cu_seqlens_k)
-    KERNELS[backend].attention_backward(*inputs, options, dq, dk, dv, delta, *place(q))
+    """The same gradients at every call, whatever ``deterministic`` says."""
+    inputs = dout, dlse, q, k, v, out, lse, *_int64(*packing[:2])
+    KERNELS[backend].attention_backward(*inputs, options, *grads, *place(q))
 
 
-def decode(
+def attention_decode(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     seqlens_k: Tensor | None,
     sinks: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
     options: Options,
     backend: str,
+    *outputs: Tensor,
 ) -> None:
-    inputs = q, k, v, _index(seqlens_k), contiguous(sinks)
-    KERNELS[backend].attention_decode(*inputs, options, out, lse, *place(q))
+    KERNELS[backend].attention_decode(q, k, v, *_int64(seqlens_k), sinks, options, *outputs, *place(q))

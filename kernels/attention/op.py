@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..library import differentiable_once
-from . import operators, reference  # noqa: F401 (registers the operators)
-from .documents import check_documents
+from . import reference
+from .operators import attention_backward, attention_decode, attention_forward
 from .options import Options
+from .packing import Packing, check_packing
 
 LARGEST_HEAD = 256
 # Rows, queries times the heads that share a key, up to which the kernel for decoding is the faster one.
@@ -53,10 +54,10 @@ def flash_attention(
         window: a query sees the ``window`` latest keys, itself included.
         softcap: c > 0 replaces each scaled score s by ``c·tanh(s/c)`` (Gemma 2, arXiv:2408.00118).
         sinks: ``[heads]``, a logit per head that adds to the softmax's sum and has no value.
-        cu_seqlens_q, cu_seqlens_k: ``[documents + 1]`` int32 or int64, where documents start and end in
-            packed tokens, from 0 to their number; q, k, v then have no batch dimension, and documents don't see
-            each other. cu_seqlens_k defaults to cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: at least the longest document, a hint that saves a host synchronisation
+        cu_seqlens_q, cu_seqlens_k: ``[sequences + 1]`` int32 or int64, where packed sequences start and end,
+            from 0 to the number of tokens; q, k, v then have no batch dimension, and sequences don't see each
+            other. cu_seqlens_k defaults to cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence, a hint that saves a host synchronisation
             on a GPU.
         return_lse: also return the scores' log-sum-exp, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``),
             float32, -inf where nothing is seen; gradients flow through it.
@@ -73,8 +74,8 @@ def flash_attention(
     calls PyTorch's ``scaled_dot_product_attention`` for what that can express.
 
     Raises:
-        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, documents that are
-            none (on a GPU with FASTLLM_DEBUG=1), or a ``backend`` that can't run this call.
+        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, cu_seqlens that don't
+            rise from 0 to the tokens (on a GPU with FASTLLM_DEBUG=1), or a ``backend`` that can't run this call.
     """
     packed = cu_seqlens_q is not None
     check_heads("flash_attention", q, k, v, ("k", "v"), 3 if packed else 4)
@@ -89,23 +90,22 @@ def flash_attention(
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             checks.indices("flash_attention", name, cu, "q", q)
             if cu.dim() != 1 or cu.numel() == 0:
-                raise ValueError(f"flash_attention: {name} must be [documents + 1], it has shape {list(cu.shape)}")
+                raise ValueError(f"flash_attention: {name} must be [sequences + 1], it has shape {list(cu.shape)}")
         checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q))
     if isinstance(chosen, backends.Explanation):
         return chosen
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Options(scale, bool(causal), window, float(softcap))
+    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
     if chosen == "torch":
-        return _torch(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, options, return_lse)
+        return _torch(q, k, v, sinks, packing, options, return_lse)
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
     if not packed and not differentiated and q.shape[1] * (q.shape[2] // k.shape[2]) <= FEW_ROWS:
         sinks = None if sinks is None else sinks.float()
-        out, lse = torch.ops.fastllm.attention_decode(q, k, v, None, sinks, *options, chosen)
+        out, lse = attention_decode(q, k, v, None, sinks, options, chosen)
     else:
-        lengths = (max_seqlen_q or 0, max_seqlen_k or 0)
-        documents = (cu_seqlens_q, cu_seqlens_k, *lengths)
-        out, lse = _FlashAttention.apply(q, k, v, sinks, documents, options, bool(deterministic), chosen)
+        out, lse = _FlashAttention.apply(q, k, v, sinks, packing, options, bool(deterministic), chosen)
     return (out, lse) if return_lse else out
 
 
@@ -147,15 +147,15 @@ class _FlashAttention(torch.autograd.Function):
         k: Tensor,
         v: Tensor,
         sinks: Tensor | None,
-        documents: tuple[Tensor | None, Tensor | None, int, int],
+        packing: Packing,
         options: Options,
         deterministic: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
         wide_sinks = None if sinks is None else sinks.float()
-        out, lse = torch.ops.fastllm.attention_forward(q, k, v, wide_sinks, *documents, *options, backend)
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *documents[:2])
-        ctx.lengths, ctx.options, ctx.deterministic, ctx.backend = documents[2:], options, deterministic, backend
+        out, lse = attention_forward(q, k, v, wide_sinks, packing, options, backend)
+        ctx.save_for_backward(q, k, v, sinks, out, lse, *packing[:2])
+        ctx.max_seqlens, ctx.options, ctx.deterministic, ctx.backend = packing[2:], options, deterministic, backend
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -165,8 +165,9 @@ class _FlashAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 8
         dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv, delta = torch.ops.fastllm.attention_backward(
-            dout, dlse, q, k, v, out, lse, cu_q, cu_k, *ctx.lengths, *ctx.options, ctx.deterministic, ctx.backend
+        packing = Packing(cu_q, cu_k, *ctx.max_seqlens)
+        dq, dk, dv, delta = attention_backward(
+            dout, dlse, q, k, v, out, lse, packing, ctx.options, ctx.deterministic, ctx.backend
         )
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
@@ -182,21 +183,32 @@ def _torch(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
+    packing: Packing,
     options: Options,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     seq_q, seq_k = q.shape[-3], k.shape[-3]
     unseen = options.causal and seq_q > seq_k  # queries that see nothing: PyTorch would give NaN
-    if cu_seqlens_q is None and sinks is None and not (return_lse or options.softcap or options.window or unseen):
+    if (
+        packing.cu_seqlens_q is None
+        and sinks is None
+        and not (return_lse or options.softcap or options.window or unseen)
+    ):
         return _sdpa(q, k, v, options.causal, options.scale)
     if not torch.compiler.is_compiling():
-        check_documents(q, k, cu_seqlens_q, cu_seqlens_k)
+        check_packing(q, k, packing)
     out, lse = reference.flash_attention(
-        q, k, v, causal=options.causal, scale=options.scale, window=options.window or None, softcap=options.softcap,
-        sinks=sinks, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        causal=options.causal,
+        scale=options.scale,
+        window=options.window or None,
+        softcap=options.softcap,
+        sinks=sinks,
+        cu_seqlens_q=packing.cu_seqlens_q,
+        cu_seqlens_k=packing.cu_seqlens_k,
+    )
     return (out, lse) if return_lse else out
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
-
-from ..library import arguments
+from typing import NamedTuple
 
 
 class Options(NamedTuple):
@@ -14,6 +12,3 @@ class Options(NamedTuple):
     causal: bool
     window: int
     softcap: float
-
-
-SCHEMA = arguments(get_type_hints(Options))  # the same in an operator's schema

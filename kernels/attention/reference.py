@@ -87,10 +87,10 @@ def _visible(seq_q: int, seq_k: int, causal: bool, window: int | None, device: t
 
 
 def _visible_packed(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, window: int | None) -> Tensor:
-    """``[total_q, total_k]``: each document sees itself alone, bottom-right aligned."""
+    """``[total_q, total_k]``: each sequence sees itself alone, bottom-right aligned."""
     token_q, token_k = (torch.arange(n, device=cu_q.device) for n in (total_q, total_k))
     doc_q, doc_k = (torch.searchsorted(cu, t, right=True) - 1 for cu, t in ((cu_q, token_q), (cu_k, token_k)))
-    # Positions counted back from the end of the document make the two ends meet.
+    # Positions counted back from the end of the sequence make the two ends meet.
     from_end_q, from_end_k = cu_q[doc_q + 1] - token_q, cu_k[doc_k + 1] - token_k
     seen = _band(from_end_k - from_end_q.unsqueeze(1), causal, window)
     return seen & (doc_q.unsqueeze(1) == doc_k)

@@ -12,22 +12,26 @@ from torch import Tensor
 
 from ..triton_launch import on_device
 from . import triton_tuning
+from .options import Options
+from .packing import Packing
 from .triton_tiles import (
     LOG2E,
     NOT_SPECIALIZED,
-    document,
+    batch_stride,
+    common_arguments,
+    group_size,
+    head_strides,
     key_stages,
     load_rows,
     logits,
     padded,
-    scales,
-    section,
+    sequence,
     shape_class,
+    sizes,
     stages,
     store_rows,
-    strides,
+    tile_indices,
     visible,
-    work_of,
 )
 
 DELTA_ROWS = 16  # tokens of a program
@@ -47,10 +51,10 @@ def delta_kernel(
     out = load_rows(OUT, first, heads * DIM, seq, True, DIM, ROWS, BLOCK_D).to(tl.float32)
     delta = tl.sum(dout * out, 1)
     row = first + tl.arange(0, ROWS)
-    place = tl.cast(item, tl.int64) * seq + row
+    offsets = tl.cast(item, tl.int64) * seq + row
     if DLSE is not None:
-        delta -= tl.load(DLSE + place, row < seq, other=0.0)
-    tl.store(DELTA + place, delta, row < seq)
+        delta -= tl.load(DLSE + offsets, row < seq, other=0.0)
+    tl.store(DELTA + offsets, delta, row < seq)
 
 
 @triton.jit
@@ -74,17 +78,17 @@ def score_gradient(s, p, dp, delta, softcap, SOFTCAP: tl.constexpr):
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def dkdv_kernel(
     Q, K, V, DOUT, LSE, DELTA, CU_Q, CU_K, DK, DV,
-    seq_q, seq_k, heads, group, blocks, total, section,
+    seq_q, seq_k, heads, heads_per_kv, blocks, items, group_size,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head,
     dk_batch, lse_batch, lse_head, scale, softcap, window, dk_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    block, item = work_of(blocks, total, section)
-    kv_heads = heads // group
+    block, item = tile_indices(blocks, items, group_size)
+    kv_heads = heads // heads_per_kv
     batch, kv_head = tl.cast(item // kv_heads, tl.int64), item % kv_heads
-    first_q, seq_q = document(CU_Q, batch, seq_q)
-    first_k, seq_k = document(CU_K, batch, seq_k)
+    first_q, seq_q = sequence(CU_Q, batch, seq_q)
+    first_k, seq_k = sequence(CU_K, batch, seq_k)
     start = block * BLOCK_N
     if start >= seq_k:
         return
@@ -108,11 +112,11 @@ def dkdv_kernel(
     begin, full, edge, end = stages(first, last, full_first, full_last, BLOCK_M)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    # One loop over the heads of the group and their queries, which are masked where they must be:
+    # One loop over the heads of the heads_per_kv and their queries, which are masked where they must be:
     # three stages in a loop over heads need more registers than there are.
     steps = tl.cdiv(end - begin, BLOCK_M)
-    for step in tl.range(0, steps * group):
-        head = tl.cast(kv_head * group + step // steps, tl.int64)
+    for step in tl.range(0, steps * heads_per_kv):
+        head = tl.cast(kv_head * heads_per_kv + step // steps, tl.int64)
         row = begin + step % steps * BLOCK_M
         rows = row + tl.arange(0, BLOCK_M)
         q = load_rows(Q + head * q_head, row, q_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
@@ -127,9 +131,9 @@ def dkdv_kernel(
         dp = tl.dot(v, dout.T, input_precision="ieee")
         ds = score_gradient(s, p, dp, delta[None, :], softcap, SOFTCAP)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    at = batch * dk_batch + first_k * (kv_heads * DIM) + kv_head * DIM
-    store_rows(DK + at, dk * dk_scale, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
-    store_rows(DV + at, dv, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
+    offset = batch * dk_batch + first_k * (kv_heads * DIM) + kv_head * DIM
+    store_rows(DK + offset, dk * dk_scale, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
+    store_rows(DV + offset, dv, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
@@ -156,22 +160,22 @@ def add_dq(
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def dq_kernel(
     Q, K, V, DOUT, LSE, DELTA, CU_Q, CU_K, DQ,
-    seq_q, seq_k, heads, group, blocks, total, section,
+    seq_q, seq_k, heads, heads_per_kv, blocks, items, group_size,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head,
     dq_batch, lse_batch, lse_head, scale, softcap, window, dq_scale,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    block, item = work_of(blocks, total, section)
+    block, item = tile_indices(blocks, items, group_size)
     batch, head = tl.cast(item // heads, tl.int64), item % heads
-    first_q, seq_q = document(CU_Q, batch, seq_q)
-    first_k, seq_k = document(CU_K, batch, seq_k)
+    first_q, seq_q = sequence(CU_Q, batch, seq_q)
+    first_k, seq_k = sequence(CU_K, batch, seq_k)
     row = (blocks - 1 - block) * BLOCK_M  # longest first
     if row >= seq_q:
         return
     Q += batch * q_batch + first_q * q_seq + head * tl.cast(q_head, tl.int64)
-    K += batch * k_batch + first_k * k_seq + head // group * tl.cast(k_head, tl.int64)
-    V += batch * v_batch + first_k * v_seq + head // group * tl.cast(v_head, tl.int64)
+    K += batch * k_batch + first_k * k_seq + head // heads_per_kv * tl.cast(k_head, tl.int64)
+    V += batch * v_batch + first_k * v_seq + head // heads_per_kv * tl.cast(v_head, tl.int64)
     DOUT += batch * d_batch + first_q * d_seq + head * tl.cast(d_head, tl.int64)
     statistics = batch * lse_batch + head * tl.cast(lse_head, tl.int64) + first_q
     q = load_rows(Q, row, q_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
@@ -200,62 +204,76 @@ def dq_kernel(
     store_rows(DQ, dq * dq_scale, row, heads * DIM, seq_q, DIM, BLOCK_M, BLOCK_D)
 
 
-def backward(
+def attention_backward(
     dout: Tensor,
+    dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    dlse: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    packing: Packing,
+    options: Options,
+    deterministic: bool,
+    backend: str,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
     delta: Tensor,
-    scale: float,
-    causal: bool,
-    window: int,
-    softcap: float,
-    deterministic: bool,
 ) -> None:
     """Without atomics, so the same bit for bit, whatever ``deterministic`` says."""
-    packed = cu_seqlens_q is not None
-    (tokens, heads, dim), kv_heads = q.shape[-3:], k.shape[-2]
-    sequences = len(cu_seqlens_q) - 1 if packed else q.shape[0]
-    dims = {"DIM": dim, "BLOCK_D": padded(dim)}
-    tensors = (q, k, v, dout, lse, delta, cu_seqlens_q, cu_seqlens_k)
-    given = [n for t in (q, k, v, dout) for n in strides(t, packed)]
-    lse_strides = (0, tokens) if packed else (heads * tokens, tokens)
-    options = {"CAUSAL": causal, "WINDOW": window > 0, "SOFTCAP": softcap > 0} | dims
+    size = sizes(q, k, packing)
+    sequences, seq_q, seq_k, heads, heads_per_kv, dim = size
+    bytes_per_token = 2 * dim * q.element_size()
+    given = common_arguments(q, k, v, lse, packing, options, size)
+    given |= {"DOUT": dout, "DELTA": delta, **head_strides(d=dout)}
 
     def call_dkdv(config: triton_tuning.Config) -> None:
-        blocks, total = triton.cdiv(max_seqlen_k, config["BLOCK_N"]), sequences * kv_heads
-        at_once = section(max_seqlen_q, 2 * heads // kv_heads * dim * q.element_size(), 1, total)
-        dkdv_kernel[(blocks * total,)](
-            *tensors, dk, dv, max_seqlen_q, max_seqlen_k, heads, heads // kv_heads, blocks, total, at_once,
-            *given, strides(dk, packed)[0], *lse_strides, *scales(scale, softcap), window, scale, **options, **config,
-        )  # fmt: skip
+        blocks, items = triton.cdiv(seq_k, config["BLOCK_N"]), sequences * heads // heads_per_kv
+        dkdv_kernel[(blocks * items,)](
+            DK=dk,
+            DV=dv,
+            blocks=blocks,
+            items=items,
+            group_size=group_size(seq_q, heads_per_kv * bytes_per_token, 1, items),
+            dk_batch=batch_stride(dk),
+            dk_scale=options.scale,
+            **given,
+            **config,
+        )
 
     def call_dq(config: triton_tuning.Config) -> None:
-        blocks, total = triton.cdiv(max_seqlen_q, config["BLOCK_M"]), sequences * heads
-        at_once = section(max_seqlen_k, 2 * dim * k.element_size(), heads // kv_heads, total)
-        dq_kernel[(blocks * total,)](
-            *tensors, dq, max_seqlen_q, max_seqlen_k, heads, heads // kv_heads, blocks, total, at_once,
-            *given, strides(dq, packed)[0], *lse_strides, *scales(scale, softcap), window, scale, **options, **config,
-        )  # fmt: skip
+        blocks, items = triton.cdiv(seq_q, config["BLOCK_M"]), sequences * heads
+        dq_kernel[(blocks * items,)](
+            DQ=dq,
+            blocks=blocks,
+            items=items,
+            group_size=group_size(seq_k, bytes_per_token, heads_per_kv, items),
+            dq_batch=batch_stride(dq),
+            dq_scale=options.scale,
+            **given,
+            **config,
+        )
 
-    shape = shape_class(sequences * heads, heads // kv_heads, max_seqlen_q, max_seqlen_k, causal, window)
+    shape = shape_class(sequences * heads, heads_per_kv, seq_q, seq_k, options.causal, options.window)
     with on_device(q):
         if delta.numel():
+            tokens = q.shape[-3]
             blocks = triton.cdiv(tokens, DELTA_ROWS)
             delta_kernel[(blocks * (delta.numel() // tokens),)](
-                dout, out, dlse, delta, tokens, heads, blocks, *strides(dout, packed), **dims, ROWS=DELTA_ROWS
+                DOUT=dout,
+                OUT=out,
+                DLSE=dlse,
+                DELTA=delta,
+                seq=tokens,
+                heads=heads,
+                blocks=blocks,
+                DIM=dim,
+                BLOCK_D=padded(dim),
+                ROWS=DELTA_ROWS,
+                **head_strides(d=dout),
             )
-        if sequences * max_seqlen_k:
-            triton_tuning.launch("dkdv", q, padded(dim), window > 0 or softcap > 0, shape, call_dkdv)
-        if sequences * max_seqlen_q:
-            triton_tuning.launch("dq", q, padded(dim), window > 0 or softcap > 0, shape, call_dq)
+        if sequences * seq_k:
+            triton_tuning.launch("dkdv", q, options, shape, call_dkdv)
+        if sequences * seq_q:
+            triton_tuning.launch("dq", q, options, shape, call_dq)

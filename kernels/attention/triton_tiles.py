@@ -7,31 +7,35 @@ positions: the window's lower edge, blocks that are visible throughout, and the 
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..triton_launch import tanh
+from .options import Options
+from .packing import Packing, longest
 
 L2_BYTES = 2**24  # keys and values that programs running at once share in the L2 cache
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-NOT_SPECIALIZED = ["seq_q", "seq_k", "blocks", "total", "section", "window"]
+NOT_SPECIALIZED = ["seq_q", "seq_k", "blocks", "items", "group_size", "window"]
 
 
 @triton.jit
-def work_of(blocks, total, section):
-    """(block, sequence and head): all blocks of ``section`` heads before the next heads, block by block."""
+def tile_indices(blocks, items, group_size):
+    """(block, item), an item being a head of a sequence: all blocks of ``group_size`` items before the next items,
+    block by block."""
     pid = tl.program_id(0)
-    start = pid // (section * blocks) * section
-    width = tl.minimum(section, total - start)
+    start = pid // (group_size * blocks) * group_size
+    width = tl.minimum(group_size, items - start)
     within = pid - start * blocks
     return within // width, start + within % width
 
 
 @triton.jit
-def document(CU, index, seq):
+def sequence(CU, index, seq):
     """First token in packed tokens, and length."""
     first, length = tl.full([], 0, tl.int64), seq
     if CU is not None:
@@ -44,22 +48,22 @@ def document(CU, index, seq):
 def load_rows(X, first, stride, end, BOUNDED: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS] from row ``first``; rows past the end are 0."""
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
-    at = X + tl.cast(first, tl.int64) * stride + (row.to(tl.int64) * stride)[:, None] + col
+    offsets = X + tl.cast(first, tl.int64) * stride + (row.to(tl.int64) * stride)[:, None] + col
     inside = (row < end - first)[:, None]
     if BOUNDED:
-        tile = tl.load(at, inside & (col < DIM), other=0.0)
+        tile = tl.load(offsets, inside & (col < DIM), other=0.0)
     elif DIM < COLS:
-        tile = tl.load(at, col < DIM, other=0.0)
+        tile = tl.load(offsets, col < DIM, other=0.0)
     else:
-        tile = tl.load(at)
+        tile = tl.load(offsets)
     return tile
 
 
 @triton.jit
 def store_rows(X, tile, first, stride, end, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
-    at = X + tl.cast(first, tl.int64) * stride + (row.to(tl.int64) * stride)[:, None] + col
-    tl.store(at, tile.to(X.dtype.element_ty), (row < end - first)[:, None] & (col < DIM))
+    offsets = X + tl.cast(first, tl.int64) * stride + (row.to(tl.int64) * stride)[:, None] + col
+    tl.store(offsets, tile.to(X.dtype.element_ty), (row < end - first)[:, None] & (col < DIM))
 
 
 @triton.jit
@@ -100,19 +104,79 @@ def logits(a, b, scale, softcap, SOFTCAP: tl.constexpr):
     return s
 
 
-def strides(x: Tensor, packed: bool) -> tuple[int, int, int]:
-    """Of the batch, the tokens and the heads."""
-    return (0, x.stride(0), x.stride(1)) if packed else x.stride()[:3]
+class Sizes(NamedTuple):
+    sequences: int
+    seq_q: int  # of packed sequences the longest
+    seq_k: int
+    heads: int
+    heads_per_kv: int
+    dim: int
 
 
-def scales(scale: float, softcap: float) -> tuple[float, float]:
-    """See ``logits``."""
-    return (scale / softcap, softcap * LOG2E.value) if softcap else (scale * LOG2E.value, 0.0)
+def sizes(q: Tensor, k: Tensor, packing: Packing) -> Sizes:
+    cu_q, cu_k, max_q, max_k = packing
+    sequences = q.shape[0] if cu_q is None else len(cu_q) - 1
+    (heads, dim), kv_heads = q.shape[-2:], k.shape[-2]
+    return Sizes(sequences, longest(q, cu_q, max_q), longest(k, cu_k, max_k), heads, heads // kv_heads, dim)
 
 
-def section(seq: int, bytes_per_token: int, group: int, total: int) -> int:
-    """How many heads to work on at once, see ``work_of``."""
-    return min(total, group * max(1, L2_BYTES // max(1, seq * bytes_per_token)))
+def batch_stride(x: Tensor) -> int:
+    return x.stride(0) if x.dim() == 4 else 0  # packed sequences have no batch
+
+
+def head_strides(**tensors: Tensor) -> dict[str, int]:
+    """For ``x`` the keywords x_batch, x_seq and x_head."""
+    found = {}
+    for name, x in tensors.items():
+        found |= {f"{name}_batch": batch_stride(x), f"{name}_seq": x.stride(-3), f"{name}_head": x.stride(-2)}
+    return found
+
+
+def common_arguments(
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, packing: Packing, options: Options, size: Sizes
+) -> dict[str, Any]:
+    """What the forward kernel and those of the backward pass have in common, by keyword."""
+    return {
+        "Q": q,
+        "K": k,
+        "V": v,
+        "LSE": lse,
+        "CU_Q": packing.cu_seqlens_q,
+        "CU_K": packing.cu_seqlens_k,
+        "seq_q": size.seq_q,
+        "seq_k": size.seq_k,
+        "heads": size.heads,
+        "heads_per_kv": size.heads_per_kv,
+        "lse_batch": 0 if q.dim() == 3 else size.heads * size.seq_q,  # [batch, heads, seq_q] or [heads, tokens]
+        "lse_head": q.shape[-3],
+        **head_strides(q=q, k=k, v=v),
+        **option_arguments(options, size.dim),
+    }
+
+
+def option_arguments(options: Options, dim: int) -> dict[str, float]:
+    """What every kernel is told of the options and of the head dimension; the scales as ``logits`` wants them."""
+    scale, causal, window, softcap = options
+    return {
+        "scale": scale / softcap if softcap else scale * LOG2E.value,
+        "softcap": softcap * LOG2E.value if softcap else 0.0,
+        "window": window,
+        "CAUSAL": causal,
+        "WINDOW": window > 0,
+        "SOFTCAP": softcap > 0,
+        "DIM": dim,
+        "BLOCK_D": padded(dim),
+    }
+
+
+def fuses_scale(options: Options) -> bool:
+    """Whether the largest score can be found before scaling, and the scale go into a multiply-add."""
+    return options.scale > 0 and options.softcap == 0
+
+
+def group_size(seq: int, bytes_per_token: int, heads_per_kv: int, items: int) -> int:
+    """How many heads to work on at once, see ``tile_indices``."""
+    return min(items, heads_per_kv * max(1, L2_BYTES // max(1, seq * bytes_per_token)))
 
 
 def padded(dim: int) -> int:

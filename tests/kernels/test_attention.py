@@ -216,7 +216,7 @@ def test_nothing(kernel, shape):
     assert not any(t.grad.any() for t in leaves)
 
 
-# ---- packed documents ----
+# ---- packed sequences ----
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -229,16 +229,16 @@ def test_packed_equals_unpacked(kernel, options, dtype):
 
 
 def check_packed(kernel, lengths, options, dtype, device="cpu") -> None:
-    """Each document as if it were alone, bit for bit, gradients too."""
-    documents = [qkv(a, b, 4, 2, 24, dtype, batch=1, device=device) for a, b in lengths]
-    packed = [torch.cat([d[i][0] for d in documents]).requires_grad_() for i in range(3)]
+    """Each sequence as if it were alone, bit for bit, gradients too."""
+    sequences = [qkv(a, b, 4, 2, 24, dtype, batch=1, device=device) for a, b in lengths]
+    packed = [torch.cat([s[i][0] for s in sequences]).requires_grad_() for i in range(3)]
     cu_q, cu_k = (torch.tensor([0, *n], device=device).cumsum(0).int() for n in zip(*lengths, strict=True))
     options = {"return_lse": True, "backend": kernel, **options}
     out, lse = flash_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k.long(), **options)
     grad, dlse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
     got = torch.autograd.grad([out, lse], packed, [grad, dlse])
-    for i, document in enumerate(documents):
-        leaves = [t.requires_grad_() for t in document]
+    for i, sequence in enumerate(sequences):
+        leaves = [t.requires_grad_() for t in sequence]
         one, one_lse = flash_attention(*leaves, **options)
         at_q, at_k = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
         assert torch.equal(out[at_q], one[0]) and torch.equal(lse[:, at_q], one_lse[0])
@@ -249,7 +249,7 @@ def check_packed(kernel, lengths, options, dtype, device="cpu") -> None:
             assert torch.equal(a[at], b[0])
 
 
-def test_one_set_of_documents_serves_both(kernel):
+def test_one_cu_seqlens_serves_both(kernel):
     q, k, v = (t[0] for t in qkv(50, 50, batch=1))
     cu = torch.tensor([0, 20, 50])
     both = flash_attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=30, max_seqlen_k=30, backend=kernel)
@@ -258,10 +258,18 @@ def test_one_set_of_documents_serves_both(kernel):
 
 @pytest.mark.parametrize("backend", [*KERNELS, "torch"])
 @pytest.mark.parametrize("cu", [[0, 3], [1, 5], [0, 4, 2, 5], [0, 9], [0, -4, 5]], ids=str)
-def test_documents_that_are_none(backend, cu):
+def test_cu_seqlens_that_are_wrong(backend, cu):
     q, k, v = (t[0] for t in qkv(5, 5, batch=1))
     with pytest.raises(ValueError, match=r"cu_seqlens_q must rise from 0 to the 5 tokens"):
         flash_attention(q, k, v, cu_seqlens_q=torch.tensor(cu), backend=backend)
+
+
+def test_wrong_cu_seqlens_without_queries(kernel):
+    """Nothing runs forward; the backward pass must not read queries that are not there."""
+    q, k, v = (t[0].requires_grad_() for t in qkv(0, 5, batch=1))
+    cu = torch.tensor([0, 5])
+    with pytest.raises(ValueError, match=r"cu_seqlens_q must rise from 0 to the 0 tokens"):
+        flash_attention(q, k, v, cu_seqlens_q=cu, backend=kernel).sum().backward()
 
 
 # ---- what a query must not see ----
@@ -299,6 +307,25 @@ def test_what_is_hidden_may_be_nan(kernel, bad, dtype):
 
 
 # ---- places in memory ----
+
+
+def test_small_arguments_may_be_strided(kernel):
+    """Sinks, cu_seqlens and lengths, each every second element of something."""
+
+    def results(arrange):
+        q, k, v = (t.requires_grad_() for t in qkv(9, 9, batch=1))
+        packed = [t[0] for t in (q, k, v)]
+        cu, lengths, sinks = (arrange(torch.tensor(n)) for n in ([0, 4, 9], [5], [0.5, -1.0]))
+        out = flash_attention(*packed, sinks=sinks, cu_seqlens_q=cu, backend=kernel)
+        grads = torch.autograd.grad(out.square().sum(), [q, k, v])
+        with torch.no_grad():
+            return [out, *grads, flash_decode(q[:, :1], k, v, lengths, sinks=sinks, backend=kernel)]
+
+    torch.manual_seed(1)
+    expected = results(lambda x: x)
+    torch.manual_seed(1)
+    for a, b in zip(results(lambda x: torch.stack([x, x + 1], -1).flatten()[::2]), expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_strided_heads_are_read_in_place(kernel):
