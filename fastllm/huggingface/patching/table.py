@@ -10,8 +10,7 @@ A class is listed when its own code agreed with the kernel: norms, MLPs, rotary 
 ``patch(unknown="probe")`` tries them; attentions in small models of their family, with and without padding, against
 transformers' own attention. What a class computes can depend on its configuration, and change with a version of
 transformers; so ``patch`` confirms each module. The tests try the listed classes of the installed transformers
-again; of attentions
-only that they still ask the registry.
+again; of attentions only that they still ask the registry.
 """
 
 from __future__ import annotations
