@@ -9,9 +9,7 @@ Nothing is imported for it: classes that the installed transformers does not hav
 A class is listed when its own code agreed with the kernel: norms, MLPs, rotary functions and losses as
 ``patch(unknown="probe")`` tries them; attentions in small models of their family, with and without padding, against
 transformers' own attention. What a class computes can depend on its configuration, and change with a version of
-transformers; so ``patch`` confirms each module. The tests try the listed classes of the installed transformers again; of attentions
-only that they still ask the registry.
-"""
+transformers;"""
 
 from __future__ import annotations
 
@@ -388,7 +386,7 @@ LEFT = {
         cohere_compass.CohereCompassLayerNorm convnext.ConvNextLayerNorm convnextv2.ConvNextV2LayerNorm
         deberta.DebertaLayerNorm deepseek_ocr2.DeepseekOcr2SamLayerNorm deepseek_vl_hybrid.DeepseekVLHybridLayerNorm
         dinov3_convnext.DINOv3ConvNextLayerNorm edgetam.EdgeTamLayerNorm edgetam_video.EdgeTamVideoLayerNorm
-        eomt.EomtLayerNorm2d eomt_dinov3.EomtDinov3LayerNorm2d esm.EsmFoldLayerNorm esmc.EsmcLayerNorm
+        eomt.EomtLayerNorm2d eomt_dinov3.EomtDinov3LayerNorm2d esm/modeling_esmfold.EsmFoldLayerNorm esmc.EsmcLayerNorm
         esmfold2.EsmFold2LayerNorm got_ocr2.GotOcr2LayerNorm gradium_phonon_tts.GradiumPhononTTSFlowLayerNorm
         lw_detr.LwDetrLayerNorm nemotron.NemotronLayerNorm1P olmo.OlmoLayerNorm pocket_tts.PocketTTSFlowLayerNorm
         pp_formulanet.PPFormulaNetLayerNorm rf_detr.RfDetrLayerNorm sam.SamLayerNorm sam2.Sam2LayerNorm
