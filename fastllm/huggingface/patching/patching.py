@@ -35,7 +35,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [f"fastllm's kernels in {self.model}:"]
-        lines += _table(self.replaced) or ["  none: nothing in it has the structure of what they compute"]
+        lines += _table(self.replaced) or ["  none"]
         if self.left:
             lines += ["left as they were:", *_table(self.left)]
         return "\n".join(lines)

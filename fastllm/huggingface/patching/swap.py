@@ -41,7 +41,7 @@ def steps_of(module: nn.Module) -> tuple[Step, ...]:
 
 
 def swap(module: nn.Module, steps: tuple[Step, ...]) -> None:
-    module.__class__ = _patched_class(type(module), steps)
+    module.__class__ = _patched_class(type(module), type(module).forward, steps)
     _tell(steps, "patched", module)
 
 
@@ -61,8 +61,7 @@ def why_not_back(module: nn.Module) -> str | None:
 
 
 @functools.cache
-def _patched_class(kind: type[nn.Module], steps: tuple[Step, ...]) -> type[nn.Module]:
-    forward = kind.forward
+def _patched_class(kind: type[nn.Module], forward: Callable, steps: tuple[Step, ...]) -> type[nn.Module]:
     for each in steps:
         forward = each.make(forward, **dict(each.options))
     names = {
@@ -78,7 +77,7 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 
 def _rebuilt(kind: type[nn.Module], steps: tuple[Step, ...]) -> nn.Module:
-    module = object.__new__(_patched_class(kind, steps))
+    module = object.__new__(_patched_class(kind, kind.forward, steps))
     _tell(steps, "patched", module)
     return module
 

@@ -388,7 +388,7 @@ LEFT = {
         cohere_compass.CohereCompassLayerNorm convnext.ConvNextLayerNorm convnextv2.ConvNextV2LayerNorm
         deberta.DebertaLayerNorm deepseek_ocr2.DeepseekOcr2SamLayerNorm deepseek_vl_hybrid.DeepseekVLHybridLayerNorm
         dinov3_convnext.DINOv3ConvNextLayerNorm edgetam.EdgeTamLayerNorm edgetam_video.EdgeTamVideoLayerNorm
-        eomt.EomtLayerNorm2d eomt_dinov3.EomtDinov3LayerNorm2d esm.EsmFoldLayerNorm esmc.EsmcLayerNorm
+        eomt.EomtLayerNorm2d eomt_dinov3.EomtDinov3LayerNorm2d esm/modeling_esmfold.EsmFoldLayerNorm esmc.EsmcLayerNorm
         esmfold2.EsmFold2LayerNorm got_ocr2.GotOcr2LayerNorm gradium_phonon_tts.GradiumPhononTTSFlowLayerNorm
         lw_detr.LwDetrLayerNorm nemotron.NemotronLayerNorm1P olmo.OlmoLayerNorm pocket_tts.PocketTTSFlowLayerNorm
         pp_formulanet.PPFormulaNetLayerNorm rf_detr.RfDetrLayerNorm sam.SamLayerNorm sam2.Sam2LayerNorm

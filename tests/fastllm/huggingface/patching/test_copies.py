@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.models.llama import modeling_llama
 
 import fastllm
+from fastllm.errors import UserError
 from tests.fastllm.huggingface.patching.models import loss_and_gradients, make, some_text
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt-oss"])
@@ -149,3 +150,17 @@ def test_an_error_in_a_patched_attention_ends_with_it():
     with pytest.raises(RuntimeError, match="within"):
         patched(**some_text())
     assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(plain, some_text()), expected, strict=True))
+
+
+def test_a_class_put_above_a_patched_one_must_go_first():
+    """As fully_shard puts one: what it does would be lost."""
+    model = make("llama")
+    fastllm.patch(model)
+    norm = model.model.norm
+    mine = type(norm)
+    norm.__class__ = type("FSDPLlamaRMSNorm", (mine,), {})
+    with pytest.raises(UserError, match="class of a LlamaRMSNorm was replaced after patch"):
+        fastllm.unpatch(model)
+    norm.__class__ = mine
+    fastllm.unpatch(model)
+    assert type(norm) is modeling_llama.LlamaRMSNorm
