@@ -34,11 +34,11 @@ def as_mask(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
     return whole.as_strided(sizes, strides), kind
 
 
-def softmax_forward(x: Tensor, mask: Tensor | None, y: Tensor, scale: float, causal: bool, backend: str) -> None:
+def softmax_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str, y: Tensor) -> None:
     KERNELS[backend].softmax_forward(as_rows(x), *as_mask(mask, x), scale, causal, y, *place(x))
 
 
-def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, scale: float, causal: bool, backend: str) -> None:
+def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str, dx: Tensor) -> None:
     KERNELS[backend].softmax_backward(as_rows(dy), as_rows(y), scale, causal, dx, *place(y))
 
 

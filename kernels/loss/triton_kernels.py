@@ -149,7 +149,7 @@ def softmax_backward_kernel(
         tl.store(dx_row + col, dx.to(DX.dtype.element_ty), inside & (col < cols))
 
 
-def softmax_forward(x: Tensor, mask: Tensor | None, y: Tensor, scale: float, causal: bool, backend: str) -> None:
+def softmax_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str, y: Tensor) -> None:
     cols, queries = x.shape[-1], x.shape[-2] if causal else 0
     rows = x.numel() // cols
     mask, kind = as_mask(mask, x)
@@ -178,7 +178,7 @@ def softmax_forward(x: Tensor, mask: Tensor | None, y: Tensor, scale: float, cau
         )
 
 
-def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, scale: float, causal: bool, backend: str) -> None:
+def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str, dx: Tensor) -> None:
     cols, queries = y.shape[-1], y.shape[-2] if causal else 0
     rows = y.numel() // cols
     dy, y = as_rows(dy), as_rows(y)
