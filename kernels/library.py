@@ -119,23 +119,6 @@ def launchers(folder: str, backend: str) -> ModuleType:
     return importlib.import_module(".triton_kernels" if backend == "triton" else ".native", folder)
 
 
-def register(schema: str, fake: Callable[..., Any]) -> Callable[[Callable], Callable]:
-    """Register a launcher as ``torch.ops.fastllm.<name>``.
-
-    The launcher allocates its outputs and calls a kernel; ``fake`` allocates the same outputs and calls
-    none. To be replaced by :func:`operator`.
-    """
-
-    def define(launcher: Callable) -> Callable:
-        name = schema[: schema.index("(")]
-        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, launcher, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fastllm::{name}", fake, lib=_library)
-        return launcher
-
-    return define
-
-
 class _Once(torch.autograd.Function):
     """Hands gradients through, and says so when somebody differentiates them again."""
 

@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, register
+from ..library import differentiable_once, launchers, operator
 from . import reference, sharded
-from .launchers import launchers
-from .options import SCHEMA, Options
+from .options import Options, Targets, Upstream
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -70,25 +69,21 @@ def cross_entropy(
     logits = shard.logits
     checks.floating("cross_entropy", "logits", logits)
     check_target("cross_entropy", "logits", logits, target)
-    check_loss("cross_entropy", "logits", logits, shard.classes, weight, label_smoothing, reduction)
+    check_classes("cross_entropy", shard.classes)
+    check_class_weight("cross_entropy", "weight", weight, "logits", logits, shard.classes)
+    check_reduction("cross_entropy", label_smoothing, reduction)
     chosen = backends.select("cross_entropy", logits, backend)
     if isinstance(chosen, backends.Explanation):
         return chosen
-    if chosen == "torch":
-        return torch_loss(
-            logits if shard.group is None else sharded.gathered(shard), target, return_lse, weight=weight,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            reduction=reduction,
-        )  # fmt: skip
     options = Options(
         ignore_index, float(label_smoothing), float(z_loss), float(softcap), shard.first_class, shard.classes
     )
-    weight, mean_weight = class_weights(weight)
-    index = target.reshape(-1).long()
-    loss, lse = _CrossEntropy.apply(
-        logits, index, weight, mean_weight, options, shard.group, inplace_backward, return_lse, chosen
-    )
-    loss = reduce(loss.view(target.shape), target, weight, ignore_index, reduction)
+    if chosen == "torch":
+        whole = logits if shard.group is None else sharded.gathered(shard)
+        return torch_loss(whole, target, weight, options, reduction, return_lse)
+    targets = Targets.of(target, weight)
+    loss, lse = _CrossEntropy.apply(logits, targets, options, shard.group, inplace_backward, return_lse, chosen)
+    loss = reduce(loss.view(target.shape), target, targets.class_weight, ignore_index, reduction)
     return (loss, lse.view(target.shape)) if return_lse else loss
 
 
@@ -99,21 +94,17 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        target: Tensor,
-        class_weight: Tensor | None,
-        mean_weight: Tensor | None,
+        targets: Targets,
         options: Options,
         group: ProcessGroup | None,
         inplace_backward: bool,
         return_lse: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        loss, lse = torch.ops.fastllm.cross_entropy_forward(
-            logits, target, class_weight, mean_weight, *options, backend
-        )
+        loss, lse = cross_entropy_forward(logits, targets, options, backend)
         if group is not None:
-            loss, lse = sharded.combine(loss, lse, target, class_weight, mean_weight, options, group)
-        ctx.save_for_backward(logits, target, class_weight, mean_weight, lse)
+            loss, lse = sharded.combine(loss, lse, targets, options, group)
+        ctx.save_for_backward(logits, lse, *targets)
         ctx.options, ctx.backend, ctx.inplace = options, backend, inplace_backward
         if not return_lse:
             ctx.mark_non_differentiable(lse)
@@ -122,87 +113,63 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, class_weight, mean_weight, lse = ctx.saved_tensors
         if dloss is None and dlse is None:
-            return (None,) * 9
-        tensors = (logits, target, class_weight, mean_weight, lse, dloss, dlse)
+            return (None,) * 7
+        logits, lse, *targets = ctx.saved_tensors
+        arguments = (logits, Targets(*targets), lse, Upstream(dloss, dlse), ctx.options, ctx.backend)
         if ctx.inplace and logits.is_contiguous() and not torch.compiler.is_compiling():
-            torch.ops.fastllm.cross_entropy_backward_(*tensors, *ctx.options, ctx.backend)
+            cross_entropy_backward_(*arguments)
             torch.autograd.graph.increment_version(logits)
             dlogits = logits.detach()
         else:
-            dlogits = torch.ops.fastllm.cross_entropy_backward(*tensors, *ctx.options, ctx.backend)
-        return differentiable_once("cross_entropy", logits, dlogits), *(None,) * 8
+            dlogits = cross_entropy_backward(*arguments)
+        return differentiable_once("cross_entropy", logits, dlogits), *(None,) * 6
 
 
-@register(
-    "cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, Tensor? mean_weight,"
-    f" {SCHEMA}, str backend) -> (Tensor loss, Tensor lse)",
-    fake=lambda logits, target, *_: tuple(logits.new_empty(target.shape, dtype=torch.float32) for _ in range(2)),
-)
-def _forward(
-    logits: Tensor, target: Tensor, class_weight: Tensor | None, mean_weight: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    """``target`` ``[rows]`` int64; ``class_weight`` ``[classes]`` and its mean float32, both or none."""
-    *options, backend = rest
-    options = Options(*options)
-    check_range("cross_entropy", target, options)
-    loss, lse = (logits.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
-    if target.numel():
-        launchers(backend).cross_entropy_forward(logits, target, class_weight, mean_weight, loss, lse, options, backend)
+def _launch_forward(
+    logits: Tensor, targets: Targets, options: Options, backend: str, loss: Tensor, lse: Tensor
+) -> None:
+    check_range("cross_entropy", targets.target, options)
+    launchers(__package__, backend).cross_entropy_forward(logits, targets, options, backend, loss, lse)
+
+
+@operator(launch=_launch_forward)
+def cross_entropy_forward(logits: Tensor, targets: Targets, options: Options, backend: str) -> tuple[Tensor, Tensor]:
+    """The loss and the log-sum-exp of each row; of a shard, its share of both (csrc/cross_entropy.h)."""
+    loss, lse = (logits.new_empty(targets.target.shape, dtype=torch.float32) for _ in range(2))
     return loss, lse
 
 
-_BACKWARD = (
-    "Tensor target, Tensor? class_weight, Tensor? mean_weight, Tensor lse, Tensor? dloss, Tensor? dlse,"
-    f" {SCHEMA}, str backend"
-)
-
-
-@register(
-    f"cross_entropy_backward(Tensor logits, {_BACKWARD}) -> Tensor",
-    fake=lambda logits, *_: logits.new_empty(logits.shape),
-)
-def _backward(logits: Tensor, *rest: Any) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
-    launch_backward(logits, dlogits, *rest)
-    return dlogits
-
-
-@register(f"cross_entropy_backward_(Tensor(a!) logits, {_BACKWARD}) -> ()", fake=lambda *_: None)
-def _backward_(logits: Tensor, *rest: Any) -> None:
-    launch_backward(logits, logits, *rest)
-
-
-def launch_backward(
-    logits: Tensor,
-    dlogits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    mean_weight: Tensor | None,
-    lse: Tensor,
-    dloss: Tensor | None,
-    dlse: Tensor | None,
-    *rest: Any,
+def _launch_backward(
+    logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str, dlogits: Tensor
 ) -> None:
     """``dlogits`` is contiguous, and may be ``logits``; ``dloss`` may have stride 0: one value for all rows."""
-    *options, backend = rest
-    if target.numel():
-        dlse = None if dlse is None else dlse.contiguous()
-        launchers(backend).cross_entropy_backward(
-            logits, target, class_weight, mean_weight, lse, dloss, dlse, dlogits, Options(*options), backend
-        )
+    if upstream.dlse is not None:
+        upstream = upstream._replace(dlse=upstream.dlse.contiguous())
+    kernels = launchers(__package__, backend)
+    kernels.cross_entropy_backward(logits, targets, lse, upstream, options, backend, dlogits)
+
+
+def _launch_inplace(logits: Tensor, *rest: Any) -> None:
+    if logits.numel():
+        _launch_backward(logits, *rest, logits)
+
+
+@operator(launch=_launch_backward)
+def cross_entropy_backward(
+    logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@operator(launch=_launch_inplace, mutates="logits")
+def cross_entropy_backward_(
+    logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str
+) -> None:
+    """Writes the gradient over ``logits``."""
 
 
 # ---- what the losses share ----
-
-
-def class_weights(weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The weights as the kernels take them, float32, and their mean."""
-    if weight is None:
-        return None, None
-    weight = weight.float().contiguous()
-    return weight, weight.mean()
 
 
 def reduce(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
@@ -213,30 +180,20 @@ def reduce(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: in
 
 
 def torch_loss(
-    logits: Tensor,
-    target: Tensor,
-    return_lse: bool,
-    *,
-    weight: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    reduction: str,
+    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, reduction: str, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The torch backend: PyTorch's own cross_entropy for what that can express, else the specification."""
+    ignore_index, label_smoothing, z_loss, softcap, *_ = options
+    given = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if return_lse or z_loss or softcap:
         loss, lse = reference.cross_entropy(
-            logits, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            z_loss=z_loss, softcap=softcap, reduction=reduction,
-        )  # fmt: skip
+            logits, target, weight=weight, z_loss=z_loss, softcap=softcap, reduction=reduction, **given
+        )
         return (loss, lse) if return_lse else loss
     wide = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     weight = None if weight is None else weight.to(wide.dtype)
     index = target.reshape(-1).long()
-    loss = F.cross_entropy(
-        wide, index, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction="none"
-    )
+    loss = F.cross_entropy(wide, index, weight=weight, reduction="none", **given)
     return reduce(loss.view(target.shape), target, weight, ignore_index, reduction)
 
 
@@ -256,22 +213,19 @@ def check_target(op: str, name: str, x: Tensor, target: Tensor) -> None:
     checks.sized(op, "target", target, tuple(x.shape[:-1]))
 
 
-def check_loss(
-    op: str,
-    name: str,
-    x: Tensor,
-    classes: int,
-    weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    weight_name: str = "weight",
-) -> None:
+def check_classes(op: str, classes: int) -> None:
     if classes == 0:
         raise ValueError(f"{op}: there are no classes; the last dimension must have at least one")
+
+
+def check_class_weight(op: str, name: str, weight: Tensor | None, x_name: str, x: Tensor, classes: int) -> None:
     if weight is not None:
-        checks.parameter(op, weight_name, weight, name, x, (classes,))
+        checks.parameter(op, name, weight, x_name, x, (classes,))
         if weight.requires_grad:
-            raise ValueError(f"{op}: {weight_name} gets no gradient; pass {weight_name}.detach()")
+            raise ValueError(f"{op}: {name} gets no gradient; pass {name}.detach()")
+
+
+def check_reduction(op: str, label_smoothing: float, reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, register
-from ..native import multiplies_bfloat16
+from ..library import differentiable_once, operator
 from . import reference
-from .cross_entropy_op import check_loss, check_range, check_target, class_weights, reduce, torch_loss
-from .launchers import launchers
-from .options import SCHEMA, Options
+from .cross_entropy_op import check_class_weight, check_classes, check_reduction, check_target, reduce, torch_loss
+from .linear_chunks import Linear, Wanted, run_chunks
+from .options import Options, Targets, Upstream
 
 NO_IGNORE_INDEX = -(2**63)
 
@@ -57,42 +56,35 @@ def linear_cross_entropy(
     The other arguments, the results and the errors are those of :func:`cross_entropy`.
 
     Memory: beyond the gradients, one chunk of logits, ``chunk · classes`` elements in the dtype of hidden, where
-    ``chunk`` is a fifth of the tokens, but at least 256 and at most 2048 (:func:`chunk_size`); on CPUs that multiply no
-    matrices in that dtype, a float32 chunk and a float32 copy of weight. With reduction
-    "mean" or "sum", no return_lse, and a dtype other than float16, the forward computes the gradients of hidden
-    and weight too and holds them for the backward, which only scales them (in new memory, unless the factor is 1
-    on a CPU, as it is in ``loss.backward()``). Otherwise the backward computes the logits again: one more matrix
-    product, and nothing held.
+    ``chunk`` is a fifth of the tokens, but at least 256 and at most 2048 (``linear_chunks.chunk_size``); on CPUs that
+    multiply no matrices in that dtype, a float32 chunk and a float32 copy of weight. With reduction "mean" or "sum",
+    no return_lse, and a dtype other than float16, the forward computes the gradients of hidden and weight too and
+    holds them for the backward, which only scales them (in new memory, unless the factor is 1 on a CPU, as it is in
+    ``loss.backward()``). Otherwise the backward computes the logits again: one more matrix product, and nothing held.
 
     A DTensor (an FSDP2 parameter outside its module's forward) raises: see the message.
     """
     _check_linear("linear_cross_entropy", hidden, weight, target, bias)
-    check_loss(
-        "linear_cross_entropy", "hidden", hidden, weight.shape[0], class_weight, label_smoothing, reduction,
-        "class_weight",
-    )  # fmt: skip
+    check_classes("linear_cross_entropy", weight.shape[0])
+    check_class_weight("linear_cross_entropy", "class_weight", class_weight, "hidden", hidden, weight.shape[0])
+    check_reduction("linear_cross_entropy", label_smoothing, reduction)
     hidden = _autocast(hidden)
     chosen = backends.select("linear_cross_entropy", hidden, backend)
     if isinstance(chosen, backends.Explanation):
         return chosen
-    if chosen == "torch":
-        return torch_loss(
-            _logits(hidden, weight, bias), target, return_lse, weight=class_weight, ignore_index=ignore_index,
-            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, reduction=reduction,
-        )  # fmt: skip
     options = Options(ignore_index, float(label_smoothing), float(z_loss), float(softcap), 0, weight.shape[0])
-    class_weight, mean_weight = class_weights(class_weight)
-    index = target.reshape(-1).long()
-    tensors = (hidden, weight, bias, index, class_weight, mean_weight)
+    if chosen == "torch":
+        return torch_loss(_logits(hidden, weight, bias), target, class_weight, options, reduction, return_lse)
+    targets = Targets.of(target, class_weight)
     # float16 gradients without the caller's loss scale would underflow: it must be known first
     if reduction == "none" or return_lse or hidden.dtype == torch.float16:
-        loss, lse = _PerToken.apply(*tensors, options, accumulate_float32, chosen)
-        loss = reduce(loss.view(target.shape), target, class_weight, ignore_index, reduction)
+        loss, lse = _PerToken.apply(hidden, weight, bias, targets, options, accumulate_float32, chosen)
+        loss = reduce(loss.view(target.shape), target, targets.class_weight, ignore_index, reduction)
         return (loss, lse.view(target.shape)) if return_lse else loss
     factor = torch.ones((), dtype=torch.float32, device=hidden.device)
     if reduction == "mean":
-        factor = factor / reference.normaliser(index, class_weight, ignore_index, torch.float32)
-    return _Reduced.apply(*tensors, factor, options, accumulate_float32, chosen)
+        factor = factor / reference.normaliser(targets.target, targets.class_weight, ignore_index, torch.float32)
+    return _Reduced.apply(hidden, weight, bias, targets, factor, options, accumulate_float32, chosen)
 
 
 @backends.op("cuda", "triton", "cpu")
@@ -126,7 +118,7 @@ def linear_log_prob(
             target out of range (on a GPU: NaN, see :func:`cross_entropy`).
     """
     _check_linear("linear_log_prob", hidden, weight, target, bias)
-    check_loss("linear_log_prob", "hidden", hidden, weight.shape[0], None, 0.0, "none")
+    check_classes("linear_log_prob", weight.shape[0])
     hidden = _autocast(hidden)
     chosen = backends.select("linear_log_prob", hidden, backend)
     if isinstance(chosen, backends.Explanation):
@@ -134,7 +126,7 @@ def linear_log_prob(
     if chosen == "torch":
         return reference.log_prob(_logits(hidden, weight, bias), target, softcap=softcap)
     options = Options(NO_IGNORE_INDEX, 0.0, 0.0, float(softcap), 0, weight.shape[0])
-    loss, _ = _PerToken.apply(hidden, weight, bias, target.reshape(-1).long(), None, None, options, False, chosen)
+    loss, _ = _PerToken.apply(hidden, weight, bias, Targets.of(target, None), options, False, chosen)
     return -loss.view(target.shape)
 
 
@@ -147,24 +139,20 @@ class _Reduced(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        mean_weight: Tensor | None,
+        targets: Targets,
         factor: Tensor,
         options: Options,
         accumulate_float32: bool,
         backend: str,
     ) -> Tensor:
-        tensors = (hidden, weight, bias, target, class_weight, mean_weight)
-        wanted = ctx.needs_input_grad[:3]
-        if any(wanted):
-            loss, dhidden, dweight, dbias = torch.ops.fastllm.linear_cross_entropy_with_gradients(
-                *tensors, factor, *wanted, accumulate_float32, *options, backend
+        linear, needed = Linear(hidden, weight, bias), ctx.needs_input_grad[:3]
+        if any(needed):
+            loss, *grads = linear_cross_entropy_with_gradients(
+                linear, targets, factor, Wanted(*needed, accumulate_float32), options, backend
             )
-            grads = (g if w else None for g, w in zip((dhidden, dweight, dbias), wanted, strict=True))
-            ctx.save_for_backward(hidden, *grads)
+            ctx.save_for_backward(hidden, *(g if need else None for g, need in zip(grads, needed, strict=True)))
         else:
-            loss, _ = torch.ops.fastllm.linear_cross_entropy_forward(*tensors, *options, backend)
+            loss, _ = linear_cross_entropy_forward(linear, targets, options, backend)
         return loss.sum() * factor
 
     @staticmethod
@@ -174,7 +162,7 @@ class _Reduced(torch.autograd.Function):
         if not (known and by == 1):
             grads = [None if g is None else g * by for g in grads]
         grads = [differentiable_once("linear_cross_entropy", hidden, g) for g in grads]
-        return *grads, *(None,) * 7
+        return *grads, *(None,) * 5
 
 
 class _PerToken(torch.autograd.Function):
@@ -186,16 +174,13 @@ class _PerToken(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        target: Tensor,
-        class_weight: Tensor | None,
-        mean_weight: Tensor | None,
+        targets: Targets,
         options: Options,
         accumulate_float32: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        tensors = (hidden, weight, bias, target, class_weight, mean_weight)
-        loss, lse = torch.ops.fastllm.linear_cross_entropy_forward(*tensors, *options, backend)
-        ctx.save_for_backward(*tensors, lse)
+        loss, lse = linear_cross_entropy_forward(Linear(hidden, weight, bias), targets, options, backend)
+        ctx.save_for_backward(hidden, weight, bias, *targets, lse)
         ctx.options, ctx.accumulate_float32, ctx.backend = options, accumulate_float32, backend
         ctx.set_materialize_grads(False)
         return loss, lse
@@ -203,200 +188,107 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         if dloss is None and dlse is None:
-            return (None,) * 9
-        wanted = ctx.needs_input_grad[:3]
-        grads = torch.ops.fastllm.linear_cross_entropy_backward(
-            *ctx.saved_tensors, dloss, dlse, *wanted, ctx.accumulate_float32, *ctx.options, ctx.backend
+            return (None,) * 7
+        *saved, lse = ctx.saved_tensors
+        linear, targets, needed = Linear(*saved[:3]), Targets(*saved[3:]), ctx.needs_input_grad[:3]
+        wanted = Wanted(*needed, ctx.accumulate_float32)
+        grads = linear_cross_entropy_backward(
+            linear, targets, lse, Upstream(dloss, dlse), wanted, ctx.options, ctx.backend
         )
-        hidden = ctx.saved_tensors[0]
         grads = [
-            differentiable_once("linear_cross_entropy", hidden, g) if w else None
-            for g, w in zip(grads, wanted, strict=True)
+            differentiable_once("linear_cross_entropy", linear.hidden, g) if need else None
+            for g, need in zip(grads, needed, strict=True)
         ]
-        return *grads, *(None,) * 6
+        return *grads, *(None,) * 4
 
 
 # ---- operators ----
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, Tensor? mean_weight"
-_WANTED = "bool need_hidden, bool need_weight, bool need_bias, bool accumulate_float32"
+
+def _per_token(targets: Targets) -> Tensor:
+    return targets.target.new_empty(targets.target.shape, dtype=torch.float32)
 
 
-def _row_outputs(target: Tensor) -> tuple[Tensor, Tensor]:
-    return tuple(target.new_empty(target.shape, dtype=torch.float32) for _ in range(2))
-
-
-def _gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(linear: Linear, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
     """Memory for the gradients; empty where none is wanted."""
-    return tuple(
-        t.new_empty(t.shape if want else (0,)) if t is not None else hidden.new_empty(0)
-        for t, want in zip((hidden, weight, bias), wanted, strict=True)
+    dhidden, dweight, dbias = (
+        linear.hidden.new_empty(0) if t is None else t.new_empty(t.shape if need else (0,))
+        for t, need in zip(linear, wanted[:3], strict=True)
     )
+    return dhidden, dweight, dbias
 
 
-@register(
-    f"linear_cross_entropy_forward({_INPUTS}, {SCHEMA}, str backend) -> (Tensor loss, Tensor lse)",
-    fake=lambda hidden, weight, bias, target, *_: _row_outputs(target),
-)
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *inputs, backend = arguments
-    tensors, options = inputs[:6], Options(*inputs[6:])
-    loss, lse = _row_outputs(tensors[3])
-    _run(*tensors, options, backend, loss=loss, lse=lse)
-    return loss, lse
+def _launch_forward(
+    linear: Linear, targets: Targets, options: Options, backend: str, loss: Tensor, lse: Tensor
+) -> None:
+    run_chunks(linear, targets, options, backend, loss=loss, lse=lse)
 
 
-def _fake_with_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return _row_outputs(target)[0], *_gradients(hidden, weight, bias, *rest[3:6])
+@operator(launch=_launch_forward)
+def linear_cross_entropy_forward(
+    linear: Linear, targets: Targets, options: Options, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The loss and the log-sum-exp of each token."""
+    return _per_token(targets), _per_token(targets)
 
 
-@register(
-    f"linear_cross_entropy_with_gradients({_INPUTS}, Tensor factor, {_WANTED}, {SCHEMA}, str backend)"
-    " -> (Tensor loss, Tensor dhidden, Tensor dweight, Tensor dbias)",
-    fake=_fake_with_gradients,
-)
-def _with_gradients(*arguments: Any) -> tuple[Tensor, ...]:
-    """The loss of each token, and the gradients of ``factor`` times their sum."""
-    *inputs, backend = arguments
-    tensors, factor, wanted, accumulate = inputs[:6], inputs[6], inputs[7:10], inputs[10]
-    loss, lse = _row_outputs(tensors[3])
-    grads = _gradients(*tensors[:3], *wanted)
-    _run(
-        *tensors, Options(*inputs[11:]), backend, loss=loss, lse=lse, dloss=factor.expand(loss.shape), grads=grads,
-        accumulate_float32=accumulate,
-    )  # fmt: skip
-    return loss, *grads
-
-
-@register(
-    f"linear_cross_entropy_backward({_INPUTS}, Tensor lse, Tensor? dloss, Tensor? dlse, {_WANTED}, {SCHEMA},"
-    " str backend) -> (Tensor dhidden, Tensor dweight, Tensor dbias)",
-    fake=lambda hidden, weight, bias, *rest: _gradients(hidden, weight, bias, *rest[6:9]),
-)
-def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, backend = arguments
-    tensors, (lse, dloss, dlse), wanted, accumulate = inputs[:6], inputs[6:9], inputs[9:12], inputs[12]
-    grads = _gradients(*tensors[:3], *wanted)
-    dlse = None if dlse is None else dlse.contiguous()
-    _run(
-        *tensors, Options(*inputs[13:]), backend, lse=lse, dloss=dloss, dlse=dlse, grads=grads,
-        accumulate_float32=accumulate,
-    )  # fmt: skip
-    return grads
-
-
-def chunk_size(tokens: int) -> int:
-    """Tokens whose logits are held at a time: a fifth of them, in sixteens, but 256 to 2048. PyTorch holds three
-    times all of them, so this is a fifteenth; fewer would keep the matrix products from their speed."""
-    fifth = -(-tokens // 80) * 16
-    return max(1, min(tokens, max(256, min(2048, fifth))))
-
-
-@torch.no_grad()
-def _run(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    class_weight: Tensor | None,
-    mean_weight: Tensor | None,
+def _launch_with_gradients(
+    linear: Linear,
+    targets: Targets,
+    factor: Tensor,
+    wanted: Wanted,
     options: Options,
     backend: str,
-    *,
-    lse: Tensor,
-    loss: Tensor | None = None,
-    dloss: Tensor | None = None,
-    dlse: Tensor | None = None,
-    grads: tuple[Tensor, Tensor, Tensor] | None = None,
-    accumulate_float32: bool = False,
+    loss: Tensor,
+    *grads: Tensor,
 ) -> None:
-    """Chunk by chunk: the logits; into ``loss`` and ``lse``, where a loss is given, the forward; into ``grads``,
-    where they are, the backward."""
-    check_range("linear_cross_entropy", target, options)
-    kernels = launchers(backend)
-    features = hidden.shape[-1]
-    dtype = _product_dtype(hidden)
-    rows, head = hidden.reshape(-1, features).to(dtype), weight.to(hidden.dtype).to(dtype)
-    bias = None if bias is None else bias.to(hidden.dtype).to(dtype)
-    dhidden, dweight, dbias = grads or (hidden.new_empty(0),) * 3
-    weight_sum = _Sum(dweight, torch.float32 if accumulate_float32 else dtype)
-    bias_sum = torch.zeros_like(dbias, dtype=torch.float32)
-    tokens, step = len(target), chunk_size(len(target))
-    buffer = hidden.new_empty(step, options.classes, dtype=dtype)
-    for start in range(0, tokens, step):
-        part = slice(start, min(start + step, tokens))
-        h, logits = rows[part], buffer[: part.stop - start]
-        shared = (logits, target[part], class_weight, mean_weight)
-        _product(h, head, bias, logits)
-        if loss is not None:
-            kernels.cross_entropy_forward(*shared, loss[part], lse[part], options, backend)
-        if grads is None:
-            continue
-        upstream = (None if g is None else g[part] for g in (dloss, dlse))
-        kernels.cross_entropy_backward(*shared, lse[part], *upstream, logits, options, backend)
-        if dhidden.numel():
-            out = dhidden.view(-1, features)[part]
-            wide = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
-            out.copy_(torch.mm(logits, head, out=wide))  # onto itself: nothing; without out= autocast would narrow it
-        if dweight.numel():
-            weight_sum.add(logits, h)
-        if dbias.numel():
-            bias_sum += logits.sum(0, dtype=torch.float32)
-    weight_sum.finish()
-    dbias.copy_(bias_sum)
+    upstream = Upstream(factor.expand(loss.shape), None)
+    run_chunks(
+        linear, targets, options, backend, loss=loss, lse=torch.empty_like(loss), upstream=upstream, grads=grads,
+        accumulate_float32=wanted.accumulate_float32,
+    )  # fmt: skip
 
 
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """float32 on a CPU that can't multiply matrices in a narrower dtype: PyTorch would imitate it at a fifth of the
-    speed."""
-    if hidden.device.type != "cpu" or hidden.dtype == torch.float32:
-        return hidden.dtype
-    return torch.bfloat16 if hidden.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
+@operator(launch=_launch_with_gradients)
+def linear_cross_entropy_with_gradients(
+    linear: Linear, targets: Targets, factor: Tensor, wanted: Wanted, options: Options, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss of each token, and the gradients of ``factor`` times their sum."""
+    return _per_token(targets), *_gradients(linear, wanted)
 
 
-def _product(hidden: Tensor, head: Tensor, bias: Tensor | None, logits: Tensor) -> None:
-    """``logits = hidden @ headᵀ + bias``. On a CPU in float32 in blocks of classes that a cache holds: in one
-    piece PyTorch's product reads the head's columns too far apart, and takes a third longer."""
-    blocks = 1024 if hidden.device.type == "cpu" and hidden.dtype == torch.float32 else len(head)
-    for start in range(0, len(head), blocks):
-        part = slice(start, start + blocks)
-        if bias is None:
-            torch.mm(hidden, head[part].t(), out=logits[:, part])
-        else:
-            torch.addmm(bias[part], hidden, head[part].t(), out=logits[:, part])
+def _launch_backward(
+    linear: Linear,
+    targets: Targets,
+    lse: Tensor,
+    upstream: Upstream,
+    wanted: Wanted,
+    options: Options,
+    backend: str,
+    *grads: Tensor,
+) -> None:
+    if upstream.dlse is not None:
+        upstream = upstream._replace(dlse=upstream.dlse.contiguous())
+    run_chunks(
+        linear, targets, options, backend, lse=lse, upstream=upstream, grads=grads,
+        accumulate_float32=wanted.accumulate_float32,
+    )  # fmt: skip
 
 
-class _Sum:
-    """The sum of ``a.t() @ b`` over chunks, in ``dtype``, into ``out``."""
+@operator(launch=_launch_backward)
+def linear_cross_entropy_backward(
+    linear: Linear,
+    targets: Targets,
+    lse: Tensor,
+    upstream: Upstream,
+    wanted: Wanted,
+    options: Options,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients(linear, wanted)
 
-    BLOCK = 4096  # rows of a product that waits to be added in another dtype
 
-    def __init__(self, out: Tensor, dtype: torch.dtype) -> None:
-        self.out, self.total, self.empty = (
-            out,
-            out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype),
-            True,
-        )
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        if self.total.dtype == b.dtype:
-            if self.empty:
-                torch.mm(a.t(), b, out=self.total)
-            else:
-                torch.addmm(self.total, a.t(), b, out=self.total)
-        else:
-            for total, columns in zip(self.total.split(self.BLOCK), a.split(self.BLOCK, 1), strict=True):
-                product = torch.mm(columns.t(), b)
-                total.copy_(product) if self.empty else total.add_(product)
-        self.empty = False
-
-    def finish(self) -> None:
-        if self.empty:
-            self.total.zero_()
-        if self.total is not self.out:
-            self.out.copy_(self.total)
+# ---- arguments ----
 
 
 def _autocast(hidden: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import KERNELS, as_rows, merged_dims, place
-from .options import Options
+from .options import Options, Targets, Upstream
 
 NO_MASK, BOOLEAN, ADDITIVE, ADDITIVE_FLOAT32 = range(4)  # csrc/softmax.h's MaskKind
 
@@ -34,39 +34,22 @@ def as_mask(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
     return whole.as_strided(sizes, strides), kind
 
 
-def softmax_forward(x: Tensor, mask: Tensor | None, y: Tensor, scale: float, causal: bool, backend: str) -> None:
+def softmax_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str, y: Tensor) -> None:
     KERNELS[backend].softmax_forward(as_rows(x), *as_mask(mask, x), scale, causal, y, *place(x))
 
 
-def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, scale: float, causal: bool, backend: str) -> None:
+def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str, dx: Tensor) -> None:
     KERNELS[backend].softmax_backward(as_rows(dy), as_rows(y), scale, causal, dx, *place(y))
 
 
 def cross_entropy_forward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    mean_weight: Tensor | None,
-    loss: Tensor,
-    lse: Tensor,
-    options: Options,
-    backend: str,
+    logits: Tensor, targets: Targets, options: Options, backend: str, loss: Tensor, lse: Tensor
 ) -> None:
-    inputs = as_rows(logits), target, class_weight, mean_weight
-    KERNELS[backend].cross_entropy_forward(*inputs, options, loss, lse, *place(logits))
+    KERNELS[backend].cross_entropy_forward(as_rows(logits), *targets, options, loss, lse, *place(logits))
 
 
 def cross_entropy_backward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    mean_weight: Tensor | None,
-    lse: Tensor,
-    dloss: Tensor | None,
-    dlse: Tensor | None,
-    dlogits: Tensor,
-    options: Options,
-    backend: str,
+    logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str, dlogits: Tensor
 ) -> None:
-    inputs = as_rows(logits), target, class_weight, mean_weight, lse, dloss, dlse
+    inputs = as_rows(logits), *targets, lse, *upstream
     KERNELS[backend].cross_entropy_backward(*inputs, options, dlogits, *place(logits))

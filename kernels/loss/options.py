@@ -1,10 +1,12 @@
-"""What the cross-entropy kernels are told beside the tensors."""
+"""What the cross-entropy kernels are told beside the logits."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
+from typing import NamedTuple
 
-from ..library import Size, arguments
+from torch import Tensor
+
+from ..library import Size
 
 
 class Options(NamedTuple):
@@ -18,4 +20,25 @@ class Options(NamedTuple):
     classes: Size
 
 
-SCHEMA = arguments(get_type_hints(Options))  # the same in an operator's schema
+class Targets(NamedTuple):
+    """The class of each row, ``[rows]`` int64; the weight of each class, ``[classes]`` float32, and their mean."""
+
+    target: Tensor
+    class_weight: Tensor | None
+    mean_weight: Tensor | None
+
+    @classmethod
+    def of(cls, target: Tensor, class_weight: Tensor | None) -> Targets:
+        """In the dtypes and the memory order that the kernels read."""
+        index = target.reshape(-1).long().contiguous()
+        if class_weight is None:
+            return cls(index, None, None)
+        class_weight = class_weight.float().contiguous()
+        return cls(index, class_weight, class_weight.mean())
+
+
+class Upstream(NamedTuple):
+    """The gradients of the loss and the log-sum-exp of each row, float32; None counts 0."""
+
+    dloss: Tensor | None
+    dlse: Tensor | None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .options import Options
+from .options import Options, Targets
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -54,14 +54,14 @@ def shard_of(logits: Tensor, group: ProcessGroup | None) -> Shard:
 
 
 def combine(
-    linear: Tensor, lse: Tensor, target: Tensor, class_weight: Tensor | None, mean_weight: Tensor | None,
-    options: Options, group: ProcessGroup,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    linear: Tensor, lse: Tensor, targets: Targets, options: Options, group: ProcessGroup
+) -> tuple[Tensor, Tensor]:
     """``(loss, lse)`` of each row, from every process's linear part and log-sum-exp."""
     from torch.distributed import _functional_collectives as collectives
 
     shares = collectives.all_gather_tensor(torch.stack([lse, linear]), 0, group).view(-1, 2, lse.numel())
     lse, linear = shares[:, 0].logsumexp(0), shares[:, 1].sum(0)
+    target, class_weight, mean_weight = targets
     valid = target != options.ignore_index
     total = torch.ones_like(lse)
     if class_weight is not None:

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, register
+from ..library import differentiable_once, operator
 from . import reference
-from .launchers import launchers
 
 
 @backends.op("cuda", "triton", "cpu")
@@ -69,7 +68,7 @@ def softmax(
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
-        y = torch.ops.fastllm.softmax_forward(x, mask, scale, causal, backend)
+        y = softmax_forward(x, mask, scale, causal, backend)
         ctx.save_for_backward(y)
         ctx.scale, ctx.causal, ctx.backend = scale, causal, backend
         return y
@@ -77,27 +76,15 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
-        dx = torch.ops.fastllm.softmax_backward(dy, y, ctx.scale, ctx.causal, ctx.backend)
+        dx = softmax_backward(dy, y, ctx.scale, ctx.causal, ctx.backend)
         return differentiable_once("softmax", y, dx), None, None, None, None
 
 
-@register(
-    "softmax_forward(Tensor x, Tensor? mask, float scale, bool causal, str backend) -> Tensor",
-    fake=lambda x, mask, scale, causal, backend: x.new_empty(x.shape),
-)
-def _forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
-    y = x.new_empty(x.shape)
-    if x.numel():
-        launchers(backend).softmax_forward(x, mask, y, scale, causal, backend)
-    return y
+@operator
+def softmax_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
 
 
-@register(
-    "softmax_backward(Tensor dy, Tensor y, float scale, bool causal, str backend) -> Tensor",
-    fake=lambda dy, y, scale, causal, backend: y.new_empty(y.shape),
-)
-def _backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str) -> Tensor:
-    dx = y.new_empty(y.shape)
-    if y.numel():
-        launchers(backend).softmax_backward(dy, y, dx, scale, causal, backend)
-    return dx
+@operator
+def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str) -> Tensor:
+    return y.new_empty(y.shape)

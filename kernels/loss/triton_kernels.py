@@ -8,6 +8,8 @@ twice. Cross-entropy always takes that loop, forward; its backward is elementwis
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from torch import Tensor
 from ..native import as_rows
 from ..triton_launch import LOOP_COLS, on_device, row_offsets, row_strides, tanh, tile
 from .native import BOOLEAN, as_mask
-from .options import Options
+from .options import Options, Targets, Upstream
 
 # The longest row that a program holds: one value a column forward, two backward.
 LONGEST_FORWARD, LONGEST_BACKWARD = 16384, 8192
@@ -31,14 +33,14 @@ def _visible(row, cols, queries):
 
 
 @triton.jit
-def _columns(at, inside, end, CAUSAL: tl.constexpr):
-    """(what is loaded, what is seen) of the columns ``at``.
+def _columns(offsets, inside, end, CAUSAL: tl.constexpr):
+    """(what is loaded, what is seen) of the columns ``offsets``.
 
-    Causal loads go on to a multiple of 16: a mask that may end anywhere makes them single elements.
+    Causal loads end at a multiple of 16: a mask that may end anywhere makes them single elements.
     """
     read, seen = inside, inside
     if CAUSAL:
-        read, seen = inside & (at < (end + 15) // 16 * 16), inside & (at < end)
+        read, seen = inside & (offsets < (end + 15) // 16 * 16), inside & (offsets < end)
     return read, seen
 
 
@@ -49,20 +51,20 @@ def _mask_offsets(row, middle, inner, outer_stride, middle_stride, inner_stride)
 
 
 @triton.jit
-def _scores(X, MASK, x_at, mask_at, read, seen, scale, KIND: tl.constexpr):
+def _scores(X, MASK, x_offsets, mask_offsets, read, seen, scale, KIND: tl.constexpr):
     """x * scale under the mask, -inf where nothing is seen. KIND is csrc/softmax.h's MaskKind."""
-    s = tl.load(X + x_at, read, other=0.0).to(tl.float32) * scale
+    s = tl.load(X + x_offsets, read, other=0.0).to(tl.float32) * scale
     if KIND == 1:
-        seen = seen & (tl.load(MASK + mask_at, read, other=0) != 0)
+        seen = seen & (tl.load(MASK + mask_offsets, read, other=0) != 0)
     elif KIND > 1:
-        s += tl.load(MASK + mask_at, read, other=0.0).to(tl.float32)
+        s += tl.load(MASK + mask_offsets, read, other=0.0).to(tl.float32)
     return tl.where(seen, s, float("-inf"))
 
 
 @triton.jit
-def _shift(top):
+def _shift(row_max):
     """What is subtracted before exp: the maximum, but 0 where that is -inf, from which nothing can be taken."""
-    return tl.where(top == float("-inf"), 0.0, top)
+    return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
 @triton.jit
@@ -82,38 +84,39 @@ def softmax_forward_kernel(
     m_row = _mask_offsets(row, m_middle, m_inner, m_outer, m_middle_step, m_step)[:, None]
     y_row = (row * cols)[:, None]
     if LOOP:
-        top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS, COLS], tl.float32)
+        row_max = tl.full([ROWS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([ROWS, COLS], tl.float32)
         for start in range(0, tl.max(end) if CAUSAL else cols, COLS):
-            at = start + col
-            read, seen = _columns(at, inside & (at < cols), end, CAUSAL)
-            s = _scores(X, MASK, x_row + at, m_row + at, read, seen, scale, KIND)
-            next_top = tl.maximum(top, tl.max(s, 1))
-            shift = _shift(next_top)[:, None]
-            total = total * tl.exp(top[:, None] - shift) + tl.exp(s - shift)
-            top = next_top
-        shift, total = _shift(top)[:, None], tl.sum(total, 1)[:, None]
-        divisor = tl.where(total == 0.0, 1.0, total)
+            offsets = start + col
+            read, seen = _columns(offsets, inside & (offsets < cols), end, CAUSAL)
+            s = _scores(X, MASK, x_row + offsets, m_row + offsets, read, seen, scale, KIND)
+            next_max = tl.maximum(row_max, tl.max(s, 1))
+            shift = _shift(next_max)[:, None]
+            row_sum = row_sum * tl.exp(row_max[:, None] - shift) + tl.exp(s - shift)
+            row_max = next_max
+        shift, row_sum = _shift(row_max)[:, None], tl.sum(row_sum, 1)[:, None]
+        divisor = tl.where(row_sum == 0.0, 1.0, row_sum)
         for start in range(0, cols, COLS):
-            at = start + col
-            read, seen = _columns(at, inside & (at < cols), end, CAUSAL)
-            s = _scores(X, MASK, x_row + at, m_row + at, read, seen, scale, KIND)
-            tl.store(Y + y_row + at, (tl.exp(s - shift) / divisor).to(Y.dtype.element_ty), inside & (at < cols))
+            offsets = start + col
+            read, seen = _columns(offsets, inside & (offsets < cols), end, CAUSAL)
+            s = _scores(X, MASK, x_row + offsets, m_row + offsets, read, seen, scale, KIND)
+            y = (tl.exp(s - shift) / divisor).to(Y.dtype.element_ty)
+            tl.store(Y + y_row + offsets, y, inside & (offsets < cols))
     else:
         read, seen = _columns(col, inside & (col < cols), end, CAUSAL)
         s = _scores(X, MASK, x_row + col, m_row + col, read, seen, scale, KIND)
         e = tl.exp(s - _shift(tl.max(s, 1))[:, None])
-        total = tl.sum(e, 1)[:, None]
-        y = e / tl.where(total == 0.0, 1.0, total)
+        row_sum = tl.sum(e, 1)[:, None]
+        y = e / tl.where(row_sum == 0.0, 1.0, row_sum)
         tl.store(Y + y_row + col, y.to(Y.dtype.element_ty), inside & (col < cols))
 
 
 @triton.jit
-def _pair(dy_row, y_row, at, inside, end, CAUSAL: tl.constexpr):
-    """(dy, y) at some columns, 0 where they are not seen."""
-    read, seen = _columns(at, inside, end, CAUSAL)
-    dy = tl.load(dy_row + at, read, other=0.0).to(tl.float32)
-    y = tl.load(y_row + at, read, other=0.0).to(tl.float32)
+def _pair(dy_row, y_row, offsets, inside, end, CAUSAL: tl.constexpr):
+    """(dy, y) of some columns, 0 where they are not seen."""
+    read, seen = _columns(offsets, inside, end, CAUSAL)
+    dy = tl.load(dy_row + offsets, read, other=0.0).to(tl.float32)
+    y = tl.load(y_row + offsets, read, other=0.0).to(tl.float32)
     return tl.where(seen, dy, 0.0), tl.where(seen, y, 0.0)
 
 
@@ -135,21 +138,21 @@ def softmax_backward_kernel(
     if LOOP:
         products = tl.zeros([ROWS, COLS], tl.float32)
         for start in range(0, tl.max(end) if CAUSAL else cols, COLS):
-            at = start + col
-            dy, y = _pair(dy_row, y_row, at, inside & (at < cols), end, CAUSAL)
+            offsets = start + col
+            dy, y = _pair(dy_row, y_row, offsets, inside & (offsets < cols), end, CAUSAL)
             products += dy * y
         dot = tl.sum(products, 1)[:, None]
         for start in range(0, cols, COLS):
-            at = start + col
-            dy, y = _pair(dy_row, y_row, at, inside & (at < cols), end, CAUSAL)
-            tl.store(dx_row + at, (y * (dy - dot) * scale).to(DX.dtype.element_ty), inside & (at < cols))
+            offsets = start + col
+            dy, y = _pair(dy_row, y_row, offsets, inside & (offsets < cols), end, CAUSAL)
+            tl.store(dx_row + offsets, (y * (dy - dot) * scale).to(DX.dtype.element_ty), inside & (offsets < cols))
     else:
         dy, y = _pair(dy_row, y_row, col, inside & (col < cols), end, CAUSAL)
         dx = y * (dy - tl.sum(dy * y, 1)[:, None]) * scale
         tl.store(dx_row + col, dx.to(DX.dtype.element_ty), inside & (col < cols))
 
 
-def softmax_forward(x: Tensor, mask: Tensor | None, y: Tensor, scale: float, causal: bool, backend: str) -> None:
+def softmax_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str, y: Tensor) -> None:
     cols, queries = x.shape[-1], x.shape[-2] if causal else 0
     rows = x.numel() // cols
     mask, kind = as_mask(mask, x)
@@ -178,7 +181,7 @@ def softmax_forward(x: Tensor, mask: Tensor | None, y: Tensor, scale: float, cau
         )
 
 
-def softmax_backward(dy: Tensor, y: Tensor, dx: Tensor, scale: float, causal: bool, backend: str) -> None:
+def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str, dx: Tensor) -> None:
     cols, queries = y.shape[-1], y.shape[-2] if causal else 0
     rows = y.numel() // cols
     dy, y = as_rows(dy), as_rows(y)
@@ -211,56 +214,57 @@ def _capped(logit, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _target(
-    TARGET, WEIGHT, MEAN, row, cols, ignore_index, smoothing, first_class, classes, HAS_WEIGHT: tl.constexpr
-):  # fmt: skip
-    """What the target of a row says: (ignored, its column or -1, (1 - e) * w_t, that + e * mean weight)."""
+    TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes, HAS_WEIGHT: tl.constexpr
+):
+    """Of a row: (ignored, the target's column or -1, (1 - e) * w_t, that + e * mean weight)."""
     t = tl.load(TARGET + row)
     ignored = t == ignore_index
     valid = (t >= 0) & (t < classes) & (t != ignore_index)
     col = tl.where(valid & (t >= first_class) & (t < first_class + cols), t - first_class, -1)
-    own, mean = 1.0 - smoothing, 1.0
+    target_weight, mean = 1.0 - label_smoothing, 1.0
     if HAS_WEIGHT:
-        own *= tl.load(WEIGHT + tl.where(valid, t, 0))
+        target_weight *= tl.load(WEIGHT + tl.where(valid, t, 0))
         mean = tl.load(MEAN)
-    own = tl.where(valid, own, float("nan"))  # out of range
-    return ignored, col, own, own + smoothing * mean
+    target_weight = tl.where(valid, target_weight, float("nan"))  # out of range
+    return ignored, col, target_weight, target_weight + label_smoothing * mean
 
 
 @triton.jit
 def cross_entropy_forward_kernel(
     LOGITS, TARGET, WEIGHT, MEAN, LOSS, LSE,
-    cols, inner, outer, step, ignore_index, smoothing, z_loss, softcap, first_class, classes,
+    cols, logits_inner, logits_outer, logits_step,
+    ignore_index, label_smoothing, z_loss, softcap, first_class, classes,
     HAS_WEIGHT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    logits = LOGITS + row_offsets(row, inner, outer, step)
-    top = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([COLS], tl.float32)
-    spread = tl.zeros([COLS], tl.float32)
+    logits = LOGITS + row_offsets(row, logits_inner, logits_outer, logits_step)
+    row_max = tl.full([1], float("-inf"), tl.float32)
+    row_sum = tl.zeros([COLS], tl.float32)
+    weighted_sum = tl.zeros([COLS], tl.float32)
     for start in range(0, cols, COLS):
-        at = start + tl.arange(0, COLS)
-        s = _capped(tl.load(logits + at, at < cols, other=0.0).to(tl.float32), softcap, CAPPED)
+        offsets = start + tl.arange(0, COLS)
+        s = _capped(tl.load(logits + offsets, offsets < cols, other=0.0).to(tl.float32), softcap, CAPPED)
         if SMOOTHED:
-            weighed = s
+            weighted = s
             if HAS_WEIGHT:
-                weighed = s * tl.load(WEIGHT + first_class + at, at < cols, other=0.0)
-            spread += tl.where(at < cols, weighed, 0.0)
-        s = tl.where(at < cols, s, float("-inf"))
-        next_top = tl.maximum(top, tl.max(s, 0))
-        shift = _shift(next_top)
-        total = total * tl.exp(top - shift) + tl.exp(s - shift)
-        top = next_top
-    lse = tl.sum(_shift(top)) + tl.log(tl.sum(total))
+                weighted = s * tl.load(WEIGHT + first_class + offsets, offsets < cols, other=0.0)
+            weighted_sum += tl.where(offsets < cols, weighted, 0.0)
+        s = tl.where(offsets < cols, s, float("-inf"))
+        next_max = tl.maximum(row_max, tl.max(s, 0))
+        shift = _shift(next_max)
+        row_sum = row_sum * tl.exp(row_max - shift) + tl.exp(s - shift)
+        row_max = next_max
+    lse = tl.sum(_shift(row_max)) + tl.log(tl.sum(row_sum))
 
-    ignored, col, own, all_in = _target(
-        TARGET, WEIGHT, MEAN, row, cols, ignore_index, smoothing, first_class, classes, HAS_WEIGHT
+    ignored, col, target_weight, total_weight = _target(
+        TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes, HAS_WEIGHT
     )
-    at_target = _capped(tl.load(logits + col, col >= 0, other=0.0).to(tl.float32), softcap, CAPPED)
-    loss = own * tl.where(col >= 0, at_target, 0.0)
+    target_logit = _capped(tl.load(logits + col, col >= 0, other=0.0).to(tl.float32), softcap, CAPPED)
+    loss = target_weight * tl.where(col >= 0, target_logit, 0.0)
     if SMOOTHED:
-        loss += smoothing / classes * tl.sum(spread)
+        loss += label_smoothing / classes * tl.sum(weighted_sum)
     if WHOLE:
-        loss = all_in * lse - loss + z_loss * lse * lse
+        loss = total_weight * lse - loss + z_loss * lse * lse
     tl.store(LOSS + row, tl.where(ignored, 0.0, loss))
     tl.store(LSE + row, lse)
 
@@ -268,39 +272,53 @@ def cross_entropy_forward_kernel(
 @triton.jit
 def cross_entropy_backward_kernel(
     LOGITS, TARGET, WEIGHT, MEAN, LSE, DLOSS, DLSE, DLOGITS,
-    cols, inner, outer, step, dloss_stride, ignore_index, smoothing, z_loss, softcap, first_class, classes,
+    cols, logits_inner, logits_outer, logits_step, dloss_stride,
+    ignore_index, label_smoothing, z_loss, softcap, first_class, classes,
     HAS_WEIGHT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr,
     HAS_DLOSS: tl.constexpr, HAS_DLSE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program takes a block of a row. It reads the block before it writes it: DLOGITS may be LOGITS."""
     blocks = tl.cdiv(cols, COLS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    at = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
-    ignored, col, own, all_in = _target(
-        TARGET, WEIGHT, MEAN, row, cols, ignore_index, smoothing, first_class, classes, HAS_WEIGHT
+    offsets = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
+    ignored, col, target_weight, total_weight = _target(
+        TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes, HAS_WEIGHT
     )
     lse = tl.load(LSE + row)
-    push, dloss = 0.0, 0.0
+    dlse, dloss = 0.0, 0.0  # dlse: the whole gradient of the log-sum-exp, also through the loss
     if HAS_DLOSS:
         dloss = tl.where(ignored, 0.0, tl.load(DLOSS + row * dloss_stride))
-        push = tl.where(ignored, 0.0, dloss * (all_in + 2.0 * z_loss * lse))
+        dlse = tl.where(ignored, 0.0, dloss * (total_weight + 2.0 * z_loss * lse))
     if HAS_DLSE:
-        push += tl.load(DLSE + row)
-    pulled = (push != 0.0) | (dloss != 0.0)  # else 0, whatever the logits hold
-    logits = LOGITS + row_offsets(row, inner, outer, step)
-    logit = tl.load(logits + at, at < tl.where(pulled, cols, 0), other=0.0).to(tl.float32)
+        dlse += tl.load(DLSE + row)
+    active = (dlse != 0.0) | (dloss != 0.0)  # else 0, whatever the logits hold
+    logits = LOGITS + row_offsets(row, logits_inner, logits_outer, logits_step)
+    logit = tl.load(logits + offsets, offsets < tl.where(active, cols, 0), other=0.0).to(tl.float32)
     slope = 1.0
     if CAPPED:
         t = tanh(logit / softcap, True)
         logit, slope = softcap * t, 1.0 - t * t
-    gradient = tl.exp(logit - lse) * push - tl.where(at == col, dloss * own, 0.0)
+    gradient = tl.exp(logit - lse) * dlse - tl.where(offsets == col, dloss * target_weight, 0.0)
     if SMOOTHED:
-        pull = dloss * smoothing / classes
+        smooth = dloss * label_smoothing / classes
         if HAS_WEIGHT:
-            pull = pull * tl.load(WEIGHT + first_class + at, at < cols, other=0.0)
-        gradient -= pull
-    gradient = tl.where(pulled, gradient * slope, 0.0)
-    tl.store(DLOGITS + row * cols + at, gradient.to(DLOGITS.dtype.element_ty), at < cols)
+            smooth = smooth * tl.load(WEIGHT + first_class + offsets, offsets < cols, other=0.0)
+        gradient -= smooth
+    gradient = tl.where(active, gradient * slope, 0.0)
+    tl.store(DLOGITS + row * cols + offsets, gradient.to(DLOGITS.dtype.element_ty), offsets < cols)
+
+
+def _loss_arguments(targets: Targets, options: Options) -> dict[str, Any]:
+    """The arguments that both cross-entropy kernels have beside the logits."""
+    return {
+        "TARGET": targets.target,
+        "WEIGHT": targets.class_weight,
+        "MEAN": targets.mean_weight,
+        "HAS_WEIGHT": targets.class_weight is not None,
+        "SMOOTHED": options.label_smoothing != 0,
+        "CAPPED": options.softcap != 0,
+        **options._asdict(),
+    }
 
 
 def _block(cols: int) -> dict[str, int]:
@@ -309,44 +327,41 @@ def _block(cols: int) -> dict[str, int]:
 
 
 def cross_entropy_forward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    mean_weight: Tensor | None,
-    loss: Tensor,
-    lse: Tensor,
-    options: Options,
-    backend: str,
+    logits: Tensor, targets: Targets, options: Options, backend: str, loss: Tensor, lse: Tensor
 ) -> None:
     logits = as_rows(logits)
-    cols, strides = logits.shape[-1], row_strides(x=logits).values()
+    cols = logits.shape[-1]
     with on_device(logits):
-        cross_entropy_forward_kernel[(target.numel(),)](
-            logits, target, class_weight, mean_weight, loss, lse, cols, *strides, *options,
-            HAS_WEIGHT=class_weight is not None, SMOOTHED=options.label_smoothing != 0, CAPPED=options.softcap != 0,
-            WHOLE=cols == options.classes, **_block(cols),
-        )  # fmt: skip
+        cross_entropy_forward_kernel[(loss.numel(),)](
+            LOGITS=logits,
+            LOSS=loss,
+            LSE=lse,
+            cols=cols,
+            WHOLE=cols == options.classes,
+            **row_strides(logits=logits),
+            **_loss_arguments(targets, options),
+            **_block(cols),
+        )
 
 
 def cross_entropy_backward(
-    logits: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    mean_weight: Tensor | None,
-    lse: Tensor,
-    dloss: Tensor | None,
-    dlse: Tensor | None,
-    dlogits: Tensor,
-    options: Options,
-    backend: str,
+    logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str, dlogits: Tensor
 ) -> None:
     logits = as_rows(logits)
-    strides = row_strides(x=logits).values()
     cols, config = logits.shape[-1], _block(logits.shape[-1])
+    dloss, dlse = upstream
     with on_device(logits):
-        cross_entropy_backward_kernel[(target.numel() * triton.cdiv(cols, config["COLS"]),)](
-            logits, target, class_weight, mean_weight, lse, dloss, dlse, dlogits, cols, *strides,
-            0 if dloss is None else dloss.stride(0), *options,
-            HAS_WEIGHT=class_weight is not None, SMOOTHED=options.label_smoothing != 0, CAPPED=options.softcap != 0,
-            HAS_DLOSS=dloss is not None, HAS_DLSE=dlse is not None, **config,
-        )  # fmt: skip
+        cross_entropy_backward_kernel[(lse.numel() * triton.cdiv(cols, config["COLS"]),)](
+            LOGITS=logits,
+            LSE=lse,
+            DLOSS=dloss,
+            DLSE=dlse,
+            DLOGITS=dlogits,
+            cols=cols,
+            dloss_stride=0 if dloss is None else dloss.stride(0),
+            HAS_DLOSS=dloss is not None,
+            HAS_DLSE=dlse is not None,
+            **row_strides(logits=logits),
+            **_loss_arguments(targets, options),
+            **config,
+        )

@@ -202,6 +202,19 @@ def test_strides(backend, name):
     check(x, torch.randint(x.shape[-1], x.shape[:-1]), backend)
 
 
+def test_strided_targets_and_gradients(backend):
+    """Every other element of a tensor, which reshape leaves strided; the others would be out of range or NaN."""
+    logits, target = inputs(6, 40, torch.float32)
+    target = torch.stack([target, torch.full_like(target, 2**40)], -1)[:, 0]
+    upstream = torch.full((2, 6, 2), float("nan"))
+    upstream[..., 0] = torch.rand(2, 6)
+    call = partial(cross_entropy, reduction="none", return_lse=True, backend=backend)
+    got = with_gradients(partial(call, target=target), [logits], list(upstream[..., 0]))
+    expected = with_gradients(partial(call, target=target.contiguous()), [logits], list(upstream[..., 0].contiguous()))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert all(t.isfinite().all() for t in expected)
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (4, 0, 16)])
 def test_no_rows(backend, shape):
     logits = torch.randn(shape, requires_grad=True)

@@ -14,18 +14,18 @@ from fastllm.kernels import (
     linear_log_prob,
     use_backend,
 )
-from fastllm.kernels.loss import linear_op
+from fastllm.kernels.loss import linear_chunks
 from tests.numerics import DTYPES, assert_accurate, with_gradients
 
 IGNORE = -100
-CHUNK_SIZE = linear_op.chunk_size
+CHUNK_SIZE = linear_chunks.chunk_size
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks, the last one shorter, on small inputs; and blocks of the sum in float32."""
-    monkeypatch.setattr(linear_op, "chunk_size", lambda tokens: min(max(tokens, 1), 8))
-    monkeypatch.setattr(linear_op._Sum, "BLOCK", 32)
+    monkeypatch.setattr(linear_chunks, "chunk_size", lambda tokens: min(max(tokens, 1), 8))
+    monkeypatch.setattr(linear_chunks._Sum, "BLOCK", 32)
 
 
 def inputs(tokens, features, classes, dtype, *, ignored=0.2) -> tuple[list[Tensor], Tensor]:
@@ -69,7 +69,7 @@ def terms(tensors, grads, accumulate, *, target, class_weight=None, **options) -
     )[-1:]
     moved = dlogits.abs() * (1 + magnitude)
     chunks = [
-        g.t() @ h for g, h in zip(dlogits.split(linear_op.chunk_size(len(target))), hidden.split(8), strict=True)
+        g.t() @ h for g, h in zip(dlogits.split(linear_chunks.chunk_size(len(target))), hidden.split(8), strict=True)
     ] or [torch.zeros_like(weight)]
     sums = torch.stack(chunks) if accumulate else torch.stack(chunks).cumsum(0)
     rounded = sums.abs().sum(0) * torch.finfo(tensors[0].dtype).eps / torch.finfo(torch.float32).eps
@@ -111,7 +111,7 @@ def test_accuracy(backend, name, way, dtype):
 def products_as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's kernels see logits in the dtype of hidden, in the interpreter and the emulator too."""
     if getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend") in ("triton", "cuda"):
-        monkeypatch.setattr(linear_op, "_product_dtype", lambda hidden: hidden.dtype)
+        monkeypatch.setattr(linear_chunks, "_product_dtype", lambda hidden: hidden.dtype)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -120,14 +120,14 @@ def products_as_on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["no bfloat16", "bfloat16"])
 def test_chunks(tokens, dtype, accumulate, bfloat16, monkeypatch):
     """With products in bfloat16 and, on processors that have none, in float32."""
-    monkeypatch.setattr(linear_op, "multiplies_bfloat16", lambda: bfloat16)
+    monkeypatch.setattr(linear_chunks, "multiplies_bfloat16", lambda: bfloat16)
     (hidden, weight, _), target = inputs(tokens, 20, 77, dtype)
     check([hidden, weight, None], target, "cpu", accumulate_float32=accumulate)
 
 
 def test_accumulation_in_float32_is_more_accurate(monkeypatch):
     """Many chunks that cancel: a bfloat16 sum loses what a float32 sum keeps."""
-    monkeypatch.setattr(linear_op, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(linear_chunks, "multiplies_bfloat16", lambda: True)
     (hidden, weight, _), target = inputs(800, 16, 30, torch.bfloat16, ignored=0.0)
     exact = with_gradients(
         lambda h, w: linear_cross_entropy(h, w, target), [hidden, weight], [torch.ones(())], Tensor.double
@@ -248,6 +248,19 @@ def test_leading_dimensions_and_strides(backend):
             F.linear(hidden, weight, bias).flatten(0, 1), target.flatten(), reduction=reduction
         ).view(got.shape)
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_strided_targets(backend, reduction):
+    """Every other element of a tensor, which reshape leaves strided; the others would be out of range."""
+    tensors, target = inputs(21, 12, 30, torch.float32)
+    apart = torch.stack([target, torch.full_like(target, 2**40)], -1)[:, 0]
+    grads = [torch.rand(target.shape if reduction == "none" else ())]
+    got, expected = (
+        with_gradients(partial(loss_of, target=t, reduction=reduction, backend=backend), tensors, grads)
+        for t in (apart, target)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_autocast(backend):

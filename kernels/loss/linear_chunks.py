@@ -1,0 +1,134 @@
+"""The logits of a linear layer chunk by chunk, with the cross-entropy kernels and the gradients' products."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..library import launchers
+from ..native import multiplies_bfloat16
+from .cross_entropy_op import check_range
+from .options import Options, Targets, Upstream
+
+
+class Linear(NamedTuple):
+    """``hidden @ weightᵀ + bias``."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients of a :class:`Linear` are computed, and whether weight's is added up in float32."""
+
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    accumulate_float32: bool
+
+
+def chunk_size(tokens: int) -> int:
+    """Tokens whose logits are held at a time: a fifth of them, in sixteens, but 256 to 2048. PyTorch holds three
+    times all of them, so this is a fifteenth; fewer would keep the matrix products from their speed."""
+    fifth = -(-tokens // 80) * 16
+    return max(1, min(tokens, max(256, min(2048, fifth))))
+
+
+@torch.no_grad()
+def run_chunks(
+    linear: Linear,
+    targets: Targets,
+    options: Options,
+    backend: str,
+    *,
+    lse: Tensor,
+    loss: Tensor | None = None,
+    upstream: Upstream | None = None,
+    grads: tuple[Tensor, ...] = (),
+    accumulate_float32: bool = False,
+) -> None:
+    """Chunk by chunk: the logits; the forward into ``loss`` and ``lse``, where a loss is given; the backward of
+    ``upstream`` into ``grads``, where they are given."""
+    check_range("linear_cross_entropy", targets.target, options)
+    kernels = launchers(__package__, backend)
+    hidden, features, dtype = linear.hidden, linear.hidden.shape[-1], _product_dtype(linear.hidden)
+    rows, head = hidden.reshape(-1, features).to(dtype), linear.weight.to(hidden.dtype).to(dtype)
+    bias = None if linear.bias is None else linear.bias.to(hidden.dtype).to(dtype)
+    dhidden, dweight, dbias = grads or (hidden.new_empty(0),) * 3
+    weight_sum = _Sum(dweight, torch.float32 if accumulate_float32 else dtype)
+    bias_sum = torch.zeros_like(dbias, dtype=torch.float32)
+    tokens = len(targets.target)
+    step = chunk_size(tokens)
+    buffer = hidden.new_empty(step, options.classes, dtype=dtype)
+    for start in range(0, tokens, step):
+        chunk = slice(start, min(start + step, tokens))
+        h, logits = rows[chunk], buffer[: chunk.stop - start]
+        here = targets._replace(target=targets.target[chunk])
+        _product(h, head, bias, logits)
+        if loss is not None:
+            kernels.cross_entropy_forward(logits, here, options, backend, loss[chunk], lse[chunk])
+        if not grads:
+            continue
+        above = Upstream(*(None if g is None else g[chunk] for g in upstream))
+        kernels.cross_entropy_backward(logits, here, lse[chunk], above, options, backend, logits)
+        if dhidden.numel():
+            out = dhidden.view(-1, features)[chunk]
+            wide = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
+            out.copy_(torch.mm(logits, head, out=wide))  # onto itself: nothing; without out= autocast would narrow it
+        if dweight.numel():
+            weight_sum.add(logits, h)
+        if dbias.numel():
+            bias_sum += logits.sum(0, dtype=torch.float32)
+    weight_sum.finish()
+    dbias.copy_(bias_sum)
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """float32 on a CPU that can't multiply matrices in a narrower dtype: PyTorch would imitate it at a fifth of the
+    speed."""
+    if hidden.device.type != "cpu" or hidden.dtype == torch.float32:
+        return hidden.dtype
+    return torch.bfloat16 if hidden.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
+
+
+def _product(hidden: Tensor, head: Tensor, bias: Tensor | None, logits: Tensor) -> None:
+    """``logits = hidden @ headᵀ + bias``. On a CPU in float32 in blocks of classes that a cache holds: in one
+    piece PyTorch's product reads the head's columns too far apart, and takes a third longer."""
+    blocks = 1024 if hidden.device.type == "cpu" and hidden.dtype == torch.float32 else len(head)
+    for start in range(0, len(head), blocks):
+        block = slice(start, start + blocks)
+        if bias is None:
+            torch.mm(hidden, head[block].t(), out=logits[:, block])
+        else:
+            torch.addmm(bias[block], hidden, head[block].t(), out=logits[:, block])
+
+
+class _Sum:
+    """The sum of ``a.t() @ b`` over chunks, in ``dtype``, into ``out``."""
+
+    BLOCK = 4096  # rows of a product that waits to be added in another dtype
+
+    def __init__(self, out: Tensor, dtype: torch.dtype) -> None:
+        self.out, self.empty = out, True
+        self.total = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self.total.dtype == b.dtype:
+            if self.empty:
+                torch.mm(a.t(), b, out=self.total)
+            else:
+                torch.addmm(self.total, a.t(), b, out=self.total)
+        else:
+            for total, columns in zip(self.total.split(self.BLOCK), a.split(self.BLOCK, 1), strict=True):
+                product = torch.mm(columns.t(), b)
+                total.copy_(product) if self.empty else total.add_(product)
+        self.empty = False
+
+    def finish(self) -> None:
+        if self.empty:
+            self.total.zero_()
+        if self.total is not self.out:
+            self.out.copy_(self.total)
