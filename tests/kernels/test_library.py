@@ -66,11 +66,7 @@ def test_a_declared_operator_passes_opcheck_and_compiles():
 
 
 def test_launchers_are_found_by_family_and_backend():
-<<<<<<< HEAD
-    for family in ("norm", "activation", "rotary", "attention"):
-=======
-    for family in ("norm", "activation", "rotary", "loss"):
->>>>>>> k3
+    for family in ("norm", "activation", "rotary", "attention", "loss"):
         folder = f"fastllm.kernels.{family}"
         assert library.launchers(folder, "cpu") is library.launchers(folder, "cuda")
         assert library.launchers(folder, "cpu").__name__ == f"{folder}.native"
