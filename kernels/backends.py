@@ -85,7 +85,7 @@ _traced: str | _Context | None = _context
 
 
 def _preferred() -> str | None:
-    found = _traced if torch.compiler.is_dynamo_compiling() else _context
+    found: Any = _traced if torch.compiler.is_dynamo_compiling() else _context
     if found is _context:
         found = _context.preference
     return _DEFAULT if found is _context else found
@@ -174,7 +174,7 @@ def _measured(op: Op, device: torch.device) -> str | None:
     return MEASURED_FASTER.get((op.name, torch.cuda.get_device_name(device)))
 
 
-def select(name: str, x: torch.Tensor, backend: str | None, why_not: WhyNot | None = None) -> str | Explanation:
+def select(name: str, x: torch.Tensor, backend: str | None, why_not: WhyNot | None = None) -> str | Any:
     """The backend that runs op ``name`` on ``x`` (see the module's docstring for the rule).
 
     ``why_not(backend)`` gives the op's own reason, beyond device and dtype, why this call is beyond a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class SwiGLU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        where = {"bias": bias, "device": device, "dtype": dtype}
+        where: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(dim, hidden_dim, **where)
         self.up_proj = nn.Linear(dim, hidden_dim, **where)
         self.down_proj = nn.Linear(hidden_dim, dim, **where)
@@ -118,7 +118,7 @@ class CausalSelfAttention(nn.Module):
             )
         self.head_dim = dim // heads if head_dim is None else head_dim
         self.window, self.softcap = window, softcap
-        where = {"device": device, "dtype": dtype}
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(dim, heads * self.head_dim, bias=bias, **where)
         self.k_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=bias, **where)
         self.v_proj = nn.Linear(dim, kv_heads * self.head_dim, bias=bias, **where)
@@ -137,7 +137,7 @@ class CausalSelfAttention(nn.Module):
     ) -> Tensor:
         """``[batch, seq, dim]`` to the same; cos, sin ``[max_seq, head_dim / 2]``; positions ``[batch, seq]``."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, k, cos, sin, positions=positions)
         if cache is not None:

@@ -43,11 +43,11 @@ def load_corpus(paths: Iterable[str | Path], validation: float) -> Corpus:
 
     ``validation``: the share of the validation split. Raises UserError where a named file can't be read or has no text.
     """
-    paths = [Path(p) for p in paths]
+    named = [Path(p) for p in paths]
     notes: list[str] = []
-    if paths:
-        name = ", ".join(map(str, paths[:3])) + (", …" if len(paths) > 3 else "")
-        documents = [text for path in paths for text in _read(path, notes)]
+    if named:
+        name = ", ".join(map(str, named[:3])) + (", …" if len(named) > 3 else "")
+        documents = [text for path in named for text in _read(path, notes)]
     else:
         root = Path(sysconfig.get_path("stdlib"))
         name = f"Python's standard library ({root})"

@@ -63,7 +63,7 @@ def flash_decode(
             "flash_attention, which has"
         )
     chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q))
-    if isinstance(chosen, backends.Explanation):
+    if not isinstance(chosen, str):  # an Explanation
         return chosen
     options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), True, window, float(softcap))
     if chosen == "torch":

@@ -84,7 +84,7 @@ def flash_attention(
         checks.parameter("flash_attention", "sinks", sinks, "q", q, (q.shape[-2],))
     if not packed and cu_seqlens_k is not None:
         raise ValueError("flash_attention: cu_seqlens_k was given without cu_seqlens_q")
-    if packed:
+    if cu_seqlens_q is not None:
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         max_seqlen_k = max_seqlen_q if cu_seqlens_k is cu_seqlens_q and max_seqlen_k is None else max_seqlen_k
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -93,7 +93,7 @@ def flash_attention(
                 raise ValueError(f"flash_attention: {name} must be [sequences + 1], it has shape {list(cu.shape)}")
         checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
     chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q))
-    if isinstance(chosen, backends.Explanation):
+    if not isinstance(chosen, str):  # an Explanation
         return chosen
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = Options(scale, bool(causal), window, float(softcap))

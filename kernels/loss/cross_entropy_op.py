@@ -73,7 +73,7 @@ def cross_entropy(
     check_class_weight("cross_entropy", "weight", weight, "logits", logits, shard.classes)
     check_reduction("cross_entropy", label_smoothing, reduction)
     chosen = backends.select("cross_entropy", logits, backend)
-    if isinstance(chosen, backends.Explanation):
+    if not isinstance(chosen, str):  # an Explanation
         return chosen
     options = Options(
         ignore_index, float(label_smoothing), float(z_loss), float(softcap), shard.first_class, shard.classes
@@ -152,7 +152,7 @@ def _launch_backward(
 
 def _launch_inplace(logits: Tensor, *rest: Any) -> None:
     if logits.numel():
-        _launch_backward(logits, *rest, logits)
+        _launch_backward(*(logits, *rest, logits))
 
 
 @operator(launch=_launch_backward)
@@ -184,7 +184,7 @@ def torch_loss(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The torch backend: PyTorch's own cross_entropy for what that can express, else the specification."""
     ignore_index, label_smoothing, z_loss, softcap, *_ = options
-    given = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    given: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if return_lse or z_loss or softcap:
         loss, lse = reference.cross_entropy(
             logits, target, weight=weight, z_loss=z_loss, softcap=softcap, reduction=reduction, **given

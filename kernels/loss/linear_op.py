@@ -70,7 +70,7 @@ def linear_cross_entropy(
     check_reduction("linear_cross_entropy", label_smoothing, reduction)
     hidden = _autocast(hidden)
     chosen = backends.select("linear_cross_entropy", hidden, backend)
-    if isinstance(chosen, backends.Explanation):
+    if not isinstance(chosen, str):  # an Explanation
         return chosen
     options = Options(ignore_index, float(label_smoothing), float(z_loss), float(softcap), 0, weight.shape[0])
     if chosen == "torch":
@@ -121,7 +121,7 @@ def linear_log_prob(
     check_classes("linear_log_prob", weight.shape[0])
     hidden = _autocast(hidden)
     chosen = backends.select("linear_log_prob", hidden, backend)
-    if isinstance(chosen, backends.Explanation):
+    if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
         return reference.log_prob(_logits(hidden, weight, bias), target, softcap=softcap)
@@ -148,7 +148,7 @@ class _Reduced(torch.autograd.Function):
         linear, needed = Linear(hidden, weight, bias), ctx.needs_input_grad[:3]
         if any(needed):
             loss, *grads = linear_cross_entropy_with_gradients(
-                linear, targets, factor, Wanted(*needed, accumulate_float32), options, backend
+                linear, targets, factor, Wanted._make((*needed, accumulate_float32)), options, backend
             )
             ctx.save_for_backward(hidden, *(g if need else None for g, need in zip(grads, needed, strict=True)))
         else:

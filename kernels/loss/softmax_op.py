@@ -58,7 +58,7 @@ def softmax(
         return "mask needs a gradient" if mask is not None and mask.requires_grad else None
 
     chosen = backends.select("softmax", x, backend, why_not)
-    if isinstance(chosen, backends.Explanation):
+    if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
         return reference.softmax(x, scale=scale, causal=causal, mask=mask)

@@ -53,7 +53,7 @@ def rms_norm(
     if residual is not None:
         checks.like("rms_norm", "residual", residual, "x", x)
     chosen = backends.select("rms_norm", x, backend)
-    if isinstance(chosen, backends.Explanation):
+    if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
@@ -110,5 +110,5 @@ def rms_norm_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``dx`` and ``dweight``, empty where it is not needed; ``x`` is what was normalised."""
-    wanted = weight is not None and need_dweight
-    return x.new_empty(x.shape), weight.new_empty(weight.shape) if wanted else x.new_empty(0)
+    dx = x.new_empty(x.shape)
+    return dx, x.new_empty(0) if weight is None or not need_dweight else weight.new_empty(weight.shape)

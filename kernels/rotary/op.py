@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def rope(
         return "its kernel gives cos and sin no gradient" if cos.requires_grad or sin.requires_grad else None
 
     chosen = backends.select("rope", q, backend, why_not)
-    if isinstance(chosen, backends.Explanation):
+    if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
         turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
@@ -129,8 +129,10 @@ def _launch(
 
 def _launch_inplace(x: Tensor, *rest: Any) -> None:
     if x.numel():
-        rows = x if as_rows(x).data_ptr() == x.data_ptr() else x.contiguous()  # where they can't be addressed in place
-        _launch(rows, *rest, rows)
+        rows = (
+            x if cast(Tensor, as_rows(x)).data_ptr() == x.data_ptr() else x.contiguous()
+        )  # where they can't be addressed in place
+        _launch(*(rows, *rest, rows))
         if rows is not x:
             x.copy_(rows)
 
