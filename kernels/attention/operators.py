@@ -117,7 +117,8 @@ def in_rows(x: Tensor) -> Tensor:
 
 def _prepare(q: Tensor, k: Tensor, packing: Packing) -> Packing:
     check_packing(q, k, packing)
-    return Packing(*map(contiguous, packing[:2]), *packing[2:])
+    cu_seqlens_q, cu_seqlens_k, *lengths = packing
+    return Packing(contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), *lengths)
 
 
 def _out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -191,7 +191,7 @@ class _PerToken(torch.autograd.Function):
             return (None,) * 7
         *saved, lse = ctx.saved_tensors
         linear, targets, needed = Linear(*saved[:3]), Targets(*saved[3:]), ctx.needs_input_grad[:3]
-        wanted = Wanted(*needed, ctx.accumulate_float32)
+        wanted = Wanted._make((*needed, ctx.accumulate_float32))
         grads = linear_cross_entropy_backward(
             linear, targets, lse, Upstream(dloss, dlse), wanted, ctx.options, ctx.backend
         )
