@@ -9,7 +9,10 @@ Nothing is imported for it: classes that the installed transformers does not hav
 A class is listed when its own code agreed with the kernel: norms, MLPs, rotary functions and losses as
 ``patch(unknown="probe")`` tries them; attentions in small models of their family, with and without padding, against
 transformers' own attention. What a class computes can depend on its configuration, and change with a version of
-transformers;"""
+transformers; so ``patch`` confirms each module. The tests try the listed classes of the installed transformers again
+(of attentions, only that they still ask the registry). ``python -m fastllm.huggingface.patching.table`` prints the
+families and their parts.
+"""
 
 from __future__ import annotations
 
