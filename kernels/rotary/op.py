@@ -129,9 +129,8 @@ def _launch(
 
 def _launch_inplace(x: Tensor, *rest: Any) -> None:
     if x.numel():
-        rows = (
-            x if cast(Tensor, as_rows(x)).data_ptr() == x.data_ptr() else x.contiguous()
-        )  # where they can't be addressed in place
+        in_place = cast(Tensor, as_rows(x)).data_ptr() == x.data_ptr()  # else its rows can't be addressed
+        rows = x if in_place else x.contiguous()
         _launch(*(rows, *rest, rows))
         if rows is not x:
             x.copy_(rows)

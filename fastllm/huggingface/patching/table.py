@@ -9,8 +9,8 @@ Nothing is imported for it: classes that the installed transformers does not hav
 A class is listed when its own code agreed with the kernel: norms, MLPs, rotary functions and losses as
 ``patch(unknown="probe")`` tries them; attentions in small models of their family, with and without padding, against
 transformers' own attention. What a class computes can depend on its configuration, and change with a version of
-transformers; so ``patch`` confirms each module. The tests try the listed classes of the installed transformers
-again; of attentions only that they still ask the registry.
+transformers; so ``patch`` confirms each module. The tests try the listed classes of the installed transformers again
+(of attentions, only that they still ask the registry). :func:`families` gives the families and their parts.
 """
 
 from __future__ import annotations
@@ -469,7 +469,3 @@ def families() -> str:
     for family, has in sorted(parts.items()):
         lines.append(f"| {family} | {' | '.join('x' if part in has else '' for part in columns)} |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(families())
