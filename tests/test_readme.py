@@ -37,3 +37,16 @@ def test_the_table_of_backends():
     assert listed == {name: {*op.kernels, "torch"} & {*BACKENDS} for name, op in OPS.items()}
     for name in OPS:
         assert f"| `{name}` | `(" in text
+
+
+def test_the_table_of_families():
+    """What fastllm/README.md says of some is what the table of classes says."""
+    from fastllm.huggingface.patching.table import families
+
+    listed = families().splitlines()
+    text = (ROOT / "fastllm" / "README.md").read_text()
+    _, _, table = text.partition(listed[0])
+    rows = table.split("\n\n")[0].splitlines()[2:]
+    assert len(rows) > 10
+    assert set(rows) <= set(listed)
+    assert f"{len(listed) - 2} families" in text
