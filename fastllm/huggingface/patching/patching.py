@@ -65,12 +65,11 @@ def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS, unknown: str = "l
       has no logits. They are made, and the loss from them, in eval mode, without labels, with ``logits_to_keep``, and
       with ``model(..., labels=..., skip_logits=False)``; ``skip_logits=True`` saves them in eval mode too.
 
-    Only this instance changes. A patched module gets a subclass of its class, of the same name, with another forward;
-    parameters, their names, hooks and checkpoints stay as they are. The model's configuration becomes a copy of the
-    same type with ``_attn_implementation`` "fastllm". No class is changed, and every other model computes what it did,
-    bit for bit, in other threads too: for rotary positions a global function of the modeling file is replaced by one
-    that asks whether a patched module is running. A patched model can be pickled, deep-copied and saved: a copy is
-    patched as well and can be unpatched by itself, a checkpoint is that of the unpatched model.
+    Only this instance changes: no class, no function and no other model is touched. A patched module gets a subclass
+    of its class, of the same name, with another forward; parameters, their names, hooks and checkpoints stay as they
+    are. The model's configuration becomes a copy of the same type, with ``_attn_implementation`` "fastllm". A patched
+    model can be pickled, deep-copied and saved: a copy is patched as well and can be unpatched by itself, a checkpoint
+    is that of the unpatched model.
 
     Args:
         model: a transformers ``PreTrainedModel``, or a module that holds one (as peft's do).

@@ -1,44 +1,35 @@
-"""Rotary positions by our kernel, in the attentions of patched modules alone.
+"""Rotary positions: the forward of an attention, calling our kernel where it calls ``apply_rotary_pos_emb``.
 
-Each modeling file of transformers calls its rotary function by a global name, from more than a hundred different
-forwards of attention. Writing each of them again would be a hundred places to go wrong; replacing the function for
-good, as others do, changes every model of the process. So the name is given to a function that chooses: while the
-forward of a patched module runs, in the thread that runs it, our kernel; otherwise the function that was there.
-The flag is a ``threading.local``, which ``torch.compile`` traces (it does not trace a ContextVar); gradient
-checkpointing calls the forward again, and thus sets it again. The name gets its own function back when no patched
-module needs the other one.
+Each modeling file of transformers has that function as a global, which more than a hundred different forwards call.
+Writing each of them again would be a hundred places to go wrong. Replacing the global, as others do, changes every
+model of the process, and even one that asks who is calling breaks the pickling of them all, since modules hold the
+function they were made with. So a patched attention runs a copy of its class's forward with one name exchanged: same
+instructions, same globals (the module's own dictionary, not a snapshot), and ``_fastllm_apply_rotary_pos_emb``, which
+is added to them, in place of ``apply_rotary_pos_emb``. ``torch.compile`` traces it as any function; there is no state,
+so threads and gradient checkpointing need no care.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import threading
-import weakref
 from collections.abc import Callable
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import rope
-from .finding import Finding, class_forward, names_in, same, why_different
+from .finding import Finding, class_forward, same, why_different
 from .swap import step, taken
 
 NAME = "apply_rotary_pos_emb"  # what transformers calls it in every file that has it
-
-
-class _Flag(threading.local):
-    patched = False
-
-
-_flag = _Flag()
-_users: dict[str, weakref.WeakSet[nn.Module]] = {}  # patched modules, by the modeling file
-_lock = threading.Lock()
+_OURS = f"_fastllm_{NAME}"
 
 
 def looks_rotary(module: nn.Module) -> bool:
-    return NAME in names_in(class_forward(module))
+    return NAME in inspect.unwrap(class_forward(module)).__code__.co_names
 
 
 def find_rotary(name: str, module: nn.Module, untried: str | None) -> Finding:
@@ -54,49 +45,34 @@ def find_rotary(name: str, module: nn.Module, untried: str | None) -> Finding:
 
 
 def rope_forward(original: Callable) -> Callable:
-    @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        before = _flag.patched
-        _flag.patched = True
-        try:
-            return original(self, *args, **kwargs)
-        finally:
-            _flag.patched = before
-
+    """A copy of ``original`` that calls our function; of a decorated one, its decorators around the copy."""
+    inner, closure, code = getattr(original, "__wrapped__", None), original.__closure__, original.__code__
+    if inner is None:
+        names = original.__globals__
+        names.setdefault(_OURS, _ours(names[NAME]))
+        code = code.replace(co_names=tuple(_OURS if name == NAME else name for name in code.co_names))
+    else:
+        copied = rope_forward(inner)
+        closure = tuple(CellType(copied) if cell.cell_contents is inner else cell for cell in closure or ())
+    forward = FunctionType(code, original.__globals__, original.__name__, original.__defaults__, closure)
+    forward.__kwdefaults__ = original.__kwdefaults__
+    functools.update_wrapper(forward, original)
+    if inner is None:
+        del forward.__wrapped__  # it is no wrapper
+    else:
+        forward.__wrapped__ = copied
     return forward
 
 
-def _patched(module: nn.Module) -> None:
-    names = _globals(module)
-    with _lock:
-        _users.setdefault(names["__name__"], weakref.WeakSet()).add(module)
-        if not isinstance(getattr(names[NAME], "instead_of", None), Callable):
-            names[NAME] = _choosing(names[NAME])
-
-
-def _unpatched(module: nn.Module) -> None:
-    names = _globals(module)
-    with _lock:
-        users = _users[names["__name__"]]
-        users.discard(module)
-        if not users:
-            names[NAME] = getattr(names[NAME], "instead_of", names[NAME])
-
-
-rope_forward.patched, rope_forward.unpatched = _patched, _unpatched
-
-
-def _choosing(original: Callable) -> Callable:
+def _ours(original: Callable) -> Callable:
     @functools.wraps(original)
     def apply_rotary_pos_emb(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
     ) -> Any:
-        ours = _flag.patched and cos.dim() == 3 and unsqueeze_dim in (1, 2) and not args and not kwargs
-        if ours:
+        if cos.dim() == 3 and unsqueeze_dim in (1, 2) and not args and not kwargs:
             return apply_rope(q, k, cos, sin, unsqueeze_dim)
         return original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
 
-    apply_rotary_pos_emb.instead_of = original
     return apply_rotary_pos_emb
 
 
@@ -125,7 +101,6 @@ def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: in
 
 
 def _rotary_differs(module: nn.Module, function: Callable) -> str | None:
-    function = getattr(function, "instead_of", function)
     generator = torch.Generator().manual_seed(0)
     q, k = (torch.randn(2, heads, 5, 8, generator=generator) for heads in (4, 2))
     angle = torch.randn(2, 5, 4, generator=generator).repeat(1, 1, 2)

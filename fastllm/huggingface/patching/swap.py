@@ -42,13 +42,10 @@ def steps_of(module: nn.Module) -> tuple[Step, ...]:
 
 def swap(module: nn.Module, steps: tuple[Step, ...]) -> None:
     module.__class__ = _patched_class(type(module), type(module).forward, steps)
-    _tell(steps, "patched", module)
 
 
 def swap_back(module: nn.Module) -> None:
-    steps = steps_of(module)
     module.__class__ = getattr(type(module), _MADE_OF)[0]
-    _tell(steps, "unpatched", module)
 
 
 def why_not_back(module: nn.Module) -> str | None:
@@ -77,12 +74,4 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 
 def _rebuilt(kind: type[nn.Module], steps: tuple[Step, ...]) -> nn.Module:
-    module = object.__new__(_patched_class(kind, kind.forward, steps))
-    _tell(steps, "patched", module)
-    return module
-
-
-def _tell(steps: tuple[Step, ...], event: str, module: nn.Module) -> None:
-    """Call what a step does beside the forward."""
-    for each in steps:
-        getattr(each.make, event, lambda module: None)(module)
+    return object.__new__(_patched_class(kind, kind.forward, steps))

@@ -10,7 +10,8 @@ A class is listed when its own code agreed with the kernel: norms, MLPs, rotary 
 ``patch(unknown="probe")`` tries them; attentions in small models of their family, with and without padding, against
 transformers' own attention. What a class computes can depend on its configuration, and change with a version of
 transformers; so ``patch`` confirms each module. The tests try the listed classes of the installed transformers again
-(of attentions, only that they still ask the registry). :func:`families` gives the families and their parts.
+(of attentions, only that they still ask the registry). The names are those of :data:`VERSION`; an older class of the
+same name is left where it computes something else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 
 from .finding import defining_class
 
+VERSION = "5.24"  # of transformers
 LISTED = """
 afmoe: AfmoeRMSNorm=norm AfmoeMLP=mlp AfmoeAttention=rotary,attention
 aimv2: Aimv2RMSNorm=norm Aimv2MLP=mlp Aimv2Attention=attention
