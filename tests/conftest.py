@@ -33,7 +33,14 @@ if not GPU:
 from tests import interpreter  # noqa: E402
 
 # Of the files that take long, the longest first: started last, one would keep one worker busy alone.
-LONGEST = ("test_repository.py", "test_attention.py", "test_sanitizers.py", "test_softmax.py", "test_parallel.py")
+LONGEST = (
+    "test_repository.py",
+    "test_attention.py",
+    "test_sanitizers.py",
+    "test_softmax.py",
+    "test_attention_calls.py",
+    "test_parallelize.py",
+)
 MOST_WORKERS = 8  # each takes up to 2 GiB
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import GPU
-from tests.kernels.test_attention import check, check_decode, qkv
+from tests.kernels.attention_checks import check, check_decode, qkv
 
 pytest.importorskip("triton")
 
