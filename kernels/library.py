@@ -119,24 +119,74 @@ def launchers(folder: str, backend: str) -> ModuleType:
     return importlib.import_module(".triton_kernels" if backend == "triton" else ".native", folder)
 
 
+def in_torch_func() -> bool:
+    """Whether a transform of ``torch.func`` is on, as torch.autograd.Function asks it."""
+    return torch._C._are_functorch_transforms_active()
+
+
+in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as backends.transformed
+
+
+def function(differentiable: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The call of an autograd Function that has ``forward``, ``setup_context`` and ``backward``.
+
+    ``torch.func`` wants the first two apart, and PyTorch then binds the arguments with ``inspect`` at every call, which
+    takes 35 µs. Outside its transforms a Function with both in one takes the call.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = differentiable.forward(*inputs)
+        differentiable.setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiable.backward)}
+    direct = type(differentiable.__name__, (torch.autograd.Function,), methods)
+
+    @functools.wraps(differentiable.forward)
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return differentiable.apply(*_distinct(inputs))
+        return (differentiable if in_torch_func() else direct).apply(*inputs)
+
+    return call
+
+
+def _distinct(inputs: tuple[Any, ...]) -> list[Any]:
+    """Another view of a tensor that stands there twice: Dynamo traces no Function with one tensor as two inputs."""
+    distinct: list[Any] = []
+    for x in inputs:
+        again = isinstance(x, Tensor) and any(x is seen for seen in distinct)
+        distinct.append(x.view_as(x) if again else x)
+    return distinct
+
+
 class _Once(torch.autograd.Function):
     """Hands gradients through, and says so when somebody differentiates them again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, name: str, like: Tensor, grad: Tensor) -> Tensor:
-        ctx.name = name
+    def forward(name: str, like: Tensor, grad: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
+        math = " inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)" if ctx.name == "flash_attention" else ""
         raise NotImplementedError(
-            f"{ctx.name}: its kernels have no second derivative; call it with backend='torch', "
+            f"{ctx.name}: its kernels have no second derivative; call it with backend='torch'{math}, "
             "which PyTorch can differentiate twice"
         )
+
+
+_once = function(_Once)
 
 
 def differentiable_once(name: str, like: Tensor, grad: Tensor | None) -> Tensor | None:
     """``grad``, computed by a kernel from ``like`` (a tensor of the graph), so that its own gradient raises."""
     if grad is None or not torch.is_grad_enabled():
         return grad
-    return _Once.apply(name, like, grad)
+    return _once(name, like, grad)

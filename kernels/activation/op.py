@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, operator
+from ..library import differentiable_once, function, operator
 from . import reference
 
 
@@ -35,15 +35,18 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
         return chosen
     if chosen == "torch":
         return reference.swiglu(gate, up)
-    return _SwiGLU.apply(gate, up, chosen)
+    return _swiglu(gate, up, chosen)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.backend = backend
+    def forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
         return swiglu_forward(gate, up, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        gate, up, ctx.backend = inputs
+        ctx.save_for_backward(gate, up)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -51,6 +54,9 @@ class _SwiGLU(torch.autograd.Function):
         grads = swiglu_backward(dout, gate, up, ctx.backend)
         dgate, dup = (differentiable_once("swiglu", gate, g) for g in grads)
         return dgate, dup, None
+
+
+_swiglu = function(_SwiGLU)
 
 
 @operator

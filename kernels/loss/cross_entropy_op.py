@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, launchers, operator
+from ..library import differentiable_once, function, in_torch_func, launchers, operator
 from . import reference, sharded
 from .options import Options, Targets, Upstream
 
@@ -82,7 +82,7 @@ def cross_entropy(
         whole = logits if shard.group is None else sharded.gathered(shard)
         return torch_loss(whole, target, weight, options, reduction, return_lse)
     targets = Targets.of(target, weight)
-    loss, lse = _CrossEntropy.apply(logits, targets, options, shard.group, inplace_backward, return_lse, chosen)
+    loss, lse = _cross_entropy(logits, targets, options, shard.group, inplace_backward, return_lse, chosen)
     loss = reduce(loss.view(target.shape), target, targets.class_weight, ignore_index, reduction)
     return (loss, lse.view(target.shape)) if return_lse else loss
 
@@ -92,7 +92,6 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         logits: Tensor,
         targets: Targets,
         options: Options,
@@ -104,12 +103,16 @@ class _CrossEntropy(torch.autograd.Function):
         loss, lse = cross_entropy_forward(logits, targets, options, backend)
         if group is not None:
             loss, lse = sharded.combine(loss, lse, targets, options, group)
+        return loss, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, targets, ctx.options, _, ctx.inplace, return_lse, ctx.backend = inputs
+        _, lse = output
         ctx.save_for_backward(logits, lse, *targets)
-        ctx.options, ctx.backend, ctx.inplace = options, backend, inplace_backward
         if not return_lse:
             ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return loss, lse
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -117,13 +120,16 @@ class _CrossEntropy(torch.autograd.Function):
             return (None,) * 7
         logits, lse, *targets = ctx.saved_tensors
         arguments = (logits, Targets(*targets), lse, Upstream(dloss, dlse), ctx.options, ctx.backend)
-        if ctx.inplace and logits.is_contiguous() and not torch.compiler.is_compiling():
+        if ctx.inplace and logits.is_contiguous() and not (torch.compiler.is_compiling() or in_torch_func()):
             cross_entropy_backward_(*arguments)
             torch.autograd.graph.increment_version(logits)
             dlogits = logits.detach()
         else:
             dlogits = cross_entropy_backward(*arguments)
         return differentiable_once("cross_entropy", logits, dlogits), *(None,) * 6
+
+
+_cross_entropy = function(_CrossEntropy)
 
 
 def _launch_forward(

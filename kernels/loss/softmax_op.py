@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, operator
+from ..library import differentiable_once, function, operator
 from . import reference
 
 
@@ -62,22 +62,27 @@ def softmax(
         return chosen
     if chosen == "torch":
         return reference.softmax(x, scale=scale, causal=causal, mask=mask)
-    return _Softmax.apply(x, mask, float(scale), bool(causal), chosen)
+    return _softmax(x, mask, float(scale), bool(causal), chosen)
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
-        y = softmax_forward(x, mask, scale, causal, backend)
-        ctx.save_for_backward(y)
-        ctx.scale, ctx.causal, ctx.backend = scale, causal, backend
-        return y
+    def forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
+        return softmax_forward(x, mask, scale, causal, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *_, ctx.scale, ctx.causal, ctx.backend = inputs
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (y,) = ctx.saved_tensors
         dx = softmax_backward(dy, y, ctx.scale, ctx.causal, ctx.backend)
         return differentiable_once("softmax", y, dx), None, None, None, None
+
+
+_softmax = function(_Softmax)
 
 
 @operator

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, operator
+from ..library import differentiable_once, function, operator
 from . import reference
 
 
@@ -57,28 +57,35 @@ def rms_norm(
         return chosen
     if chosen == "torch":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
-    return _RMSNorm.apply(x, weight, residual, float(eps), float(weight_offset), chosen)
+    y, h, _ = _rms_norm(x, weight, residual, float(eps), float(weight_offset), chosen)
+    return y if residual is None else (y, h)
 
 
 class _RMSNorm(torch.autograd.Function):
+    """``(y, h, rstd)``, as rms_norm_forward."""
+
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         residual: Tensor | None,
         eps: float,
         weight_offset: float,
         backend: str,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h, rstd = rms_norm_forward(x, weight, residual, eps, weight_offset, backend)
-        ctx.save_for_backward(x if residual is None else h, weight, rstd)
-        ctx.weight_offset, ctx.backend, ctx.has_residual = weight_offset, backend, residual is not None
-        ctx.set_materialize_grads(False)
-        return y if residual is None else (y, h)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return rms_norm_forward(x, weight, residual, eps, weight_offset, backend)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, residual, _, ctx.weight_offset, ctx.backend = inputs
+        _, h, rstd = output
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(h if ctx.has_residual else x, weight, rstd)
+        ctx.mark_non_differentiable(*((rstd,) if ctx.has_residual else (h, rstd)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = dh, None
         if dy is not None:
@@ -87,6 +94,9 @@ class _RMSNorm(torch.autograd.Function):
             dx = differentiable_once("rms_norm", x, dx)
             dweight = differentiable_once("rms_norm", x, dweight) if wanted else None
         return dx, dweight, dx if ctx.has_residual else None, None, None, None
+
+
+_rms_norm = function(_RMSNorm)
 
 
 @operator

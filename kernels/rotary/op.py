@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import launchers, operator
+from ..library import function, launchers, operator
 from ..native import as_rows
 from . import reference
 
@@ -76,18 +76,19 @@ def rope(
     if chosen == "torch":
         turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
     elif inplace and not torch.compiler.is_compiling():
-        return tuple(_Rope.apply(x, cos, sin, positions, interleaved, False, True, chosen) for x in (q, k))
+        return tuple(_rope(x, cos, sin, positions, interleaved, False, True, chosen) for x in (q, k))
     else:
-        turned = tuple(_Rope.apply(x, cos, sin, positions, interleaved, False, False, chosen) for x in (q, k))
+        turned = tuple(_rope(x, cos, sin, positions, interleaved, False, False, chosen) for x in (q, k))
     return (q.copy_(turned[0]), k.copy_(turned[1])) if inplace else turned
 
 
 class _Rope(torch.autograd.Function):
     """A rotation; its backward is the rotation back, which can be differentiated like it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -97,19 +98,26 @@ class _Rope(torch.autograd.Function):
         inplace: bool,
         backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved, ctx.inverse, ctx.backend = interleaved, inverse, backend
         arguments = (x, cos, sin, positions, interleaved, inverse, backend)
         if not inplace:
             return rotate(*arguments)
         rotate_(*arguments)
-        ctx.mark_dirty(x)
         return x
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *tables, ctx.interleaved, ctx.inverse, inplace, ctx.backend = inputs
+        ctx.save_for_backward(*tables)
+        if inplace:
+            ctx.mark_dirty(x)
+
+    @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
-        dx = _Rope.apply(dx, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse, False, ctx.backend)
+        dx = _rope(dx, *ctx.saved_tensors, ctx.interleaved, not ctx.inverse, False, ctx.backend)
         return dx, None, None, None, None, None, None, None
+
+
+_rope = function(_Rope)
 
 
 def _launch(
