@@ -59,11 +59,11 @@ class _SwiGLU(torch.autograd.Function):
 _swiglu = function(_SwiGLU)
 
 
-@operator
+@operator(strided="gate up")
 def swiglu_forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@operator
+@operator(strided="dout gate up")
 def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)

@@ -139,7 +139,7 @@ def _launch_forward(
     launchers(__package__, backend).cross_entropy_forward(logits, targets, options, backend, loss, lse)
 
 
-@operator(launch=_launch_forward)
+@operator(strided="logits", launch=_launch_forward)
 def cross_entropy_forward(logits: Tensor, targets: Targets, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """The loss and the log-sum-exp of each row; of a shard, its share of both (csrc/cross_entropy.h)."""
     loss, lse = (logits.new_empty(targets.target.shape, dtype=torch.float32) for _ in range(2))
@@ -150,8 +150,6 @@ def _launch_backward(
     logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str, dlogits: Tensor
 ) -> None:
     """``dlogits`` is contiguous, and may be ``logits``; ``dloss`` may have stride 0: one value for all rows."""
-    if upstream.dlse is not None:
-        upstream = upstream._replace(dlse=upstream.dlse.contiguous())
     kernels = launchers(__package__, backend)
     kernels.cross_entropy_backward(logits, targets, lse, upstream, options, backend, dlogits)
 
@@ -161,14 +159,14 @@ def _launch_inplace(logits: Tensor, *rest: Any) -> None:
         _launch_backward(*(logits, *rest, logits))
 
 
-@operator(launch=_launch_backward)
+@operator(strided="logits dloss", launch=_launch_backward)
 def cross_entropy_backward(
     logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@operator(launch=_launch_inplace, mutates="logits")
+@operator(strided="dloss", launch=_launch_inplace, mutates="logits")
 def cross_entropy_backward_(
     logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str
 ) -> None:

@@ -235,7 +235,7 @@ def _launch_forward(
     run_chunks(linear, targets, options, backend, loss=loss, lse=lse)
 
 
-@operator(launch=_launch_forward)
+@operator(strided="hidden weight bias", launch=_launch_forward)
 def linear_cross_entropy_forward(
     linear: Linear, targets: Targets, options: Options, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -260,7 +260,7 @@ def _launch_with_gradients(
     )  # fmt: skip
 
 
-@operator(launch=_launch_with_gradients)
+@operator(strided="hidden weight bias", launch=_launch_with_gradients)
 def linear_cross_entropy_with_gradients(
     linear: Linear, targets: Targets, factor: Tensor, wanted: Wanted, options: Options, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -278,15 +278,13 @@ def _launch_backward(
     backend: str,
     *grads: Tensor,
 ) -> None:
-    if upstream.dlse is not None:
-        upstream = upstream._replace(dlse=upstream.dlse.contiguous())
     run_chunks(
         linear, targets, options, backend, lse=lse, upstream=upstream, grads=grads,
         accumulate_float32=wanted.accumulate_float32,
     )  # fmt: skip
 
 
-@operator(launch=_launch_backward)
+@operator(strided="hidden weight bias dloss", launch=_launch_backward)
 def linear_cross_entropy_backward(
     linear: Linear,
     targets: Targets,

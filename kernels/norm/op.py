@@ -99,7 +99,7 @@ class _RMSNorm(torch.autograd.Function):
 _rms_norm = function(_RMSNorm)
 
 
-@operator
+@operator(strided="x residual")
 def rms_norm_forward(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +108,7 @@ def rms_norm_forward(
     return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@operator
+@operator(strided="dy x dh")
 def rms_norm_backward(
     dy: Tensor,
     x: Tensor,

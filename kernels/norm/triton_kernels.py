@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..native import as_rows, contiguous
+from ..native import as_rows
 from ..triton_launch import on_device, processors, row_offsets, row_strides, tile
 
 # The longest row that a program holds: forward one value a column, backward four (dy, x, weight, sum).
@@ -178,7 +178,7 @@ def rms_norm_forward(
         forward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
             X=x,
             R=residual,
-            W=contiguous(weight),
+            W=weight,
             Y=y,
             H=h,
             RSTD=rstd,
@@ -217,7 +217,7 @@ def rms_norm_backward(
     partials = torch.empty(programs if wanted else 0, cols, dtype=torch.float32, device=x.device)
     given = {"DY": dy, "X": x, "RSTD": rstd, "cols": cols, **row_strides(dy=dy, x=x)}
     for_dx = {
-        "W": contiguous(weight),
+        "W": weight,
         "DH": dh,
         "DX": dx,
         "offset": weight_offset,

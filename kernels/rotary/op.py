@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import function, launchers, operator
+from ..library import function, in_torch_func, launchers, operator
 from ..native import as_rows
 from . import reference
 
@@ -45,8 +45,9 @@ def rope(
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, or a
-            ``backend`` that can't run this call. IndexError: on a CPU, a position outside the tables; on a
-            GPU such a token becomes NaN.
+            ``backend`` that can't run this call; with inplace, elements of q or k that share memory. IndexError:
+            on a CPU, a position outside the tables; on a GPU such a token becomes NaN. RuntimeError: with inplace, a
+            leaf that requires a gradient, as PyTorch's own operations in place.
     """
     checks.floating("rope", "q", q, min_dim=3)
     checks.tensor("rope", "k", k)
@@ -61,6 +62,8 @@ def rope(
         )
     checks.parameter("rope", "cos", cos, "q", q, tuple(cos.shape))
     checks.parameter("rope", "sin", sin, "q", q, tuple(cos.shape))
+    if inplace:
+        _check_memory(q, k)
     if positions is not None:
         checks.indices("rope", "positions", positions, "q", q)
         checks.sized("rope", "positions", positions, tuple(q.shape[:-2]))
@@ -75,11 +78,68 @@ def rope(
         return chosen
     if chosen == "torch":
         turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
-    elif inplace and not torch.compiler.is_compiling():
+    elif inplace and _changes_alone(q, k) and not (torch.compiler.is_compiling() or in_torch_func()):
         return tuple(_rope(x, cos, sin, positions, interleaved, False, True, chosen) for x in (q, k))
     else:
         turned = tuple(_rope(x, cos, sin, positions, interleaved, False, False, chosen) for x in (q, k))
     return (q.copy_(turned[0]), k.copy_(turned[1])) if inplace else turned
+
+
+def _changes_alone(*tensors: Tensor) -> bool:
+    """Whether a kernel may write first, and autograd be told afterwards: no leaf and no view of what it follows.
+
+    On the others ``Tensor.copy_`` does both, and refuses before it writes.
+    """
+    return not torch.is_grad_enabled() or all(
+        not (x.requires_grad and x.is_leaf) and (x._base is None or not x._base.requires_grad) for x in tensors
+    )
+
+
+def _check_memory(q: Tensor, k: Tensor) -> None:
+    """Raise where an element would be turned twice."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in (("q", q), ("k", k)):
+        if not _dense_steps(x) and _same_address(x):
+            raise ValueError(f"rope: elements of {name} share memory, which inplace would turn twice; pass {name}.clone()")
+    if q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() and not _side_by_side(q, k):
+        if _same_address(q, k):
+            raise ValueError("rope: q and k share memory, which inplace would turn twice; pass k.clone()")
+
+
+def _extent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    return 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
+
+
+def _dense_steps(x: Tensor) -> bool:
+    """Whether each dimension steps over all that is inside it."""
+    reach = 0
+    for step, n in sorted(zip(x.stride(), x.shape, strict=True)):
+        if n > 1 and step <= reach:
+            return False
+        reach += (n - 1) * step
+    return True
+
+
+def _side_by_side(q: Tensor, k: Tensor) -> bool:
+    """Whether the heads of a token lie side by side, as in a fused projection."""
+    if q.stride()[:-2] != k.stride()[:-2]:
+        return False
+    token = min((step for step, n in zip(q.stride()[:-2], q.shape, strict=False) if n > 1), default=None)
+    first, second = sorted((q, k), key=Tensor.storage_offset)
+    gap = second.storage_offset() - first.storage_offset()
+    inner, last = (_extent(x.shape[-2:], x.stride()[-2:]) for x in (first, second))
+    return gap >= inner and (token is None or gap + last <= token)
+
+
+def _same_address(*tensors: Tensor) -> bool:
+    """Whether two elements have one address, by a list of all: for rare layouts."""
+    start = min(x.storage_offset() for x in tensors)
+    count = max(x.storage_offset() - start + _extent(x.shape, x.stride()) for x in tensors if x.numel())
+    places = torch.arange(count)
+    listed = [places.as_strided(x.shape, x.stride(), x.storage_offset() - start).flatten() for x in tensors]
+    every = torch.cat(listed)
+    return every.unique().numel() < every.numel()
 
 
 class _Rope(torch.autograd.Function):
@@ -130,8 +190,8 @@ def _launch(
     backend: str,
     out: Tensor,
 ) -> None:
-    cos, sin = cos.float().contiguous(), sin.float().contiguous()
-    positions = None if positions is None else positions.long().contiguous()
+    cos, sin = cos.float(), sin.float()
+    positions = None if positions is None else positions.long()
     launchers(__package__, backend).rotate(x, cos, sin, positions, interleaved, inverse, backend, out)
 
 
@@ -144,7 +204,7 @@ def _launch_inplace(x: Tensor, *rest: Any) -> None:
             x.copy_(rows)
 
 
-@operator(launch=_launch)
+@operator(strided="x", launch=_launch)
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool, backend: str
 ) -> Tensor:
