@@ -18,18 +18,23 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         gate: any shape, float32, float16 or bfloat16, any strides.
-        up: like gate.
+        up: like gate. Of two dtypes both are promoted, as by PyTorch's product.
         backend: see ``explain``.
 
     Returns:
-        A tensor like gate, contiguous.
+        A tensor like gate, in the dtype of both, contiguous.
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, or a
             ``backend`` that can't run this call.
     """
     checks.floating("swiglu", "gate", gate, min_dim=0)
-    checks.like("swiglu", "up", up, "gate", gate)
+    checks.on("swiglu", "up", up, "gate", gate)
+    checks.floating("swiglu", "up", up, min_dim=0)
+    checks.sized("swiglu", "up", up, tuple(gate.shape))
+    if gate.dtype != up.dtype:
+        common = torch.promote_types(gate.dtype, up.dtype)
+        gate, up = gate.to(common), up.to(common)
     chosen = backends.select("swiglu", gate, backend, lambda b: None if gate.dim() else "it takes no scalars")
     if not isinstance(chosen, str):  # an Explanation
         return chosen

@@ -45,7 +45,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: ``[..., features]``, float32, float16 or bfloat16. Under autocast it is cast as for a linear layer.
-        weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it.
+        weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it. Under autocast
+            any dtype.
         target: ``[...]`` int64 or int32, in ``[0, classes)`` or ``ignore_index``.
         bias: ``[classes]`` or None, in the dtype of hidden or float32.
         class_weight: ``[classes]``, cross_entropy's ``weight``.
@@ -64,11 +65,10 @@ def linear_cross_entropy(
 
     A DTensor (an FSDP2 parameter outside its module's forward) raises: see the message.
     """
-    _check_linear("linear_cross_entropy", hidden, weight, target, bias)
+    hidden, weight, bias = _linear("linear_cross_entropy", hidden, weight, target, bias)
     check_classes("linear_cross_entropy", weight.shape[0])
     check_class_weight("linear_cross_entropy", "class_weight", class_weight, "hidden", hidden, weight.shape[0])
     check_reduction("linear_cross_entropy", label_smoothing, reduction)
-    hidden = _autocast(hidden)
     chosen = backends.select("linear_cross_entropy", hidden, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
@@ -105,7 +105,8 @@ def linear_log_prob(
 
     Args:
         hidden: ``[..., features]``, float32, float16 or bfloat16. Under autocast it is cast as for a linear layer.
-        weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it.
+        weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it. Under autocast
+            any dtype.
         target: ``[...]`` int64 or int32, in ``[0, classes)``.
         bias: ``[classes]`` or None, in the dtype of hidden or float32.
         softcap: c > 0 replaces each logit l by ``c·tanh(l/c)``.
@@ -118,9 +119,8 @@ def linear_log_prob(
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device. IndexError: a
             target out of range (on a GPU: NaN, see :func:`cross_entropy`).
     """
-    _check_linear("linear_log_prob", hidden, weight, target, bias)
+    hidden, weight, bias = _linear("linear_log_prob", hidden, weight, target, bias)
     check_classes("linear_log_prob", weight.shape[0])
-    hidden = _autocast(hidden)
     chosen = backends.select("linear_log_prob", hidden, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
@@ -300,20 +300,32 @@ def linear_cross_entropy_backward(
 # ---- arguments ----
 
 
-def _autocast(hidden: Tensor) -> Tensor:
-    device = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
-
-
-def _check_linear(op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+def _linear(op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Linear:
+    """The layer, checked, and cast as ``F.linear`` casts it under autocast; float32 parameters are rounded later,
+    where they are read."""
     checks.floating(op, "hidden", hidden)
     checks.tensor(op, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [classes, features], it has shape {list(weight.shape)}")
-    checks.parameter(op, "weight", weight, "hidden", hidden, (weight.shape[0], hidden.shape[-1]))
     check_target(op, "hidden", hidden, target)
+    (hidden,) = checks.autocast(hidden)
+    cast = [_parameter(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1])), None]
     if bias is not None:
-        checks.parameter(op, "bias", bias, "hidden", hidden, (weight.shape[0],))
+        cast[1] = _parameter(op, "bias", bias, hidden, (weight.shape[0],))
+    return Linear(hidden, *cast)
+
+
+def _parameter(op: str, name: str, x: Tensor, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
+    checks.on(op, name, x, "hidden", hidden)
+    checks.sized(op, name, x, shape)
+    if x.dtype not in (hidden.dtype, torch.float32):
+        (x,) = checks.autocast(x)
+    if x.dtype not in (hidden.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: {name} is {checks.short(x.dtype)} but hidden is {checks.short(hidden.dtype)}; cast one to the "
+            "other's dtype, or call it under torch.autocast, which casts both"
+        )
+    return x
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

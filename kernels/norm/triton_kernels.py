@@ -22,10 +22,10 @@ LONGEST_FORWARD, LONGEST_BACKWARD = 16384, 8192
 
 @triton.jit
 def _sum_of(X, R, x_at, r_at, mask, HAS_RESIDUAL: tl.constexpr):
-    """x + residual, rounded to the dtype, in float32."""
+    """x + residual, rounded to the dtype of the residual, in float32."""
     h = tl.load(X + x_at, mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        h = (h + tl.load(R + r_at, mask, other=0.0).to(tl.float32)).to(X.dtype.element_ty).to(tl.float32)
+        h = (h + tl.load(R + r_at, mask, other=0.0).to(tl.float32)).to(R.dtype.element_ty).to(tl.float32)
     return h
 
 

@@ -32,8 +32,8 @@ def rope(
 
     Args:
         q: ``[..., seq, heads, head_dim]``, float32, float16 or bfloat16.
-        k: ``[..., seq, kv_heads, head_dim]``, in the dtype of q.
-        cos, sin: ``[max_seq, rotary_dim / 2]``, in the dtype of q or float32.
+        k: ``[..., seq, kv_heads, head_dim]``; each of q and k keeps its dtype.
+        cos, sin: ``[max_seq, rotary_dim / 2]``, of any of these dtypes, used in float32.
         interleaved: pairs are neighbours (GPT-J), not the two halves (GPT-NeoX, Llama).
         positions: ``[..., seq]`` int64 or int32, each token's row in the tables; None counts from 0. Packed
             documents count from 0 each.
@@ -41,7 +41,7 @@ def rope(
         backend: see ``explain``.
 
     Returns:
-        ``(q, k)`` turned: new, contiguous tensors of the same shapes and dtype, or q and k themselves.
+        ``(q, k)`` turned: new, contiguous tensors of the same shapes and dtypes, or q and k themselves.
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, or a
@@ -53,7 +53,9 @@ def rope(
     checks.tensor("rope", "k", k)
     if k.dim() != q.dim():
         raise ValueError(f"rope: k must be laid out like q {list(q.shape)}, it has shape {list(k.shape)}")
-    checks.like("rope", "k", k, "q", q, shape=(*q.shape[:-2], k.shape[-2], q.shape[-1]))
+    checks.on("rope", "k", k, "q", q)
+    checks.not_wider("rope", "k", k, "q", q)
+    checks.sized("rope", "k", k, (*q.shape[:-2], k.shape[-2], q.shape[-1]))
     checks.tensor("rope", "cos", cos)
     if cos.dim() != 2 or 2 * cos.shape[1] > q.shape[-1]:
         raise ValueError(
