@@ -12,7 +12,7 @@ from .. import backends, checks
 from ..library import differentiable_once, function
 from . import reference
 from .operators import attention_backward, attention_decode, attention_forward
-from .options import Options
+from .options import Options, bounds
 from .packing import Packing, check_packing
 
 LARGEST_HEAD = 256
@@ -96,7 +96,7 @@ def flash_attention(
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = Options(scale, bool(causal), window, float(softcap))
+    options = Options(scale, *bounds(causal, window), float(softcap))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
     if chosen == "torch":
         return _torch(q, k, v, sinks, packing, options, return_lse)

@@ -36,7 +36,7 @@ def attention_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``out``; ``lse``, float32, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``). ``sinks`` are float32."""
-    return _out_and_lse(q)
+    return _out_and_lse(q, v)
 
 
 def _launch_backward(
@@ -105,7 +105,7 @@ def attention_decode(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse``, as of attention_forward; ``sinks`` are float32."""
-    return _out_and_lse(q)
+    return _out_and_lse(q, v)
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -113,5 +113,6 @@ def in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+def _out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
