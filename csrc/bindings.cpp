@@ -48,7 +48,7 @@ RmsNormForward rms_norm_forward(const TensorView& x, const TensorView& weight, c
                                 float weight_offset, const TensorView& y, const TensorView& h, const TensorView& rstd) {
   const auto [rows, cols] = Matrix(y);
   return {x.rows(), residual.rows(), weight.dense(), y.dense(), h.dense(), rstd.dense<float>(),
-          rows, cols, eps, weight_offset, x.dtype(), weight.dtype()};
+          rows, cols, eps, weight_offset, x.dtype(), residual ? residual.dtype() : x.dtype(), weight.dtype()};
 }
 
 RmsNormBackward rms_norm_backward(const TensorView& dy, const TensorView& x, const TensorView& weight,
@@ -56,8 +56,8 @@ RmsNormBackward rms_norm_backward(const TensorView& dy, const TensorView& x, con
                                   const TensorView& dx, const TensorView& dweight, const TensorView& workspace) {
   const auto [rows, cols] = Matrix(dx);
   return {dy.rows(), x.rows(), dh.rows(), weight.dense(), rstd.dense<float>(), dx.dense(), dweight.dense(),
-          workspace.dense<float>(), workspace ? workspace.sizes()[0] : 0, rows, cols, weight_offset, x.dtype(),
-          weight.dtype()};
+          workspace.dense<float>(), workspace ? workspace.sizes()[0] : 0, rows, cols, weight_offset, dy.dtype(),
+          x.dtype(), weight.dtype()};
 }
 
 SwigluForward swiglu_forward(const TensorView& gate, const TensorView& up, const TensorView& out) {

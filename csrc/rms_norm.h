@@ -1,15 +1,16 @@
 // RMSNorm, forward and backward: the arguments that the CPU and the CUDA kernels share.
 //
-//   forward    h = x + residual (or x), rounded to dtype
+//   forward    h = x + residual (or x), rounded to the dtype of the residual
 //              rstd = 1 / sqrt(mean(h^2) + eps)            float32, one per row
 //              y = h * rstd * (weight + weight_offset)     (weight left out: 1)
 //   backward   g = dy * (weight + weight_offset),  xhat = h * rstd
 //              dx = rstd * (g - xhat * mean(g * xhat)) + dh
 //              dweight = sum over rows of dy * xhat
 //
-// All arithmetic is float32; y, h and dx are contiguous [rows, cols] in dtype; weight and dweight are
-// [cols] in weight_dtype, which is dtype or float32. The weight's gradient is summed in a fixed order:
-// `partials` rows of float32 workspace, then those rows.
+// All arithmetic is float32; y, h and dx are contiguous [rows, cols]. x and y forward and dy backward have dtype; the
+// residual and h forward, and what follows from h backward (x, dh and dx), have sum_dtype, which is dtype or (on CPUs)
+// float32; weight and dweight are [cols] in weight_dtype, which is dtype or float32. The weight's gradient is summed in
+// a fixed order: `partials` rows of float32 workspace, then those rows.
 #pragma once
 
 #include "tensor.h"
@@ -24,7 +25,7 @@ struct RmsNormForward {
   float* rstd;
   int64_t rows, cols;
   float eps, weight_offset;
-  DType dtype, weight_dtype;
+  DType dtype, sum_dtype, weight_dtype;
 };
 
 struct RmsNormBackward {
@@ -37,7 +38,7 @@ struct RmsNormBackward {
   int64_t partials;
   int64_t rows, cols;
   float weight_offset;
-  DType dtype, weight_dtype;
+  DType dtype, sum_dtype, weight_dtype;
 };
 
 }  // namespace fastllm

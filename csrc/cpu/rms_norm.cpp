@@ -37,26 +37,40 @@ class Scale {
   Buffer<float> owned_;
 };
 
-template <typename T>
-float forward_row(const T* x, const T* residual, const float* scale, T* y, T* h, int64_t cols, float eps) {
-  float squares;
-  if (residual) {
-    squares = sum_over(cols, [&](auto at, auto put) {
-      const vfloat v = rounded<T>(at(x) + at(residual));
-      put(h, v);
-      return v * v;
-    });
-    x = h;
-  } else {
-    squares = sum_over(cols, [&](auto at, auto) { return at(x) * at(x); });
-  }
+// The types of x, y and dy, and of the residual and h; they may be one.
+template <typename Body>
+void with_types(DType dtype, DType sum_dtype, Body&& body) {
+  with_type(dtype, [&](auto tag) {
+    if (dtype == sum_dtype) {
+      body(tag, tag);
+    } else {
+      body(tag, float{});
+    }
+  });
+}
+
+template <typename T, typename H>
+float normalise(const H* h, float squares, const float* scale, T* y, int64_t cols, float eps) {
   const float rstd = 1.f / std::sqrt(squares / static_cast<float>(cols) + eps);
-  for_each_vector(cols, [&](auto at, auto put) { put(y, at(x) * rstd * at(scale)); });
+  for_each_vector(cols, [&](auto at, auto put) { put(y, at(h) * rstd * at(scale)); });
   return rstd;
 }
 
-template <typename T, bool kWeightGrad>
-void backward_row(const T* dy, const T* x, const T* dh, const float* scale, float rstd, T* dx, float* dweight,
+template <typename T, typename H>
+float forward_row(const T* x, const H* residual, const float* scale, T* y, H* h, int64_t cols, float eps) {
+  if (!residual) {
+    return normalise(x, sum_over(cols, [&](auto at, auto) { return at(x) * at(x); }), scale, y, cols, eps);
+  }
+  const float squares = sum_over(cols, [&](auto at, auto put) {
+    const vfloat v = rounded<H>(at(x) + at(residual));
+    put(h, v);
+    return v * v;
+  });
+  return normalise(h, squares, scale, y, cols, eps);
+}
+
+template <typename T, typename H, bool kWeightGrad>
+void backward_row(const T* dy, const H* x, const H* dh, const float* scale, float rstd, H* dx, float* dweight,
                   int64_t cols) {
   const float dot = sum_over(cols, [&](auto at, auto) { return at(dy) * at(scale) * at(x); });
   const float pull = dot * rstd * rstd * rstd / static_cast<float>(cols);
@@ -69,27 +83,27 @@ void backward_row(const T* dy, const T* x, const T* dh, const float* scale, floa
   });
 }
 
-template <typename T>
+template <typename T, typename H>
 void forward(const RmsNormForward& a) {
   const Scale scale(a.weight, a.weight_dtype, a.weight_offset, a.cols);
   T* y = static_cast<T*>(a.y);
-  T* h = static_cast<T*>(a.h);
-  const int64_t bytes = a.rows * a.cols * static_cast<int64_t>(sizeof(T));
-  expect_large_write(y, bytes);
-  if (a.residual) expect_large_write(h, bytes);
+  H* h = static_cast<H*>(a.h);
+  const int64_t elements = a.rows * a.cols;
+  expect_large_write(y, elements * static_cast<int64_t>(sizeof(T)));
+  if (a.residual) expect_large_write(h, elements * static_cast<int64_t>(sizeof(H)));
 #pragma omp parallel for schedule(static) if (a.rows * a.cols > kParallelElements)
   for (int64_t r = 0; r < a.rows; ++r) {
-    const T* residual = a.residual ? row<T>(a.residual, r) : nullptr;
+    const H* residual = a.residual ? row<H>(a.residual, r) : nullptr;
     a.rstd[r] = forward_row(row<T>(a.x, r), residual, scale.data(), y + r * a.cols, a.residual ? h + r * a.cols : nullptr,
                             a.cols, a.eps);
   }
 }
 
-template <typename T, bool kWeightGrad>
+template <typename T, typename H, bool kWeightGrad>
 void backward(const RmsNormBackward& a) {
   const Scale scale(a.weight, a.weight_dtype, a.weight_offset, a.cols);
-  T* dx = static_cast<T*>(a.dx);
-  expect_large_write(dx, a.rows * a.cols * static_cast<int64_t>(sizeof(T)));
+  H* dx = static_cast<H*>(a.dx);
+  expect_large_write(dx, a.rows * a.cols * static_cast<int64_t>(sizeof(H)));
   const int64_t parts = kWeightGrad ? a.partials : rms_norm_partials(a.rows);
 #pragma omp parallel for schedule(static) if (a.rows * a.cols > kParallelElements)
   for (int64_t part = 0; part < parts; ++part) {
@@ -99,9 +113,9 @@ void backward(const RmsNormBackward& a) {
       std::memset(dweight, 0, a.cols * sizeof(float));
     }
     for (int64_t r = a.rows * part / parts; r < a.rows * (part + 1) / parts; ++r) {
-      const T* dh = a.dh ? row<T>(a.dh, r) : nullptr;
-      backward_row<T, kWeightGrad>(row<T>(a.dy, r), row<T>(a.x, r), dh, scale.data(), a.rstd[r], dx + r * a.cols,
-                                   dweight, a.cols);
+      const H* dh = a.dh ? row<H>(a.dh, r) : nullptr;
+      backward_row<T, H, kWeightGrad>(row<T>(a.dy, r), row<H>(a.x, r), dh, scale.data(), a.rstd[r], dx + r * a.cols,
+                                      dweight, a.cols);
     }
   }
 }
@@ -126,15 +140,15 @@ void sum_partials(const RmsNormBackward& a) {
 }  // namespace
 
 void rms_norm_forward(const RmsNormForward& a) {
-  with_type(a.dtype, [&](auto tag) { forward<decltype(tag)>(a); });
+  with_types(a.dtype, a.sum_dtype, [&](auto t, auto h) { forward<decltype(t), decltype(h)>(a); });
 }
 
 void rms_norm_backward(const RmsNormBackward& a) {
   if (!a.dweight) {
-    with_type(a.dtype, [&](auto tag) { backward<decltype(tag), false>(a); });
+    with_types(a.dtype, a.sum_dtype, [&](auto t, auto h) { backward<decltype(t), decltype(h), false>(a); });
     return;
   }
-  with_type(a.dtype, [&](auto tag) { backward<decltype(tag), true>(a); });
+  with_types(a.dtype, a.sum_dtype, [&](auto t, auto h) { backward<decltype(t), decltype(h), true>(a); });
   with_type(a.weight_dtype, [&](auto tag) { sum_partials<decltype(tag)>(a); });
 }
 

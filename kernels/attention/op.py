@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function
+from ..library import differentiable_once, function, in_torch_func
 from . import reference
 from .operators import attention_backward, attention_forward
 from .options import Options, Window, bounds
@@ -78,8 +78,9 @@ def flash_attention(
     Under autocast q, k and v are cast to its dtype, as by ``F.scaled_dot_product_attention``. Scores, softmax and sums
     are float32; probabilities are rounded to the dtype before they meet the values. What a query doesn't see does not
     change its output, NaN and infinity included (on a GPU: in k; a NaN in v may reach the queries of its block). The
-    kernels take a head_dim up to 256 and differentiate once. A few queries against long keys take the kernel of
-    :func:`flash_decode`. The torch backend calls PyTorch's ``scaled_dot_product_attention`` for what that can express.
+    kernels take a head_dim up to 256 and differentiate once. Where nothing needs a gradient, a few queries against
+    long keys take the kernel of :func:`flash_decode`. The torch backend calls PyTorch's
+    ``scaled_dot_product_attention`` for what that can express.
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, cu_seqlens that don't
@@ -121,7 +122,9 @@ def flash_attention(
     if chosen == "torch":
         out, lse = _torch(q, k, v, sinks, packing, options, return_lse)
     else:
-        out, lse = _flash_attention(q, k, v, sinks, packing, options, bool(deterministic), chosen)
+        tensors = [t for t in (q, k, v, sinks) if t is not None]
+        differentiated = in_torch_func() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        out, lse = _flash_attention(q, k, v, sinks, packing, options, differentiated, bool(deterministic), chosen)
     if layout == "bhsd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
@@ -162,14 +165,16 @@ class _FlashAttention(torch.autograd.Function):
         sinks: Tensor | None,
         packing: Packing,
         options: Options,
+        differentiated: bool,
         deterministic: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        return attention_forward(q, k, v, None if sinks is None else sinks.float(), packing, options, backend)
+        wide_sinks = None if sinks is None else sinks.float()
+        return attention_forward(q, k, v, wide_sinks, packing, options, differentiated, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, sinks, packing, ctx.options, ctx.deterministic, ctx.backend = inputs
+        q, k, v, sinks, packing, ctx.options, _, ctx.deterministic, ctx.backend = inputs
         ctx.max_seqlens = packing[2:]
         ctx.save_for_backward(q, k, v, sinks, *output, *packing[:2])
         ctx.set_materialize_grads(False)
@@ -178,7 +183,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, lse, cu_q, cu_k = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 8
+            return (None,) * 9
         dout = torch.zeros_like(out) if dout is None else dout
         packing = Packing(cu_q, cu_k, *ctx.max_seqlens)
         dq, dk, dv, delta = attention_backward(
@@ -190,7 +195,7 @@ class _FlashAttention(torch.autograd.Function):
             dsinks = -(share * delta).sum(-1)
             dsinks = (dsinks if cu_q is not None else dsinks.sum(0)).to(sinks.dtype)
         grads = (differentiable_once("flash_attention", q, g) for g in (dq, dk, dv, dsinks))
-        return (*grads, None, None, None, None)
+        return (*grads, *(None,) * 5)
 
 
 _flash_attention = function(_FlashAttention)

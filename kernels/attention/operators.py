@@ -20,13 +20,15 @@ def _launch_forward(
     sinks: Tensor | None,
     packing: Packing,
     options: Options,
+    differentiated: bool,
     backend: str,
     *outputs: Tensor,
 ) -> None:
     check_packing(q, k, packing)
     q, k, v = map(in_rows, (q, k, v))
     kernels = launchers(__package__, backend)
-    if packing.cu_seqlens_q is None and q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[2]:
+    few = packing.cu_seqlens_q is None and q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[2]
+    if few and not differentiated:
         kernels.attention_decode(q, k, v, None, sinks, options, backend, *outputs)
     else:
         kernels.attention_forward(q, k, v, sinks, packing, options, backend, *outputs)
@@ -40,9 +42,13 @@ def attention_forward(
     sinks: Tensor | None,
     packing: Packing,
     options: Options,
+    differentiated: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """``out``; ``lse``, float32, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``). ``sinks`` are float32."""
+    """``out``; ``lse``, float32, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``). ``sinks`` are float32.
+
+    ``differentiated``: by the kernel that gives a sequence the same bits alone and packed.
+    """
     return _out_and_lse(q, v)
 
 

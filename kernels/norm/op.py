@@ -62,7 +62,7 @@ def rms_norm(
         weight = weight.float()
 
     def why_not(backend: str) -> str | None:
-        two = residual is not None and residual.dtype != x.dtype and backend != "triton"
+        two = residual is not None and residual.dtype != x.dtype and backend == "cuda"
         return "its kernel takes a residual in the dtype of x" if two else None
 
     chosen = backends.select("rms_norm", x, backend, why_not)

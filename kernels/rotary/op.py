@@ -65,7 +65,7 @@ def rope(
     checks.parameter("rope", "cos", cos, "q", q, tuple(cos.shape))
     checks.parameter("rope", "sin", sin, "q", q, tuple(cos.shape))
     if inplace:
-        _check_memory(q, k)
+        _check_inplace(q, k)
     if positions is not None:
         checks.indices("rope", "positions", positions, "q", q)
         checks.sized("rope", "positions", positions, tuple(q.shape[:-2]))
@@ -88,20 +88,22 @@ def rope(
 
 
 def _changes_alone(*tensors: Tensor) -> bool:
-    """Whether a kernel may write first, and autograd be told afterwards: no leaf and no view of what it follows.
+    """Whether a kernel may write first, and autograd be told afterwards: no view of what it follows.
 
-    On the others ``Tensor.copy_`` does both, and refuses before it writes.
+    On such a view ``Tensor.copy_`` does both, and refuses before it writes.
     """
-    return not torch.is_grad_enabled() or all(
-        not (x.requires_grad and x.is_leaf) and (x._base is None or not x._base.requires_grad) for x in tensors
-    )
+    return not torch.is_grad_enabled() or all(x._base is None or not x._base.requires_grad for x in tensors)
 
 
-def _check_memory(q: Tensor, k: Tensor) -> None:
-    """Raise where an element would be turned twice."""
-    if torch.compiler.is_compiling():
+def _check_inplace(q: Tensor, k: Tensor) -> None:
+    """Raise where autograd allows no change, or an element would be turned twice: before anything is written."""
+    if torch.compiler.is_compiling() or in_torch_func():  # no addresses to be had
         return
     for name, x in (("q", q), ("k", k)):
+        base = x if x._base is None else x._base
+        if torch.is_grad_enabled() and base.is_leaf and base.requires_grad:
+            view = "" if base is x else "a view of "
+            raise RuntimeError(f"rope: {name} is {view}a leaf Variable that requires grad, which inplace can't change")
         if not _dense_steps(x) and _same_address(x):
             raise ValueError(
                 f"rope: elements of {name} share memory, which inplace would turn twice; pass {name}.clone()"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastllm.kernels import flash_attention, flash_decode
 from fastllm.kernels.attention import reference
+from fastllm.kernels.attention.options import bounds
 from tests.conftest import GPU
 from tests.numerics import assert_accurate, with_gradients
 
@@ -27,7 +28,7 @@ def eager(q: Tensor, k: Tensor, v: Tensor, sinks=None, *, causal=True, window=No
     if causal and sinks is None and seq_q > seq_k:  # the first queries see nothing
         out = eager(q[:, seq_q - seq_k :], k, v, causal=causal, window=window, softcap=softcap, scale=scale)
         return torch.cat([q[:, : seq_q - seq_k] * 0, out], 1)
-    seen = reference._visible(seq_q, seq_k, causal, window, q.device)
+    seen = reference._visible(seq_q, seq_k, *bounds("eager", causal, window), q.device)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
     if sinks is None and not softcap:
@@ -57,7 +58,7 @@ def magnitudes(q, k, v, sinks=None, *, dout, dlse, causal=True, window=None, sof
     if softcap:
         slope = 1 - torch.tanh(scores / softcap).square()
         scores = softcap * torch.tanh(scores / softcap)
-    seen = reference._visible(q.shape[1], k.shape[1], causal, window, q.device)
+    seen = reference._visible(q.shape[1], k.shape[1], *bounds("magnitudes", causal, window), q.device)
     p = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(~seen, 0.0)
     of_scores = torch.einsum("bqhd,bkhd->bhqk", q.abs(), kw.abs()) * abs(scale) * slope
     of_out = torch.einsum("bhqk,bkhd->bqhd", p * (1 + of_scores), vw.abs())

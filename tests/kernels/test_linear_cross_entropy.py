@@ -170,6 +170,32 @@ def test_log_prob(backend, dtype):
         assert_accurate(a, b, c, name, known[name])
 
 
+def test_log_prob_of_ignored_tokens_is_0_without_a_gradient(backend):
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
+    target = torch.tensor([1, -100, 8, -100])
+    valid = target != -100
+    out = linear_log_prob(hidden, weight, target, backend=backend)
+    expected = linear_log_prob(hidden[valid], weight, target[valid], backend=backend)
+    torch.testing.assert_close(out[valid], expected)
+    assert bool((out[~valid] == 0).all())
+    (grad,) = torch.autograd.grad(out.sum(), hidden)
+    assert bool((grad[~valid] == 0).all()) and bool((grad[valid] != 0).any())
+    same = linear_log_prob(hidden, weight, target.masked_fill(~valid, 7), ignore_index=7, backend=backend)
+    assert torch.equal(same, out)
+
+
+def test_no_features_give_the_bias(backend):
+    hidden, weight = torch.randn(4, 0, requires_grad=True), torch.randn(9, 0, requires_grad=True)
+    bias, target = torch.randn(9, requires_grad=True), torch.arange(4)
+    for options in ({}, {"reduction": "none"}):
+        loss = linear_cross_entropy(hidden, weight, target, bias=bias, backend=backend, **options)
+        expected = torch.nn.functional.cross_entropy(bias.expand(4, 9), target, **options)
+        torch.testing.assert_close(loss, expected)
+        grads, right = (torch.autograd.grad(x.sum(), bias, retain_graph=True)[0] for x in (loss, expected))
+        torch.testing.assert_close(grads, right)
+        assert [g.shape for g in torch.autograd.grad(loss.sum(), (hidden, weight))] == [(4, 0), (9, 0)]
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_only_what_is_wanted(backend, reduction):
     """A frozen head, or a hidden state without gradient, and no gradient at all."""

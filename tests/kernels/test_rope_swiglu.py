@@ -181,8 +181,37 @@ def test_rope_in_place_has_its_gradients(backend):
     got = with_gradients(partial(call, inplace=True, backend=backend), [x], more)
     expected = with_gradients(partial(call, inplace=True, backend="torch"), [x], more)
     torch.testing.assert_close(got, expected)
-    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
-        rope(q.requires_grad_(), k, cos, sin, inplace=True, backend=backend)
+
+
+def test_rope_in_place_refuses_before_it_writes(backend):
+    """Leaves and their views, and memory that two elements share, which would be turned twice."""
+    (q, k), cos, sin, _ = rope_inputs()
+    call = partial(rope, cos=cos, sin=sin, inplace=True, backend=backend)
+    memory = torch.randn(2 * 5 * 8 * 16 + 16)
+    fused = memory[: 2 * 5 * 8 * 16].view(2, 5, 8, 16)
+    wide = torch.randn(2, 5, 2 * 16)
+    for wrong, error, message in [
+        ((q.clone().requires_grad_(), k), RuntimeError, "leaf Variable that requires grad"),
+        ((q.clone().requires_grad_()[:], k), RuntimeError, "view of a leaf Variable"),
+        ((q, k.clone().requires_grad_()), RuntimeError, "leaf Variable that requires grad"),
+        ((2 * q.clone().requires_grad_()).split([3, 3], 2), RuntimeError, "multiple views"),
+        ((q, k[:, :, :1].expand(2, 5, 4, 16)), ValueError, "elements of k share memory"),
+        ((q[:1].expand(2, 5, 6, 16), k), ValueError, "elements of q share memory"),
+        ((wide.as_strided((2, 5, 2, 16), (160, 32, 8, 1)), k), ValueError, "elements of q share memory"),
+        ((q, q), ValueError, "q and k share memory"),
+        ((fused[:, :, :6], fused[:, :, 5:7]), ValueError, "q and k share memory"),
+        ((fused[:, :, :6], memory[16:].view(2, 5, 8, 16)[:, :, 6:8]), ValueError, "q and k share memory"),
+    ]:
+        before = [t.detach().clone() for t in wrong]
+        with pytest.raises(error, match=message):
+            call(*wrong)
+        if message != "q and k share memory":
+            assert all(torch.equal(a.detach(), b) for a, b in zip(wrong, before, strict=True))
+    ends = torch.randn(5, 2, 16, 2)  # two tensors element by element, of which none is shared
+    q, k = (ends[..., i].unsqueeze(0) for i in range(2))
+    expected = rope(q, k, cos, sin, backend=backend)
+    for got, right in zip(call(q, k), expected, strict=True):
+        assert torch.equal(got, right)
 
 
 def test_rope_positions_outside_the_tables_raise():

@@ -138,6 +138,38 @@ def test_cross_entropy_more():
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_z_loss_is_not_weighed(reduction):
+    """A mean divides the weighted losses by their weights and the z-loss by the number of valid targets."""
+    logits, target, weight = double(6, 9), torch.tensor([1, 2, -100, 0, 8, 8]), torch.rand(9).double()
+    valid = target != -100
+    squares = 0.1 * logits.logsumexp(-1).square() * valid
+    z = {"mean": squares.sum() / valid.sum(), "sum": squares.sum(), "none": squares}[reduction]
+    expected = F.cross_entropy(logits, target, weight, reduction=reduction) + z
+    got = cross_entropy(logits, target, weight=weight, z_loss=0.1, reduction=reduction)
+    torch.testing.assert_close(got, expected)
+    scaled = cross_entropy(logits, target, weight=5 * weight, z_loss=0.1, reduction="mean")
+    torch.testing.assert_close(scaled, cross_entropy(logits, target, weight=weight, z_loss=0.1))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_probabilities_as_targets_are_torchs(reduction, smoothing, weighted):
+    logits, target, weight = double(6, 9), torch.rand(6, 9).double(), torch.rand(9).double() if weighted else None
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+    expected = F.cross_entropy(logits, target, weight, **options)
+    torch.testing.assert_close(cross_entropy(logits, target, weight=weight, **options), expected)
+    eye = torch.eye(9).double()
+    torch.testing.assert_close(linear_cross_entropy(logits, eye, target, class_weight=weight, **options), expected)
+    loss, lse = cross_entropy(logits, target, z_loss=0.1, return_lse=True, reduction="none")
+    torch.testing.assert_close(loss, F.cross_entropy(logits, target, reduction="none") + 0.1 * lse.square())
+    with pytest.raises(ValueError, match=r"target must have shape \[6, 9\]"):
+        cross_entropy(logits, target[:, :8])
+    with pytest.raises(ValueError, match="target holds probabilities"):
+        cross_entropy(logits.float(), target.float(), backend="cpu")
+
+
 def test_nothing_valid_gives_zero_with_zero_gradients():
     logits = torch.full((3, 5), float("inf"), requires_grad=True)
     loss = cross_entropy(logits, torch.full((3,), -100))
