@@ -1,6 +1,6 @@
 // Attention, forward and backward: out = softmax(scores) v with scores = cap(scale * q kᵀ), where cap is
-// softcap * tanh(x / softcap) or nothing. Query i of a sequence stands at key position i + len_k - len_q; causal
-// shows it the keys up to there, a window the latest ones of those. A query that sees no key gives 0.
+// softcap * tanh(x / softcap) or nothing. Query i of a sequence stands at key position p = i + len_k - len_q and sees
+// the keys p - left to p + right (causal: right = 0). A query that sees no key gives 0.
 // Sequences are the batch, or documents packed along the tokens, which cu_q and cu_k delimit.
 #pragma once
 
@@ -14,22 +14,26 @@ struct Heads {
   int64_t batch = 0, token = 0, head = 0;
 };
 
+// A window that reaches farther is unbounded: longer sequences have no place in memory.
+constexpr int64_t kUnbounded = int64_t(1) << 60;
+
 struct Attention {
   Heads q, k, v;
   const float* sinks;          // [heads]: a logit that only adds to the sum; or null
   const int64_t *cu_q, *cu_k;  // [sequences + 1], where documents begin and end; or null
   int64_t sequences, len_q, len_k;  // of packed documents: tokens in all
-  int64_t heads, kv_heads, dim;
-  float scale, softcap;  // softcap 0: none
-  bool causal;
-  int64_t window;  // 0: none
+  int64_t heads, kv_heads, dim, dim_v;  // dim of q and k, dim_v of v and out
+  float scale, softcap;                 // softcap 0: none
+  int64_t left, right;                  // from 0 to kUnbounded
   DType dtype;
+
+  int64_t group() const { return kv_heads ? heads / kv_heads : 0; }  // heads of q that share one of k and v
 
   int64_t tokens_q() const { return cu_q ? len_q : sequences * len_q; }
   int64_t tokens_k() const { return cu_k ? len_k : sequences * len_k; }
 };
 
-// out is contiguous [batch, len_q, heads, dim], lse [batch, heads, len_q] (packed: both without the batch).
+// out is contiguous [batch, len_q, heads, dim_v], lse [batch, heads, len_q] (packed: both without the batch).
 struct AttentionForward : Attention {
   void* out;
   float* lse;

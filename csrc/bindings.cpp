@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -31,10 +32,14 @@ using namespace fastllm;
 
 namespace {
 
-// Rows and columns of a tensor of at least one column.
+// Rows and columns of a tensor.
 struct Matrix {
-  int64_t rows, cols;
-  explicit Matrix(const TensorView& x) : cols(x.sizes()[-1]) { rows = x.numel() / cols; }
+  int64_t rows = 1, cols;
+  explicit Matrix(const TensorView& x) {
+    const Dims n = x.sizes();
+    for (Py_ssize_t i = 0; i + 1 < n.size(); ++i) rows *= n[i];
+    cols = n[-1];
+  }
 };
 
 // ---- the arguments of each kernel: the operator's, without the backend, then its outputs ----
@@ -75,15 +80,18 @@ Rope rope(const TensorView& x, const TensorView& cos, const TensorView& sin, con
           seq, table[1], table[0], interleaved, inverse, x.dtype()};
 }
 
-using AttentionOptions = std::tuple<float, bool, int64_t, float>;  // kernels/attention/options.py
+using AttentionOptions = std::tuple<float, int64_t, int64_t, float>;  // kernels/attention/options.py
+
+// The farthest key that a query sees to one side; what no int32 holds, or is negative, is no bound.
+int64_t bound(int64_t keys) { return keys < 0 || keys >= INT32_MAX ? kUnbounded : keys; }
 
 Attention attention(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& sinks,
                     const TensorView& cu_q, const TensorView& cu_k, const AttentionOptions& options) {
-  const auto [scale, causal, window, softcap] = options;
+  const auto [scale, left, right, softcap] = options;
   const Dims n = q.sizes(), m = k.sizes();
   const int64_t sequences = cu_q ? cu_q.numel() - 1 : n[0];
   return {q.heads(), k.heads(), v.heads(), sinks.dense<float>(), cu_q.dense<int64_t>(), cu_k.dense<int64_t>(),
-          sequences, n[-3], m[-3], n[-2], m[-2], n[-1], scale, softcap, causal, window, q.dtype()};
+          sequences, n[-3], m[-3], n[-2], m[-2], n[-1], v.sizes()[-1], scale, softcap, bound(left), bound(right), q.dtype()};
 }
 
 AttentionForward attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
@@ -146,7 +154,7 @@ CrossEntropyBackward cross_entropy_backward(const TensorView& logits, const Tens
 
 // On a CPU a position outside the tables is an error; nothing is read there.
 void check_positions(const Rope& a) {
-  if (!a.positions) return;
+  if (!a.positions || !a.heads) return;
   for (int64_t token = 0; token < a.rows / a.heads; ++token) {
     if (a.positions[token] < 0 || a.positions[token] >= a.max_seq) {
       throw std::out_of_range("rope: positions holds " + std::to_string(a.positions[token]) + ", cos and sin hold " +

@@ -9,7 +9,8 @@ One rule chooses, in :func:`select`:
 2. else :func:`use_backend` or the environment variable ``FASTLLM_BACKEND``: that backend for the ops and
    tensors that it can serve, the automatic choice for the others;
 3. else automatically: the native kernels on a CPU; on a GPU Triton, or CUDA C++ where a measurement on
-   that kind of GPU says so (:data:`MEASURED_FASTER`); PyTorch where no kernel can serve.
+   that kind of GPU says so (:data:`MEASURED_FASTER`); PyTorch where no kernel can serve: other dtypes and devices,
+   forward-mode differentiation, ``torch.func.vmap``, ``torch.func.grad`` of ``torch.func.grad``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch.autograd import forward_ad
 
 from . import native
 from .measured import MEASURED_FASTER
@@ -148,9 +150,29 @@ def device_limit(backend: str, device: torch.device) -> str | None:
     return None
 
 
+def transformed() -> str | None:
+    """Why no kernel can serve inside the transforms of torch.func and forward-mode differentiation that are on."""
+    if forward_ad._current_level >= 0:
+        return "its kernels have no forward-mode derivative"
+    if torch._C._are_functorch_transforms_active():
+        levels = torch._C._functorch.get_interpreter_stack() or []
+        if any(level.key() != torch._C._functorch.TransformType.Grad for level in levels):
+            return "its kernels take no part in vmap and the like"
+        if len(levels) > 1:
+            return "its kernels differentiate once"
+    return None
+
+
+# torch.compile asks while it traces, when the same transforms are on; it guards on them by itself. What
+# torch.compiler.assume_constant_result does, without its import of torch._dynamo, which takes a second.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _limit(op: Op, backend: str, x: torch.Tensor, why_not: WhyNot | None) -> str | None:
     if backend == "torch":
         return None
+    if reason := transformed():
+        return reason
     if backend not in op.kernels:
         return f"{op.name} has no {backend} kernel yet"
     if x.dtype not in KERNEL_DTYPES:

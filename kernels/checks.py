@@ -44,7 +44,9 @@ def like(op: str, name: str, x: Any, other_name: str, other: Tensor, *, shape: t
     """``x`` has the device and dtype of ``other``, and ``shape`` (default: that of ``other``)."""
     on(op, name, x, other_name, other)
     if x.dtype != other.dtype:
-        raise TypeError(f"{op}: {name} is {short(x.dtype)} but {other_name} is {short(other.dtype)}; they must agree")
+        raise TypeError(
+            f"{op}: {name} is {short(x.dtype)} but {other_name} is {short(other.dtype)}; cast one to the other's dtype"
+        )
     sized(op, name, x, tuple(other.shape) if shape is None else shape)
 
 
@@ -60,13 +62,28 @@ def sized(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def parameter(op: str, name: str, x: Any, other_name: str, other: Tensor, shape: tuple[int, ...]) -> None:
-    """A learnt tensor: on the device of ``other``, of its dtype or float32."""
+    """A tensor that is read in float32, whatever its dtype: on the device of ``other``."""
     on(op, name, x, other_name, other)
-    if x.dtype not in (other.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: {name} must be {short(other.dtype)} like {other_name}, or float32, not {short(x.dtype)}"
-        )
+    not_wider(op, name, x, other_name, other)
     sized(op, name, x, shape)
+
+
+def not_wider(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """``x`` is floating, and float64 only where ``other`` is."""
+    floating(op, name, x, min_dim=0)
+    if x.dtype == torch.float64 != other.dtype:
+        raise TypeError(
+            f"{op}: {name} is float64 but {other_name} is {short(other.dtype)}; call {name}.float(), or make both float64"
+        )
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``tensors`` as torch.autocast gives them to a matrix product: all but float64 in its dtype, where it is on."""
+    device = tensors[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
 
 
 def indices(op: str, name: str, x: Any, other_name: str, other: Tensor) -> None:

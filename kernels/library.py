@@ -32,7 +32,11 @@ _TYPES = {
 
 
 def operator(
-    declaration: Callable[..., Any] | None = None, *, launch: Callable[..., None] | None = None, mutates: str = ""
+    declaration: Callable[..., Any] | None = None,
+    *,
+    strided: str = "",
+    launch: Callable[..., None] | None = None,
+    mutates: str = "",
 ) -> Callable[..., Any]:
     """Declare ``torch.ops.fastllm.<name>``; the decorated function becomes a call of it.
 
@@ -42,21 +46,30 @@ def operator(
     empty nothing is launched. The last argument is ``backend: str``. ``mutates`` names an argument that is written;
     such an operator returns nothing.
 
+    ``strided`` names the tensors that ``launch`` reads in place, whatever their strides. Every other one reaches it
+    contiguous: here, and nowhere else, small tensors get the memory order that kernels read.
+
     An argument that is a NamedTuple stands in the schema as its fields. The declaration, ``launch`` and callers of
     the decorated function have it whole.
 
     Differentiation is the business of the op's ``torch.autograd.Function``.
     """
     if declaration is None:
-        return functools.partial(operator, launch=launch, mutates=mutates)
+        return functools.partial(operator, strided=strided, launch=launch, mutates=mutates)
     name, folder = declaration.__name__, declaration.__module__.rpartition(".")[0]
     types = typing.get_type_hints(declaration)
     returned = types.pop("return")
     tuples = [(i, t) for i, t in enumerate(types.values()) if hasattr(t, "_fields")]
     results = typing.get_args(returned) if typing.get_origin(returned) is tuple else (returned,)
     outputs = ", ".join(_TYPES[t] for t in results)
+    in_place = {*strided.split(), mutates}
+    fields = _flat(types)
+    if unknown := in_place - {*fields, ""}:
+        raise TypeError(f"{name} has no argument {', '.join(sorted(unknown))}")
+    dense = [i for i, (x, t) in enumerate(fields.items()) if t in (Tensor, Tensor | None) and x not in in_place]
+    schema = ", ".join(f"{'Tensor(a!)' if x == mutates else _TYPES[t]} {x}" for x, t in fields.items())
     _library.define(
-        f"{name}({arguments(types, mutates)}) -> {outputs if len(results) == 1 else f'({outputs})'}",
+        f"{name}({schema}) -> {outputs if len(results) == 1 else f'({outputs})'}",
         tags=torch.Tag.pt2_compliant_tag,
     )
 
@@ -70,6 +83,9 @@ def operator(
         return declaration(*whole(flat))
 
     def call(*flat: Any) -> Any:
+        for i in dense:
+            if flat[i] is not None and not flat[i].is_contiguous():
+                flat = (*flat[:i], flat[i].contiguous(), *flat[i + 1 :])
         arguments = whole(flat) if tuples else flat
         result = declaration(*arguments)
         outputs = (result,) if isinstance(result, Tensor) else result or ()
@@ -99,14 +115,12 @@ def operator(
     return flattened
 
 
-def arguments(types: dict[str, Any], mutates: str = "") -> str:
-    """The arguments of a schema, from their annotations."""
-    return ", ".join(
-        arguments(typing.get_type_hints(t))
-        if hasattr(t, "_fields")
-        else f"{'Tensor(a!)' if name == mutates else _TYPES[t]} {name}"
-        for name, t in types.items()
-    )
+def _flat(types: dict[str, Any]) -> dict[str, Any]:
+    """The annotations of arguments, with the fields of a NamedTuple in its place."""
+    flat: dict[str, Any] = {}
+    for name, t in types.items():
+        flat |= typing.get_type_hints(t) if hasattr(t, "_fields") else {name: t}
+    return flat
 
 
 @functools.cache
@@ -119,24 +133,75 @@ def launchers(folder: str, backend: str) -> ModuleType:
     return importlib.import_module(".triton_kernels" if backend == "triton" else ".native", folder)
 
 
+def in_torch_func() -> bool:
+    """Whether a transform of ``torch.func`` is on, as torch.autograd.Function asks it."""
+    return torch._C._are_functorch_transforms_active()
+
+
+in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as backends.transformed
+
+
+def function(differentiable: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The call of an autograd Function that has ``forward``, ``setup_context`` and ``backward``.
+
+    ``torch.func`` wants the first two apart, and PyTorch then binds the arguments with ``inspect`` at every call, which
+    takes 35 µs. Outside its transforms a Function with both in one takes the call.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = differentiable.forward(*inputs)
+        differentiable.setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiable.backward)}
+    direct = type(differentiable.__name__, (torch.autograd.Function,), methods)
+
+    @functools.wraps(differentiable.forward)
+    def call(*inputs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            return differentiable.apply(*_distinct(inputs))
+        return (differentiable if in_torch_func() else direct).apply(*inputs)
+
+    return call
+
+
+def _distinct(inputs: tuple[Any, ...]) -> list[Any]:
+    """Inputs as Dynamo traces a Function of them: no tensor twice, and in torch.func none that is an argument of what
+    is differentiated, whose gradient would be lost. A view is another tensor."""
+    distinct: list[Any] = []
+    for x in inputs:
+        again = isinstance(x, Tensor) and (in_torch_func() or any(x is seen for seen in distinct))
+        distinct.append(x.view_as(x) if again else x)
+    return distinct
+
+
 class _Once(torch.autograd.Function):
     """Hands gradients through, and says so when somebody differentiates them again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, name: str, like: Tensor, grad: Tensor) -> Tensor:
-        ctx.name = name
+    def forward(name: str, like: Tensor, grad: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
+        math = " inside torch.nn.attention.sdpa_kernel(SDPBackend.MATH)" if ctx.name == "flash_attention" else ""
         raise NotImplementedError(
-            f"{ctx.name}: its kernels have no second derivative; call it with backend='torch', "
+            f"{ctx.name}: its kernels have no second derivative; call it with backend='torch'{math}, "
             "which PyTorch can differentiate twice"
         )
+
+
+_once = function(_Once)
 
 
 def differentiable_once(name: str, like: Tensor, grad: Tensor | None) -> Tensor | None:
     """``grad``, computed by a kernel from ``like`` (a tensor of the graph), so that its own gradient raises."""
     if grad is None or not torch.is_grad_enabled():
         return grad
-    return _Once.apply(name, like, grad)
+    return _once(name, like, grad)

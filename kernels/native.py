@@ -107,10 +107,6 @@ def place(x: torch.Tensor) -> tuple[int, int]:
     return 0, 0
 
 
-def contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 def merged_dims(x: torch.Tensor) -> list[tuple[int, int]] | None:
     """``(size, stride)`` of the dimensions before the last, outermost first: as few as address the same rows.
 

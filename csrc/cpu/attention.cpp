@@ -10,26 +10,26 @@ namespace {
 constexpr int kPanels = 4;  // of queries, in a block
 constexpr int kQueries = kPanels * kPanel;
 
-// Keys [kKeys, dim] and values transposed [dim, kKeys] of each block and head.
+// Keys [kKeys, dim] and values transposed [dim_v, kKeys] of each block and head.
 template <typename E>
 struct PackedKeys : KeyTiles {
   Buffer<E> k, vt;
   Buffer<bool> finite;  // whether a block's values are
 
   template <typename T>
-  PackedKeys(const Attention& a, T) : KeyTiles(a), k(size()), vt(size()), finite(count()) {
-    pack_each<T>(a, [&](int64_t at, const T* ks, const T* vs, int64_t rows, int64_t filled) {
-      copy_rows(ks, a.k.token, rows, a.dim, k + at, filled, dim);
-      finite[at / (kKeys * dim)] = copy_transposed(vs, a.v.token, rows, a.dim, vt + at, filled, dim);
+  PackedKeys(const Attention& a, T) : KeyTiles(a), k(at(count())), vt(at_v(count())), finite(count()) {
+    pack_each<T>(a, [&](int64_t tile, const T* ks, const T* vs, int64_t rows, int64_t filled) {
+      copy_rows(ks, a.k.token, rows, a.dim, k + at(tile), filled, dim);
+      finite[tile] = copy_transposed(vs, a.v.token, rows, a.dim_v, vt + at_v(tile), filled, dim_v);
     });
   }
 };
 
 // The running softmax of a panel of queries: the highest score so far and the sum of e^(score - highest), and the sum
-// of values weighted by those, transposed.
+// of values weighted by those, transposed: [dim, kPanel].
 struct Running {
   vfloat highest[2], sum[2];
-  alignas(64) float values[256 * kPanel];
+  float* values;
 
   // A sink is a key seen before all others, without a value.
   void clear(const float* sink, int64_t dim) {
@@ -47,8 +47,11 @@ struct Running {
 // that is laid out like the scores and takes their place.
 template <typename E>
 struct Scores {
-  alignas(64) float scores[kKeys * kPanel];
-  alignas(64) bfloat16 packed[sizeof(E) == 2 ? kKeys * kPanel : 1];
+  float* scores;     // [kKeys, kPanel]
+  bfloat16* packed;  // the same
+
+  explicit Scores(Arena& arena)
+      : scores(arena.array<float>(kKeys * kPanel)), packed(arena.array<bfloat16>(sizeof(E) == 2 ? kKeys * kPanel : 0)) {}
 
   E* probs() {
     if constexpr (sizeof(E) == 2) {
@@ -137,21 +140,36 @@ void add_visible(const Band& band, int64_t ahead, int64_t keys, const float* pro
     }
 }
 
+// Of a thread.
+template <typename E>
+struct Scratch {
+  Scores<E> scores;
+  E* queries;  // packed, [kQueries, dim]
+  Running panels[kPanels];
+
+  Scratch(Arena& arena, int64_t dim, int64_t dim_v) : scores(arena), queries(arena.array<E>(kQueries * dim)) {
+    for (Running& running : panels) running.values = arena.array<float>(dim_v * kPanel);
+  }
+};
+
 template <typename T>
 void forward(const AttentionForward& a) {
   using E = typename TileOf<T>::Type;
   const PackedKeys<E> packed(a, T{});
   const Blocks blocks(a, &Sequence::len_q, kQueries);
-  const int64_t dim = packed.dim, group = a.heads / a.kv_heads;
+  const int64_t dim = packed.dim, dim_v = packed.dim_v, group = a.group();
+  const PerThread<Scratch<E>> memory(dim, dim_v);
   const Band band(a);
-  expect_large_write(a.out, a.tokens_q() * a.heads * a.dim * static_cast<int64_t>(sizeof(T)));
+  expect_large_write(a.out, a.tokens_q() * a.heads * a.dim_v * static_cast<int64_t>(sizeof(T)));
 
 #pragma omp parallel
   {
     const Tiles tiles;
-    Scores<E> scores;
-    Running panels[kPanels];
-    alignas(64) E packed_queries[kQueries * 256];
+    Arena arena = memory.mine();
+    Scratch<E> scratch(arena, dim, dim_v);
+    Scores<E>& scores = scratch.scores;
+    E* const packed_queries = scratch.queries;
+    Running* const panels = scratch.panels;
 
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < blocks.count() * a.heads; ++item) {
@@ -160,12 +178,12 @@ void forward(const AttentionForward& a) {
       const int64_t first = block * kQueries, count = least(kQueries, s.len_q - first);
       const T* q = token_of<T>(a, a.q, s.first_q, s.index, head) + first * a.q.token;
       pack_columns(q, a.q.token, count, a.dim, packed_queries, round_up(count, kPanel), dim);
-      for (Running& running : panels) running.clear(a.sinks ? a.sinks + head : nullptr, dim);
+      for (Running& running : scratch.panels) running.clear(a.sinks ? a.sinks + head : nullptr, dim_v);
 
       const Range range = visible(a, s, first, count);
       for (int64_t j = range.begin / kKeys; j * kKeys < range.end; ++j) {
         const int64_t tile = packed.tile(sequence, head / group, j);
-        const E *k = packed.k + tile, *vt = packed.vt + tile;
+        const E *k = packed.k + packed.at(tile), *vt = packed.vt + packed.at_v(tile);
         for (int64_t start = 0; start < count; start += kPanel) {
           const int64_t queries = least(kPanel, count - start);
           const Range seen = visible(a, s, first + start, queries);
@@ -177,30 +195,30 @@ void forward(const AttentionForward& a) {
           const int64_t ahead = j * kKeys - (first + start + s.offset()), depth = round_up(keys, kDepthUnit<E>);
           const bool masked = !band.covers(ahead, keys, queries);
           if (masked) {
-            scores.template to_probs<true>(a, band, ahead, keys, depth, dim, running);
+            scores.template to_probs<true>(a, band, ahead, keys, depth, dim_v, running);
           } else {
-            scores.template to_probs<false>(a, band, ahead, keys, depth, dim, running);
+            scores.template to_probs<false>(a, band, ahead, keys, depth, dim_v, running);
           }
-          if (masked && !packed.finite[tile / (kKeys * dim)]) {
-            add_visible(band, ahead, keys, scores.scores, vt, a.dim, running.values);
+          if (masked && !packed.finite[tile]) {
+            add_visible(band, ahead, keys, scores.scores, vt, a.dim_v, running.values);
           } else {
-            matmul(dim, kPanel, depth, vt, kKeys, scores.probs(), running.values, kPanel, true);
+            matmul(dim_v, kPanel, depth, vt, kKeys, scores.probs(), running.values, kPanel, true);
           }
         }
       }
 
       float* lse = a.lse + lse_at(a, s, head) + first;
-      T* out = static_cast<T*>(a.out) + ((s.first_q + first) * a.heads + head) * a.dim;
+      T* out = static_cast<T*>(a.out) + ((s.first_q + first) * a.heads + head) * a.dim_v;
       for (int64_t start = 0; start < count; start += kPanel) {
         Running& running = panels[start / kPanel];
         const int64_t queries = least(kPanel, count - start);
         for (int half = 0; half < 2; ++half) {
           const vfloat sum = running.sum[half];
-          running.scale_values(half, sum == 0.f ? vfloat{} : 1.f / sum, dim);
+          running.scale_values(half, sum == 0.f ? vfloat{} : 1.f / sum, dim_v);
           for (int64_t i = half * kLanes; i < least(queries, (half + 1) * kLanes); ++i)
             lse[start + i] = running.highest[half][i % kLanes] + __builtin_logf(sum[i % kLanes]);
         }
-        put_transposed(running.values, kPanel, queries, a.dim, out + start * a.heads * a.dim, a.heads * a.dim);
+        put_transposed(running.values, kPanel, queries, a.dim_v, out + start * a.heads * a.dim_v, a.heads * a.dim_v);
       }
     }
   }

@@ -6,11 +6,9 @@
 
 #include "../attention.h"
 
-#include <cstdlib>
-
 #include "kernels.h"
 #include "matmul.h"
-#include "memory.h"
+#include "workspace.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
 
@@ -21,24 +19,9 @@ constexpr float kInfinity = __builtin_inff();
 inline int64_t blocks_of(int64_t length, int64_t block) { return (length + block - 1) / block; }
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Memory on cache lines, freed at the end of the scope.
-template <typename E>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) {
-    const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(E)) + 64, 64);
-    data_ = static_cast<E*>(std::aligned_alloc(64, bytes));
-    if (!data_) std::abort();  // as where the operating system finds out later
-    expect_large_write(data_, bytes);
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  operator E*() const { return data_; }
-
- private:
-  E* data_;
-};
+inline int64_t clamp(int64_t x, int64_t low, int64_t high) { return least(most(x, low), high); }
+// The columns of a tile that holds heads of `dim`: matmul's unit, and never none, of which no product would be written.
+inline int64_t padded(int64_t dim) { return round_up(most(dim, 1), kPanel); }
 
 // One of the batch, or one document.
 struct Sequence {
@@ -72,27 +55,22 @@ struct Range {
 };
 inline Range visible(const Attention& a, const Sequence& s, int64_t first, int64_t count) {
   const int64_t at = first + s.offset();
-  return {a.window ? most(0, at - a.window + 1) : 0, a.causal ? most(0, least(s.len_k, at + count)) : s.len_k};
+  return {most(0, at - a.left), clamp(at + count + a.right, 0, s.len_k)};
 }
 
 // Which of the queries, across lanes, see a key. `ahead` is how far the key lies ahead of query 0 of the block.
 struct Band {
-  bool causal;
-  int64_t window;
+  int64_t left, right;
 
-  explicit Band(const Attention& a) : causal(a.causal), window(a.window ? a.window : int64_t(1) << 30) {}
+  explicit Band(const Attention& a) : left(a.left), right(a.right) {}
 
   // Whether every one of `queries` sees every one of `keys`.
   bool covers(int64_t ahead, int64_t keys, int64_t queries) const {
-    return !causal || (ahead + keys - 1 <= 0 && queries - 1 - ahead < window);
+    return ahead + keys - 1 <= right && queries - 1 - ahead <= left;
   }
   // value where query `lane + i` sees the key, else other.
   vfloat select(int64_t ahead, int64_t lane, vfloat value, float other) const {
-    if (!causal) return value;
-    vuint32 query;
-    for (int i = 0; i < kLanes; ++i) query[i] = i;
-    const auto behind = (vint32)query + static_cast<int32_t>(lane - ahead);
-    return (behind >= 0) & (behind < static_cast<int32_t>(window)) ? value : broadcast(other);
+    return lanes_from_to(value, ahead - lane - right, ahead - lane + left + 1, other);
   }
 };
 
@@ -231,19 +209,20 @@ class Blocks {
   Buffer<int64_t> first_;
 };
 
-// The key blocks of all sequences and heads, packed into tiles of [kKeys, dim] in whatever order of their elements.
+// The key blocks of all sequences and heads, packed into tiles of kKeys × dim, of values kKeys × dim_v, in whatever
+// order of their elements.
 struct KeyTiles {
-  int64_t dim, heads;
+  int64_t dim, dim_v, heads;
   Blocks blocks;
 
   explicit KeyTiles(const Attention& a)
-      : dim(round_up(a.dim, kPanel)), heads(a.kv_heads), blocks(a, &Sequence::len_k, kKeys) {}
+      : dim(padded(a.dim)), dim_v(padded(a.dim_v)), heads(a.kv_heads), blocks(a, &Sequence::len_k, kKeys) {}
 
   int64_t count() const { return blocks.count() * heads; }
-  int64_t size() const { return count() * kKeys * dim; }
-  int64_t tile(int64_t s, int64_t head, int64_t block) const {
-    return ((blocks.first(s) + block) * heads + head) * kKeys * dim;
-  }
+  // Tiles are counted through.
+  int64_t tile(int64_t s, int64_t head, int64_t block) const { return (blocks.first(s) + block) * heads + head; }
+  int64_t at(int64_t tile) const { return tile * kKeys * dim; }
+  int64_t at_v(int64_t tile) const { return tile * kKeys * dim_v; }
 
   // Calls pack(tile, k, v, rows, filled) for each: there are `rows` keys, to be filled up with 0.
   template <typename T, typename Pack>

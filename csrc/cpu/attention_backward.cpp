@@ -5,27 +5,23 @@
 // that the result does not depend on the number of threads.
 #include "attention.h"
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
 
 constexpr int kQueries = 64;  // of a block: its scores, 48 KiB, stay in the L2 cache
 static_assert(kQueries % kPanel == 0, "blocks are whole panels");
 
-// Keys and values [kKeys, dim], and keys transposed [dim, kKeys], of each block and head.
+// Keys [kKeys, dim] and transposed [dim, kKeys], and values [kKeys, dim_v], of each block and head.
 template <typename E>
 struct PackedKeys : KeyTiles {
   Buffer<E> k, v, kt;
 
   template <typename T>
-  PackedKeys(const Attention& a, T) : KeyTiles(a), k(size()), v(size()), kt(size()) {
-    pack_each<T>(a, [&](int64_t at, const T* ks, const T* vs, int64_t rows, int64_t filled) {
-      copy_rows(ks, a.k.token, rows, a.dim, k + at, filled, dim);
-      copy_rows(vs, a.v.token, rows, a.dim, v + at, filled, dim);
-      copy_transposed(ks, a.k.token, rows, a.dim, kt + at, filled, dim);
+  PackedKeys(const Attention& a, T) : KeyTiles(a), k(at(count())), v(at_v(count())), kt(at(count())) {
+    pack_each<T>(a, [&](int64_t tile, const T* ks, const T* vs, int64_t rows, int64_t filled) {
+      copy_rows(ks, a.k.token, rows, a.dim, k + at(tile), filled, dim);
+      copy_rows(vs, a.v.token, rows, a.dim_v, v + at_v(tile), filled, dim_v);
+      copy_transposed(ks, a.k.token, rows, a.dim, kt + at(tile), filled, dim);
     });
   }
 };
@@ -35,19 +31,16 @@ template <typename T, typename E>
 class Queries {
  public:
   int64_t first, count, queries;  // queries: count in whole panels
-  alignas(64) float lse[kQueries], delta[kQueries];
-  E *qt, *dot, *q, *dout;  // B of products: transposed with dim as depth, and with the queries as depth
-  float* dqt;
+  float *lse, *delta;      // [kQueries]
+  E *qt, *dot, *q, *dout;  // B of products: transposed with the heads' dim as depth, and with the queries as depth
+  float* dqt;              // [dim, kQueries]
 
-  static int64_t bytes(int64_t dim) { return kQueries * dim * static_cast<int64_t>(4 * sizeof(E) + sizeof(float)); }
-
-  void place(uint8_t* memory, int64_t dim) {
-    dim_ = dim;
-    qt = reinterpret_cast<E*>(memory);
-    dot = qt + kQueries * dim;
-    q = dot + kQueries * dim;
-    dout = q + kQueries * dim;
-    dqt = reinterpret_cast<float*>(dout + kQueries * dim);
+  void place(Arena& arena, int64_t dim, int64_t dim_v) {
+    dim_ = dim, dim_v_ = dim_v;
+    lse = arena.array<float>(kQueries), delta = arena.array<float>(kQueries);
+    qt = arena.array<E>(kQueries * dim), q = arena.array<E>(kQueries * dim);
+    dot = arena.array<E>(kQueries * dim_v), dout = arena.array<E>(kQueries * dim_v);
+    dqt = arena.array<float>(kQueries * dim);
   }
 
   // Copies the queries from `from` on, and clears dq.
@@ -58,10 +51,10 @@ class Queries {
     const T* qs = token_of<T>(a, a.q, s.first_q, s.index, head) + first * a.q.token;
     const T* douts = token_of<T>(a, a.dout, s.first_q, s.index, head) + first * a.dout.token;
     pack_columns(qs, a.q.token, count, a.dim, qt, queries, dim_);
-    pack_columns(douts, a.dout.token, count, a.dim, dot, queries, dim_);
+    pack_columns(douts, a.dout.token, count, a.dim_v, dot, queries, dim_v_);
     if (for_keys) {
       pack_rows(qs, a.q.token, count, a.dim, q, queries, dim_);
-      pack_rows(douts, a.dout.token, count, a.dim, dout, queries, dim_);
+      pack_rows(douts, a.dout.token, count, a.dim_v, dout, queries, dim_v_);
     }
     const int64_t at = lse_at(a, s, head) + first;
     for (int64_t i = 0; i < queries; ++i) {
@@ -79,33 +72,43 @@ class Queries {
   }
 
  private:
-  int64_t dim_;
+  int64_t dim_, dim_v_;
 };
 
 // A block of scores and its gradients.
 template <typename T, typename E>
 class Tile {
  public:
-  Tile(const AttentionBackward& a, const PackedKeys<E>& packed) : a_(a), packed_(packed), band_(a) {}
+  Tile(Arena& arena, const AttentionBackward& a, const PackedKeys<E>& packed)
+      : a_(a),
+        packed_(packed),
+        band_(a),
+        scores_(arena.array<float>(kKeys * kQueries)),
+        dprobs_(arena.array<float>(kKeys * kQueries)),
+        probs_(arena.array<E>(kKeys * kQueries)),
+        dscores_(arena.array<E>(kKeys * kQueries)),
+        dscores_packed_(arena.array<E>(kKeys * kQueries)) {}
 
-  // Adds what block j of the keys gives: to dq where `for_queries`; to dk and dv, [keys, dim] of that block, where
-  // those are not null.
+  // Adds what block j of the keys gives: to dq where `for_queries`; to that block's dk [keys, dim] and dv [keys, dim_v]
+  // where those are not null.
   void add(Queries<T, E>& q, const Sequence& s, int64_t kv_head, int64_t j, bool for_queries, float* dk, float* dv) {
     const Range range = visible(a_, s, q.first, q.count);
-    const int64_t keys = least(kKeys, range.end - j * kKeys), dim = packed_.dim;
+    const int64_t keys = least(kKeys, range.end - j * kKeys), dim = packed_.dim, dim_v = packed_.dim_v;
     if (keys <= 0 || j < range.begin / kKeys) return;
     const int64_t ahead = j * kKeys - (q.first + s.offset()), tile = packed_.tile(s.index, kv_head, j);
     const int64_t rows = round_up(keys, kRowUnit), depth = round_up(keys, kDepthUnit<E>);
-    matmul(rows, q.queries, dim, packed_.k + tile, dim, q.qt, scores_, kQueries, false);
-    matmul(rows, q.queries, dim, packed_.v + tile, dim, q.dot, dprobs_, kQueries, false);
+    matmul(rows, q.queries, dim, packed_.k + packed_.at(tile), dim, q.qt, scores_, kQueries, false);
+    matmul(rows, q.queries, dim_v, packed_.v + packed_.at_v(tile), dim_v, q.dot, dprobs_, kQueries, false);
     if (band_.covers(ahead, keys, q.count)) {
       differentiate<false>(q, ahead, keys, rows, depth);
     } else {
       differentiate<true>(q, ahead, keys, rows, depth);
     }
-    if (for_queries) matmul(dim, q.queries, depth, packed_.kt + tile, kKeys, dscores_packed_, q.dqt, kQueries, true);
+    if (for_queries) {
+      matmul(dim, q.queries, depth, packed_.kt + packed_.at(tile), kKeys, dscores_packed_, q.dqt, kQueries, true);
+    }
     if (dk) {
-      matmul(rows, dim, q.queries, probs_, kQueries, q.dout, dv, dim, true);
+      matmul(rows, dim_v, q.queries, probs_, kQueries, q.dout, dv, dim_v, true);
       matmul(rows, dim, q.queries, dscores_, kQueries, q.q, dk, dim, true);
     }
   }
@@ -115,26 +118,28 @@ class Tile {
   template <bool kMasked>
   void differentiate(const Queries<T, E>& q, int64_t ahead, int64_t keys, int64_t rows, int64_t depth) {
     const float scale = a_.scale;
+    const float *scores = scores_, *dprobs = dprobs_;  // of their own: a store might change what a member points to
+    E *probs = probs_, *dscores = dscores_, *dscores_packed = dscores_packed_;
     for (int64_t v = 0; v < q.queries / kLanes; ++v) {
       const vfloat lse = load(q.lse + v * kLanes), delta = load(q.delta + v * kLanes);
-      E* packed = dscores_packed_ + v / 2 * depth * kPanel + v % 2 * kLanes * kStep<E>;
+      E* packed = dscores_packed + v / 2 * depth * kPanel + v % 2 * kLanes * kStep<E>;
       const auto dscore = [&](int64_t key) {
         const int64_t at = key * kQueries + v * kLanes;
         vfloat p, ds;
         if (a_.softcap) {
-          const vfloat t = tanh(load(scores_ + at) * (a_.scale / a_.softcap));
+          const vfloat t = tanh(load(scores + at) * (a_.scale / a_.softcap));
           p = exp_nonpositive(t * a_.softcap - lse);
-          ds = p * (load(dprobs_ + at) - delta) * a_.scale * (1.f - t * t);
+          ds = p * (load(dprobs + at) - delta) * a_.scale * (1.f - t * t);
         } else {
-          p = exp_nonpositive(load(scores_ + at) * scale - lse);
-          ds = p * (load(dprobs_ + at) - delta) * a_.scale;
+          p = exp_nonpositive(load(scores + at) * scale - lse);
+          ds = p * (load(dprobs + at) - delta) * a_.scale;
         }
         if (kMasked) {
           p = band_.select(ahead + key, v * kLanes, p, 0.f);
           ds = band_.select(ahead + key, v * kLanes, ds, 0.f);
         }
-        store(probs_ + at, p);
-        store(dscores_ + at, ds);
+        store(probs + at, p);
+        store(dscores + at, ds);
         return ds;
       };
       for (int64_t key = 0; key < depth; key += kStep<E>, packed += kPanel * kStep<E>) {
@@ -142,8 +147,8 @@ class Tile {
         store_steps(packed, first, kStep<E> == 2 && key + 1 < keys ? dscore(key + 1) : vfloat{});
       }
       for (int64_t key = keys; key < rows; ++key) {  // rows that only fill a tile
-        store(probs_ + key * kQueries + v * kLanes, vfloat{});
-        store(dscores_ + key * kQueries + v * kLanes, vfloat{});
+        store(probs + key * kQueries + v * kLanes, vfloat{});
+        store(dscores + key * kQueries + v * kLanes, vfloat{});
       }
     }
   }
@@ -151,8 +156,30 @@ class Tile {
   const AttentionBackward& a_;
   const PackedKeys<E>& packed_;
   const Band band_;
-  alignas(64) float scores_[kKeys * kQueries], dprobs_[kKeys * kQueries];
-  alignas(64) E probs_[kKeys * kQueries], dscores_[kKeys * kQueries], dscores_packed_[kKeys * kQueries];
+  float *const scores_, *const dprobs_;  // [kKeys, kQueries], all
+  E *const probs_, *const dscores_, *const dscores_packed_;
+};
+
+// Keys pass by a few blocks of queries together, which stay in the L2 cache: at most so many, and of so many bytes.
+constexpr int64_t kMostBlocks = 8, kCache = 400 << 10;
+
+// Of a thread.
+template <typename T, typename E>
+struct Scratch {
+  Tile<T, E> tile;
+  float *dk, *dv;  // of `room` keys: [room, dim] and [room, dim_v]
+  int64_t together;
+  Queries<T, E> blocks[kMostBlocks];
+
+  Scratch(Arena& arena, const AttentionBackward& a, const PackedKeys<E>& packed, int64_t room, int64_t most_blocks)
+      : tile(arena, a, packed),
+        dk(arena.array<float>(room * packed.dim)),
+        dv(arena.array<float>(room * packed.dim_v)) {
+    const int64_t before = arena.bytes();
+    blocks[0].place(arena, packed.dim, packed.dim_v);
+    together = clamp(kCache / (arena.bytes() - before), 1, most_blocks);
+    for (int64_t i = 1; i < together; ++i) blocks[i].place(arena, packed.dim, packed.dim_v);
+  }
 };
 
 template <typename T>
@@ -165,44 +192,55 @@ void put_rows(const float* x, int64_t rows, int64_t cols, int64_t x_stride, T* o
     }
 }
 
+// dk and dv of the keys [first, first + rows).
+template <typename T>
+void put_keys(const AttentionBackward& a, const KeyTiles& tiles, const Sequence& s, int64_t kv_head, int64_t first,
+              int64_t rows, const float* dk, const float* dv) {
+  const int64_t row = (s.first_k + first) * a.kv_heads + kv_head;
+  put_rows(dk, rows, a.dim, tiles.dim, static_cast<T*>(a.dk) + row * a.dim, a.kv_heads * a.dim);
+  put_rows(dv, rows, a.dim_v, tiles.dim_v, static_cast<T*>(a.dv) + row * a.dim_v, a.kv_heads * a.dim_v);
+}
+
 // delta = dout · out - dlse, per query and head.
 template <typename T>
 void compute_delta(const AttentionBackward& a) {
   for (int64_t i = 0; i < a.sequences; ++i) {
     const Sequence s(a, i);
-#pragma omp parallel for schedule(static) if (s.len_q * a.heads * a.dim > (1 << 15))
+#pragma omp parallel for schedule(static) if (s.len_q * a.heads * a.dim_v > (1 << 15))
     for (int64_t row = 0; row < s.len_q * a.heads; ++row) {
       const int64_t query = row / a.heads, head = row % a.heads, at = lse_at(a, s, head) + query;
       const T* dout = token_of<T>(a, a.dout, s.first_q, s.index, head) + query * a.dout.token;
-      const T* out = static_cast<const T*>(a.out) + (s.first_q * a.heads + row) * a.dim;
+      const T* out = static_cast<const T*>(a.out) + (s.first_q * a.heads + row) * a.dim_v;
       vfloat dot{};
-      for (int64_t c = 0; c < a.dim; c += kLanes) dot += load_some(dout + c, a.dim - c) * load_some(out + c, a.dim - c);
+      for (int64_t c = 0; c < a.dim_v; c += kLanes) {
+        dot += load_some(dout + c, a.dim_v - c) * load_some(out + c, a.dim_v - c);
+      }
       a.delta[at] = sum(dot) - (a.dlse ? a.dlse[at] : 0.f);
     }
   }
 }
 
-// A whole sequence of one key/value head at a time. The keys pass by a few blocks of queries, which stay in the L2
-// cache, together: their gradients are what most memory traffic is about.
+// A whole sequence of one key/value head at a time. The keys' gradients are what most memory traffic is about: the
+// blocks of queries that keys pass by together read and write them once.
 template <typename T, typename E>
 void in_one_pass(const AttentionBackward& a, const PackedKeys<E>& packed, int64_t longest) {
-  constexpr int64_t kMost = 8, kCache = 400 << 10;
-  const int64_t group = a.heads / a.kv_heads, dim = packed.dim, room = round_up(longest, kKeys) * dim;
-  const int64_t bytes = Queries<T, E>::bytes(dim), together = most(1, least(kMost, kCache / bytes));
+  const int64_t group = a.group(), dim = packed.dim, dim_v = packed.dim_v, room = round_up(longest, kKeys);
+  const PerThread<Scratch<T, E>> memory(a, packed, room, kMostBlocks);
 #pragma omp parallel
   {
     const Tiles tiles;
-    Tile<T, E> tile(a, packed);
-    Buffer<float> dk(room), dv(room);
-    Buffer<uint8_t> memory(together * bytes);
-    Queries<T, E> blocks[kMost];
-    for (int64_t i = 0; i < together; ++i) blocks[i].place(memory + i * bytes, dim);
+    Arena arena = memory.mine();
+    Scratch<T, E> scratch(arena, a, packed, room, kMostBlocks);
+    Tile<T, E>& tile = scratch.tile;
+    Queries<T, E>* const blocks = scratch.blocks;
+    float *const dk = scratch.dk, *const dv = scratch.dv;
+    const int64_t together = scratch.together;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < a.sequences * a.kv_heads; ++item) {
       const Sequence s(a, item / a.kv_heads);
-      const int64_t kv_head = item % a.kv_heads, used = round_up(s.len_k, kKeys) * dim;
-      std::memset(dk, 0, used * sizeof(float));
-      std::memset(dv, 0, used * sizeof(float));
+      const int64_t kv_head = item % a.kv_heads, used = round_up(s.len_k, kKeys);
+      std::memset(dk, 0, used * dim * sizeof(float));
+      std::memset(dv, 0, used * dim_v * sizeof(float));
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (int64_t first = 0; first < s.len_q; first += together * kQueries) {
           const int64_t queries = least(together * kQueries, s.len_q - first), count = blocks_of(queries, kQueries);
@@ -210,12 +248,10 @@ void in_one_pass(const AttentionBackward& a, const PackedKeys<E>& packed, int64_
           const Range range = visible(a, s, first, queries);
           for (int64_t j = range.begin / kKeys; j * kKeys < range.end; ++j)
             for (int64_t i = 0; i < count; ++i)
-              tile.add(blocks[i], s, kv_head, j, true, dk + j * kKeys * dim, dv + j * kKeys * dim);
+              tile.add(blocks[i], s, kv_head, j, true, dk + j * kKeys * dim, dv + j * kKeys * dim_v);
           for (int64_t i = 0; i < count; ++i) blocks[i].put_dq(a, s, head);
         }
-      const int64_t out = (s.first_k * a.kv_heads + kv_head) * a.dim, stride = a.kv_heads * a.dim;
-      put_rows(+dk, s.len_k, a.dim, dim, static_cast<T*>(a.dk) + out, stride);
-      put_rows(+dv, s.len_k, a.dim, dim, static_cast<T*>(a.dv) + out, stride);
+      put_keys<T>(a, packed, s, kv_head, 0, s.len_k, dk, dv);
     }
   }
 }
@@ -223,16 +259,17 @@ void in_one_pass(const AttentionBackward& a, const PackedKeys<E>& packed, int64_
 // A block of queries, and then a block of keys, at a time.
 template <typename T, typename E>
 void in_two_passes(const AttentionBackward& a, const PackedKeys<E>& packed) {
-  const int64_t group = a.heads / a.kv_heads, dim = packed.dim;
+  const int64_t group = a.group(), dim = packed.dim, dim_v = packed.dim_v;
   const Blocks blocks(a, &Sequence::len_q, kQueries);
+  const PerThread<Scratch<T, E>> memory(a, packed, kKeys, 1);
 #pragma omp parallel
   {
     const Tiles tiles;
-    Tile<T, E> tile(a, packed);
-    Buffer<float> dk(kKeys * dim), dv(kKeys * dim);
-    Buffer<uint8_t> memory(Queries<T, E>::bytes(dim));
-    Queries<T, E> queries;
-    queries.place(memory, dim);
+    Arena arena = memory.mine();
+    Scratch<T, E> scratch(arena, a, packed, kKeys, 1);
+    Tile<T, E>& tile = scratch.tile;
+    Queries<T, E>& queries = scratch.blocks[0];
+    float *const dk = scratch.dk, *const dv = scratch.dv;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < blocks.count() * a.heads; ++item) {
       const auto [sequence, head, block] = blocks.place(item, a.heads);
@@ -249,7 +286,7 @@ void in_two_passes(const AttentionBackward& a, const PackedKeys<E>& packed) {
       const Sequence s(a, sequence);
       const int64_t rows = least(kKeys, s.len_k - j * kKeys);
       std::memset(dk, 0, kKeys * dim * sizeof(float));
-      std::memset(dv, 0, kKeys * dim * sizeof(float));
+      std::memset(dv, 0, kKeys * dim_v * sizeof(float));
       for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
         for (int64_t first = 0; first < s.len_q; first += kQueries) {
           const Range range = visible(a, s, first, least(kQueries, s.len_q - first));
@@ -257,9 +294,7 @@ void in_two_passes(const AttentionBackward& a, const PackedKeys<E>& packed) {
           queries.take(a, s, head, first, true);
           tile.add(queries, s, kv_head, j, false, dk, dv);
         }
-      const int64_t out = ((s.first_k + j * kKeys) * a.kv_heads + kv_head) * a.dim, stride = a.kv_heads * a.dim;
-      put_rows(+dk, rows, a.dim, dim, static_cast<T*>(a.dk) + out, stride);
-      put_rows(+dv, rows, a.dim, dim, static_cast<T*>(a.dv) + out, stride);
+      put_keys<T>(a, packed, s, kv_head, j * kKeys, rows, dk, dv);
     }
   }
 }
@@ -269,16 +304,14 @@ void backward(const AttentionBackward& a) {
   using E = typename TileOf<T>::Type;
   compute_delta<T>(a);
   const PackedKeys<E> packed(a, T{});
-  const int64_t bytes = a.heads * a.dim * static_cast<int64_t>(sizeof(T));
-  expect_large_write(a.dq, a.tokens_q() * bytes);
-  expect_large_write(a.dk, a.tokens_k() * bytes * a.kv_heads / a.heads);
-  expect_large_write(a.dv, a.tokens_k() * bytes * a.kv_heads / a.heads);
+  const int64_t bytes = sizeof(T);
+  expect_large_write(a.dq, a.tokens_q() * a.heads * a.dim * bytes);
+  expect_large_write(a.dk, a.tokens_k() * a.kv_heads * a.dim * bytes);
+  expect_large_write(a.dv, a.tokens_k() * a.kv_heads * a.dim_v * bytes);
 
-  int64_t threads = 1, longest = 0;
+  const int64_t threads = most_threads();
+  int64_t longest = 0;
   double all = 0, largest = 0;  // scores, of all sequences and of the one with the most
-#if defined(_OPENMP)
-  threads = omp_get_max_threads();
-#endif
   for (int64_t i = 0; i < a.sequences; ++i) {
     const Sequence s(a, i);
     const double scores = static_cast<double>(s.len_q) * s.len_k;

@@ -22,16 +22,18 @@ inline vfloat sums(vfloat (&rows)[kLanes]) {
 template <typename T>
 class Part {
  public:
-  explicit Part(const AttentionDecode& a)
+  Part(Arena& arena, const AttentionDecode& a)
       : a_(a),
         dim_(round_up(a.dim, kLanes)),
-        group_(a.heads / a.kv_heads),
+        dim_v_(round_up(a.dim_v, kLanes)),
+        group_(a.group()),
         rows_(group_ * a.len_q),
-        q_(rows_ * dim_),
-        scores_(rows_ * kPart),
-        tile_(kTile * dim_) {}
+        q_(arena.array<float>(rows_ * dim_)),
+        scores_(arena.array<float>(rows_ * kPart)),
+        tile_(arena.array<float>(kTile * most(dim_, dim_v_))),
+        total_(arena.array<float>(dim_v_)) {}
 
-  // Attends to the keys [first, last); result[row]: the highest score, the sum, and dim_ values.
+  // Attends to the keys [first, last); result[row]: the highest score, the sum, and dim_v_ values.
   void attend(int64_t s, int64_t kv_head, int64_t seen, int64_t first, int64_t last, float* result) {
     const T* k = static_cast<const T*>(a_.k.data) + s * a_.k.batch + kv_head * a_.k.head;
     const T* v = static_cast<const T*>(a_.v.data) + s * a_.v.batch + kv_head * a_.v.head;
@@ -41,7 +43,7 @@ class Part {
       copy_rows(q, 0, 1, a_.dim, q_ + row * dim_, 1, dim_);
     }
     for (int64_t key = first; key < last; key += kTile) {
-      copy_rows(k + key * a_.k.token, a_.k.token, least(kTile, last - key), a_.dim, +tile_, kTile, dim_);
+      copy_rows(k + key * a_.k.token, a_.k.token, least(kTile, last - key), a_.dim, tile_, kTile, dim_);
       for (int64_t row = 0; row < rows_; ++row) {
         vfloat dots[kTile] = {};
         for (int64_t d = 0; d < dim_; d += kLanes) {
@@ -52,32 +54,33 @@ class Part {
         store(scores_ + row * kPart + key - first, sums(dots));
       }
     }
-    for (int64_t row = 0; row < rows_; ++row) weigh(row, seen, first, last, result + row * (dim_ + 2));
-    for (int64_t row = 0; row < rows_; ++row) std::memset(result + row * (dim_ + 2) + 2, 0, dim_ * sizeof(float));
+    for (int64_t row = 0; row < rows_; ++row) weigh(row, seen, first, last, result + row * stride());
+    for (int64_t row = 0; row < rows_; ++row) std::memset(result + row * stride() + 2, 0, dim_v_ * sizeof(float));
     for (int64_t key = first; key < last; key += kTile) {
       const int64_t keys = least(kTile, last - key);
-      copy_rows(v + key * a_.v.token, a_.v.token, keys, a_.dim, +tile_, keys, dim_);
+      copy_rows(v + key * a_.v.token, a_.v.token, keys, a_.dim_v, tile_, keys, dim_v_);
       for (int64_t row = 0; row < rows_; ++row) {
         const float* p = scores_ + row * kPart + key - first;
-        float* out = result + row * (dim_ + 2) + 2;
+        float* out = result + row * stride() + 2;
         const Range visible = range(row, seen);
         const int64_t begin = most(0, visible.begin - key), end = least(keys, visible.end - key);
-        for (int64_t d = 0; d < dim_; d += kLanes) {
+        for (int64_t d = 0; d < dim_v_; d += kLanes) {
           vfloat sum = load(out + d);
-          for (int64_t i = begin; i < end; ++i) sum += p[i] * load(tile_ + i * dim_ + d);
+          for (int64_t i = begin; i < end; ++i) sum += p[i] * load(tile_ + i * dim_v_ + d);
           store(out + d, sum);
         }
       }
     }
   }
 
-  int64_t rows() const { return rows_; }
-  int64_t stride() const { return dim_ + 2; }
+  // From one row's result to the next.
+  int64_t stride() const { return dim_v_ + 2; }
+  float* total() const { return total_; }
 
   // The keys that a row sees of those that hold something.
   Range range(int64_t row, int64_t seen) const {
     const int64_t at = seen - a_.len_q + row / group_;
-    return {a_.window ? most(0, at - a_.window + 1) : 0, a_.causal ? most(0, at + 1) : seen};
+    return {most(0, at - a_.left), clamp(at + a_.right + 1, 0, seen)};
   }
 
  private:
@@ -85,17 +88,11 @@ class Part {
   void weigh(int64_t row, int64_t seen, int64_t first, int64_t last, float* result) {
     const Range visible = range(row, seen);
     float* scores = scores_ + row * kPart;
-    const auto lanes = [&](int64_t key, vfloat v, float other) {
-      vuint32 lane;
-      for (int i = 0; i < kLanes; ++i) lane[i] = i;
-      const auto at = (vint32)lane + static_cast<int32_t>(key);
-      return (at >= static_cast<int32_t>(visible.begin)) & (at < static_cast<int32_t>(visible.end)) ? v : broadcast(other);
-    };
     vfloat top = broadcast(-kInfinity);
     for (int64_t key = first; key < last; key += kLanes) {
       vfloat x = load(scores + key - first);
       x = a_.softcap ? tanh(x * (a_.scale / a_.softcap)) * a_.softcap : x * (a_.scale);
-      x = lanes(key, x, -kInfinity);
+      x = lanes_from_to(x, visible.begin - key, visible.end - key, -kInfinity);
       store(scores + key - first, x);
       top = maximum(top, x);
     }
@@ -111,20 +108,23 @@ class Part {
   }
 
   const AttentionDecode& a_;
-  int64_t dim_, group_, rows_;
-  Buffer<float> q_, scores_, tile_;
+  int64_t dim_, dim_v_, group_, rows_;
+  float *const q_, *const scores_, *const tile_, *const total_;
 };
 
 template <typename T>
 void decode(const AttentionDecode& a) {
   const int64_t parts = most(1, blocks_of(a.len_k, kPart)), units = a.sequences * a.kv_heads;
-  const int64_t group = a.heads / a.kv_heads, rows = group * a.len_q, stride = round_up(a.dim, kLanes) + 2;
-  Buffer<float> results(units * parts * rows * stride);
+  const int64_t group = a.group(), rows = group * a.len_q, stride = round_up(a.dim_v, kLanes) + 2;
+  if (units * rows == 0) return;
+  const Buffer<float> results(units * parts * rows * stride);
+  const PerThread<Part<T>> memory(a);
   const auto seen_of = [&](int64_t s) { return a.seen ? least(most(a.seen[s], 0), a.len_k) : a.len_k; };
 
-#pragma omp parallel if (units * a.len_k * rows * a.dim > (1 << 16))
+#pragma omp parallel if (units * a.len_k * rows * most(a.dim, a.dim_v) > (1 << 16))
   {
-    Part<T> part(a);
+    Arena arena = memory.mine();
+    Part<T> part(arena, a);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t item = 0; item < units * parts; ++item) {
       const int64_t s = item / parts / a.kv_heads, seen = seen_of(s), first = item % parts * kPart;
@@ -144,7 +144,8 @@ void decode(const AttentionDecode& a) {
       const float* part_of = results + (unit * parts * rows + row) * stride;
       float highest = a.sinks ? a.sinks[head] : -kInfinity, sum = a.sinks ? 1.f : 0.f;
       float weights[2];
-      alignas(64) float total[256] = {};
+      float* const total = part.total();
+      std::memset(total, 0, (stride - 2) * sizeof(float));
       for (int64_t p = 0; p < parts; ++p) {
         const float* result = part_of + p * rows * stride;
         if (result[0] == -kInfinity && result[1] == 0.f) continue;
@@ -156,11 +157,11 @@ void decode(const AttentionDecode& a) {
           store(total + d, load(total + d) * weights[0] + load(result + 2 + d) * weights[1]);
         highest = top;
       }
-      T* out = static_cast<T*>(a.out) + ((s * a.len_q + query) * a.heads + head) * a.dim;
+      T* out = static_cast<T*>(a.out) + ((s * a.len_q + query) * a.heads + head) * a.dim_v;
       const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-      for (int64_t d = 0; d < a.dim; d += kLanes) {
+      for (int64_t d = 0; d < a.dim_v; d += kLanes) {
         const vfloat v = load(total + d) * inverse;
-        a.dim - d >= kLanes ? store(out + d, v) : store_partial(out + d, v, a.dim - d);
+        a.dim_v - d >= kLanes ? store(out + d, v) : store_partial(out + d, v, a.dim_v - d);
       }
       a.lse[(s * a.heads + head) * a.len_q + query] = highest + __builtin_logf(sum);
     }

@@ -39,8 +39,8 @@ struct Target {
     const int64_t t = a.target[r];
     ignored = t == a.ignore_index;
     valid = !ignored && t >= 0 && t < a.classes;
-    col = t - a.first_class;
-    here = valid && col >= 0 && col < a.cols;
+    col = valid ? t - a.first_class : -1;
+    here = col >= 0 && col < a.cols;
     own = !valid ? kNaN : (1.f - a.label_smoothing) * (a.class_weight ? a.class_weight[t] : 1.f);
     total = own + a.label_smoothing * (a.mean_weight ? *a.mean_weight : 1.f);
   }

@@ -1,3 +1,5 @@
+// Memory of CPU kernels: outputs, which callers allocate, and workspaces (workspace.h).
+//
 // Large outputs are fresh from the operating system at every call (glibc maps blocks of 32 MiB and more
 // anew), and a page fault per 4 KiB then costs more than the arithmetic: ask for 2 MiB pages.
 #pragma once
@@ -20,5 +22,11 @@ static inline void expect_large_write(void* data, int64_t bytes) {
   (void)data, (void)bytes;
 #endif
 }
+
+constexpr int64_t kCacheLine = 64;
+
+// count * size bytes on a cache line, which std::free releases. Throws std::bad_alloc, with what was wanted: call it
+// outside of parallel regions, which an exception can't leave.
+void* allocate(int64_t count, int64_t size);
 
 }  // namespace fastllm::cpu

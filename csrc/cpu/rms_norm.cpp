@@ -3,11 +3,10 @@
 #include "../rms_norm.h"
 
 #include <cmath>
-#include <cstdlib>
 
 #include "kernels.h"
-#include "memory.h"
 #include "row_loops.h"
+#include "workspace.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
@@ -15,13 +14,10 @@ namespace {
 // weight + offset in float32, expanded once per call so that the row loops know no weight dtype.
 class Scale {
  public:
-  Scale(const void* weight, DType dtype, float offset, int64_t cols) {
-    if (weight && dtype == DType::float32 && offset == 0.f) {
-      data_ = static_cast<const float*>(weight);
-      return;
-    }
-    owned_ = static_cast<float*>(std::malloc(cols * sizeof(float)));
-    data_ = owned_;
+  Scale(const void* weight, DType dtype, float offset, int64_t cols)
+      : given_(weight && dtype == DType::float32 && offset == 0.f ? static_cast<const float*>(weight) : nullptr),
+        owned_(given_ ? 0 : cols) {
+    if (given_) return;
     if (!weight) {
       for (int64_t j = 0; j < cols; ++j) owned_[j] = 1.f;
       return;
@@ -34,14 +30,11 @@ class Scale {
       if (j < cols) store_partial(owned_ + j, load_partial(w + j, cols - j) + broadcast(offset), cols - j);
     });
   }
-  ~Scale() { std::free(owned_); }
-  Scale(const Scale&) = delete;
-  Scale& operator=(const Scale&) = delete;
-  const float* data() const { return data_; }
+  const float* data() const { return given_ ? given_ : owned_; }
 
  private:
-  const float* data_ = nullptr;
-  float* owned_ = nullptr;
+  const float* given_;
+  Buffer<float> owned_;
 };
 
 template <typename T>

@@ -152,6 +152,15 @@ inline vfloat first_lanes(vfloat v, int64_t count, float other) {
   return lane < static_cast<uint32_t>(count) ? v : broadcast(other);
 }
 
+// v in the lanes from `first` to `end`, which is excluded; either may lie outside of the vector.
+inline vfloat lanes_from_to(vfloat v, int64_t first, int64_t end, float other) {
+  vint32 lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  const int32_t from = first < 0 ? 0 : first > kLanes ? kLanes : static_cast<int32_t>(first);
+  const int32_t to = end < 0 ? 0 : end > kLanes ? kLanes : static_cast<int32_t>(end);
+  return (lane >= from) & (lane < to) ? v : broadcast(other);
+}
+
 template <typename T>
 inline vfloat rounded(vfloat v) {
   T buffer[kLanes];

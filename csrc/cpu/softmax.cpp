@@ -4,8 +4,8 @@
 #include "../softmax.h"
 
 #include "kernels.h"
-#include "memory.h"
 #include "online.h"
+#include "workspace.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
@@ -39,10 +39,15 @@ inline const NoMask* mask_row<NoMask>(const Mask&, int64_t) {
 
 constexpr int64_t kHeld = 16384;  // the longest row whose exponentials wait, 64 KiB
 
+// Of a thread: the exponentials.
+struct Scratch {
+  float* held;
+  Scratch(Arena& arena, int64_t cols) : held(arena.array<float>(cols < kHeld ? cols + kLanes : kHeld)) {}
+};
+
 // y = softmax of the scores, `count` <= kHeld.
 template <typename T, typename Score>
-void held_row(T* y, int64_t count, Score&& score) {
-  alignas(64) float held[kHeld];
+void held_row(T* y, int64_t count, float* held, Score&& score) {
   for_each_vector(count, [&](auto at, auto put) { put(held, score(at)); });
   int64_t padded = count;
   while (padded % kLanes) held[padded++] = -__builtin_inff();
@@ -71,15 +76,21 @@ template <typename T, typename M>
 void forward(const SoftmaxForward& a) {
   T* ys = static_cast<T*>(a.y);
   expect_large_write(ys, a.rows * a.cols * static_cast<int64_t>(sizeof(T)));
-#pragma omp parallel for schedule(guided) if (a.rows * a.cols > kParallelElements)
-  for (int64_t r = 0; r < a.rows; ++r) {
-    const T* x = row<T>(a.x, r);
-    const M* mask = mask_row<M>(a.mask, r);
-    T* y = ys + r * a.cols;
-    const int64_t seen = visible(r, a.cols, a.queries);
-    const auto score = [&](auto at) { return settled(under(mask, at, at(x) * a.scale)); };
-    seen <= kHeld ? held_row(y, seen, score) : long_row(y, seen, score);
-    std::memset(static_cast<void*>(y + seen), 0, (a.cols - seen) * sizeof(T));
+  const PerThread<Scratch> memory(a.cols);
+#pragma omp parallel if (a.rows * a.cols > kParallelElements)
+  {
+    Arena arena = memory.mine();
+    float* const held = Scratch(arena, a.cols).held;
+#pragma omp for schedule(guided)
+    for (int64_t r = 0; r < a.rows; ++r) {
+      const T* x = row<T>(a.x, r);
+      const M* mask = mask_row<M>(a.mask, r);
+      T* y = ys + r * a.cols;
+      const int64_t seen = visible(r, a.cols, a.queries);
+      const auto score = [&](auto at) { return settled(under(mask, at, at(x) * a.scale)); };
+      seen <= kHeld ? held_row(y, seen, held, score) : long_row(y, seen, score);
+      std::memset(static_cast<void*>(y + seen), 0, (a.cols - seen) * sizeof(T));
+    }
   }
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, operator
+from ..library import differentiable_once, function, operator
 from . import reference
 
 
@@ -18,32 +18,40 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         gate: any shape, float32, float16 or bfloat16, any strides.
-        up: like gate.
+        up: like gate. Of two dtypes both are promoted, as by PyTorch's product.
         backend: see ``explain``.
 
     Returns:
-        A tensor like gate, contiguous.
+        A tensor like gate, in the dtype of both, contiguous.
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, or a
             ``backend`` that can't run this call.
     """
     checks.floating("swiglu", "gate", gate, min_dim=0)
-    checks.like("swiglu", "up", up, "gate", gate)
+    checks.on("swiglu", "up", up, "gate", gate)
+    checks.floating("swiglu", "up", up, min_dim=0)
+    checks.sized("swiglu", "up", up, tuple(gate.shape))
+    if gate.dtype != up.dtype:
+        common = torch.promote_types(gate.dtype, up.dtype)
+        gate, up = gate.to(common), up.to(common)
     chosen = backends.select("swiglu", gate, backend, lambda b: None if gate.dim() else "it takes no scalars")
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
         return reference.swiglu(gate, up)
-    return _SwiGLU.apply(gate, up, chosen)
+    return _swiglu(gate, up, chosen)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.backend = backend
+    def forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
         return swiglu_forward(gate, up, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        gate, up, ctx.backend = inputs
+        ctx.save_for_backward(gate, up)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -53,11 +61,14 @@ class _SwiGLU(torch.autograd.Function):
         return dgate, dup, None
 
 
-@operator
+_swiglu = function(_SwiGLU)
+
+
+@operator(strided="gate up")
 def swiglu_forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@operator
+@operator(strided="dout gate up")
 def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)

@@ -9,7 +9,7 @@ from .. import backends, checks
 from . import reference
 from .op import check_heads, check_window, too_wide
 from .operators import attention_decode
-from .options import Options
+from .options import Options, bounds
 
 
 @backends.op("triton", "cpu")
@@ -65,7 +65,7 @@ def flash_decode(
     chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), True, window, float(softcap))
+    options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), *bounds(True, window), float(softcap))
     if chosen == "torch":
         out, lse = reference.flash_decode(
             q, k_cache, v_cache, cache_seqlens, scale=options.scale, window=window or None, softcap=softcap, sinks=sinks

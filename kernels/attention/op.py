@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once
+from ..library import differentiable_once, function
 from . import reference
 from .operators import attention_backward, attention_decode, attention_forward
-from .options import Options
+from .options import Options, bounds
 from .packing import Packing, check_packing
 
 LARGEST_HEAD = 256
@@ -96,7 +96,7 @@ def flash_attention(
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = Options(scale, bool(causal), window, float(softcap))
+    options = Options(scale, *bounds(causal, window), float(softcap))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
     if chosen == "torch":
         return _torch(q, k, v, sinks, packing, options, return_lse)
@@ -105,7 +105,7 @@ def flash_attention(
         sinks = None if sinks is None else sinks.float()
         out, lse = attention_decode(q, k, v, None, sinks, options, chosen)
     else:
-        out, lse = _FlashAttention.apply(q, k, v, sinks, packing, options, bool(deterministic), chosen)
+        out, lse = _flash_attention(q, k, v, sinks, packing, options, bool(deterministic), chosen)
     return (out, lse) if return_lse else out
 
 
@@ -142,7 +142,6 @@ def too_wide(q: Tensor) -> str | None:
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -152,12 +151,14 @@ class _FlashAttention(torch.autograd.Function):
         deterministic: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        wide_sinks = None if sinks is None else sinks.float()
-        out, lse = attention_forward(q, k, v, wide_sinks, packing, options, backend)
-        ctx.save_for_backward(q, k, v, sinks, out, lse, *packing[:2])
-        ctx.max_seqlens, ctx.options, ctx.deterministic, ctx.backend = packing[2:], options, deterministic, backend
+        return attention_forward(q, k, v, None if sinks is None else sinks.float(), packing, options, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, sinks, packing, ctx.options, ctx.deterministic, ctx.backend = inputs
+        ctx.max_seqlens = packing[2:]
+        ctx.save_for_backward(q, k, v, sinks, *output, *packing[:2])
         ctx.set_materialize_grads(False)
-        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -178,6 +179,9 @@ class _FlashAttention(torch.autograd.Function):
         return (*grads, None, None, None, None)
 
 
+_flash_attention = function(_FlashAttention)
+
+
 def _torch(
     q: Tensor,
     k: Tensor,
@@ -192,6 +196,7 @@ def _torch(
     if (
         packing.cu_seqlens_q is None
         and sinks is None
+        and backends.transformed() is None
         and not (return_lse or options.softcap or options.window or unseen)
     ):
         return _sdpa(q, k, v, options.causal, options.scale)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..library import launchers, operator
-from ..native import contiguous
 from .options import Options
 from .packing import Packing, check_packing
 
@@ -21,12 +20,12 @@ def _launch_forward(
     backend: str,
     *outputs: Tensor,
 ) -> None:
-    packing = _prepare(q, k, packing)
+    check_packing(q, k, packing)
     q, k, v = map(in_rows, (q, k, v))
-    launchers(__package__, backend).attention_forward(q, k, v, contiguous(sinks), packing, options, backend, *outputs)
+    launchers(__package__, backend).attention_forward(q, k, v, sinks, packing, options, backend, *outputs)
 
 
-@operator(launch=_launch_forward)
+@operator(strided="q k v", launch=_launch_forward)
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -37,7 +36,7 @@ def attention_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``out``; ``lse``, float32, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``). ``sinks`` are float32."""
-    return _out_and_lse(q)
+    return _out_and_lse(q, v)
 
 
 def _launch_backward(
@@ -54,13 +53,13 @@ def _launch_backward(
     backend: str,
     *grads: Tensor,
 ) -> None:
-    packing = _prepare(q, k, packing)
+    check_packing(q, k, packing)
     dout, q, k, v = map(in_rows, (dout, q, k, v))
     rest = out, lse, packing, options, deterministic, backend, *grads
-    launchers(__package__, backend).attention_backward(dout, contiguous(dlse), q, k, v, *rest)
+    launchers(__package__, backend).attention_backward(dout, dlse, q, k, v, *rest)
 
 
-@operator(launch=_launch_backward)
+@operator(strided="dout q k v", launch=_launch_backward)
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
@@ -92,11 +91,10 @@ def _launch_decode(
     *outputs: Tensor,
 ) -> None:
     q, k, v = map(in_rows, (q, k, v))
-    small = contiguous(seqlens_k), contiguous(sinks)
-    launchers(__package__, backend).attention_decode(q, k, v, *small, options, backend, *outputs)
+    launchers(__package__, backend).attention_decode(q, k, v, seqlens_k, sinks, options, backend, *outputs)
 
 
-@operator(launch=_launch_decode)
+@operator(strided="q k v", launch=_launch_decode)
 def attention_decode(
     q: Tensor,
     k: Tensor,
@@ -107,7 +105,7 @@ def attention_decode(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``out`` and ``lse``, as of attention_forward; ``sinks`` are float32."""
-    return _out_and_lse(q)
+    return _out_and_lse(q, v)
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -115,11 +113,6 @@ def in_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _prepare(q: Tensor, k: Tensor, packing: Packing) -> Packing:
-    check_packing(q, k, packing)
-    cu_seqlens_q, cu_seqlens_k, *lengths = packing
-    return Packing(contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), *lengths)
-
-
-def _out_and_lse(q: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+def _out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    return out, q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)

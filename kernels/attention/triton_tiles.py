@@ -156,13 +156,13 @@ def common_arguments(
 
 def option_arguments(options: Options, dim: int) -> dict[str, float]:
     """What every kernel is told of the options and of the head dimension; the scales as ``logits`` wants them."""
-    scale, causal, window, softcap = options
+    scale, softcap = options.scale, options.softcap
     return {
         "scale": scale / softcap if softcap else scale * LOG2E.value,
         "softcap": softcap * LOG2E.value if softcap else 0.0,
-        "window": window,
-        "CAUSAL": causal,
-        "WINDOW": window > 0,
+        "window": options.window,
+        "CAUSAL": options.causal,
+        "WINDOW": options.window > 0,
         "SOFTCAP": softcap > 0,
         "DIM": dim,
         "BLOCK_D": padded(dim),

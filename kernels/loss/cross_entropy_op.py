@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, launchers, operator
+from ..library import differentiable_once, function, in_torch_func, launchers, operator
 from . import reference, sharded
 from .options import Options, Targets, Upstream
 
@@ -82,7 +82,7 @@ def cross_entropy(
         whole = logits if shard.group is None else sharded.gathered(shard)
         return torch_loss(whole, target, weight, options, reduction, return_lse)
     targets = Targets.of(target, weight)
-    loss, lse = _CrossEntropy.apply(logits, targets, options, shard.group, inplace_backward, return_lse, chosen)
+    loss, lse = _cross_entropy(logits, targets, options, shard.group, inplace_backward, return_lse, chosen)
     loss = reduce(loss.view(target.shape), target, targets.class_weight, ignore_index, reduction)
     return (loss, lse.view(target.shape)) if return_lse else loss
 
@@ -92,7 +92,6 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         logits: Tensor,
         targets: Targets,
         options: Options,
@@ -104,12 +103,16 @@ class _CrossEntropy(torch.autograd.Function):
         loss, lse = cross_entropy_forward(logits, targets, options, backend)
         if group is not None:
             loss, lse = sharded.combine(loss, lse, targets, options, group)
+        return loss, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, targets, ctx.options, _, ctx.inplace, return_lse, ctx.backend = inputs
+        _, lse = output
         ctx.save_for_backward(logits, lse, *targets)
-        ctx.options, ctx.backend, ctx.inplace = options, backend, inplace_backward
         if not return_lse:
             ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
-        return loss, lse
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -117,13 +120,16 @@ class _CrossEntropy(torch.autograd.Function):
             return (None,) * 7
         logits, lse, *targets = ctx.saved_tensors
         arguments = (logits, Targets(*targets), lse, Upstream(dloss, dlse), ctx.options, ctx.backend)
-        if ctx.inplace and logits.is_contiguous() and not torch.compiler.is_compiling():
+        if ctx.inplace and logits.is_contiguous() and not (torch.compiler.is_compiling() or in_torch_func()):
             cross_entropy_backward_(*arguments)
             torch.autograd.graph.increment_version(logits)
             dlogits = logits.detach()
         else:
             dlogits = cross_entropy_backward(*arguments)
         return differentiable_once("cross_entropy", logits, dlogits), *(None,) * 6
+
+
+_cross_entropy = function(_CrossEntropy)
 
 
 def _launch_forward(
@@ -133,7 +139,7 @@ def _launch_forward(
     launchers(__package__, backend).cross_entropy_forward(logits, targets, options, backend, loss, lse)
 
 
-@operator(launch=_launch_forward)
+@operator(strided="logits", launch=_launch_forward)
 def cross_entropy_forward(logits: Tensor, targets: Targets, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """The loss and the log-sum-exp of each row; of a shard, its share of both (csrc/cross_entropy.h)."""
     loss, lse = (logits.new_empty(targets.target.shape, dtype=torch.float32) for _ in range(2))
@@ -144,8 +150,6 @@ def _launch_backward(
     logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str, dlogits: Tensor
 ) -> None:
     """``dlogits`` is contiguous, and may be ``logits``; ``dloss`` may have stride 0: one value for all rows."""
-    if upstream.dlse is not None:
-        upstream = upstream._replace(dlse=upstream.dlse.contiguous())
     kernels = launchers(__package__, backend)
     kernels.cross_entropy_backward(logits, targets, lse, upstream, options, backend, dlogits)
 
@@ -155,14 +159,14 @@ def _launch_inplace(logits: Tensor, *rest: Any) -> None:
         _launch_backward(*(logits, *rest, logits))
 
 
-@operator(launch=_launch_backward)
+@operator(strided="logits dloss", launch=_launch_backward)
 def cross_entropy_backward(
     logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str
 ) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-@operator(launch=_launch_inplace, mutates="logits")
+@operator(strided="dloss", launch=_launch_inplace, mutates="logits")
 def cross_entropy_backward_(
     logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str
 ) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..library import launchers
+from ..library import in_torch_func, launchers
 from ..native import multiplies_bfloat16
 from .cross_entropy_op import check_range
 from .options import Options, Targets, Upstream
@@ -28,6 +28,13 @@ class Wanted(NamedTuple):
     need_weight: bool
     need_bias: bool
     accumulate_float32: bool
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, accumulate_float32: bool) -> Wanted:
+        """Those of what requires one now; in torch.func, where torch.compile does not see which do, all."""
+        on, all_ = torch.is_grad_enabled(), in_torch_func()
+        needed = (t is not None and (all_ or (on and t.requires_grad)) for t in (hidden, weight, bias))
+        return cls(*needed, accumulate_float32)
 
 
 def chunk_size(tokens: int) -> int:

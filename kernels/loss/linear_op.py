@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, operator
+from ..library import differentiable_once, function, in_torch_func, operator
 from . import reference
 from .cross_entropy_op import check_class_weight, check_classes, check_reduction, check_target, reduce, torch_loss
 from .linear_chunks import Linear, Wanted, run_chunks
@@ -45,7 +45,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: ``[..., features]``, float32, float16 or bfloat16. Under autocast it is cast as for a linear layer.
-        weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it.
+        weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it. Under autocast
+            any dtype.
         target: ``[...]`` int64 or int32, in ``[0, classes)`` or ``ignore_index``.
         bias: ``[classes]`` or None, in the dtype of hidden or float32.
         class_weight: ``[classes]``, cross_entropy's ``weight``.
@@ -64,11 +65,10 @@ def linear_cross_entropy(
 
     A DTensor (an FSDP2 parameter outside its module's forward) raises: see the message.
     """
-    _check_linear("linear_cross_entropy", hidden, weight, target, bias)
+    hidden, weight, bias = _linear("linear_cross_entropy", hidden, weight, target, bias)
     check_classes("linear_cross_entropy", weight.shape[0])
     check_class_weight("linear_cross_entropy", "class_weight", class_weight, "hidden", hidden, weight.shape[0])
     check_reduction("linear_cross_entropy", label_smoothing, reduction)
-    hidden = _autocast(hidden)
     chosen = backends.select("linear_cross_entropy", hidden, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
@@ -78,13 +78,14 @@ def linear_cross_entropy(
     targets = Targets.of(target, class_weight)
     # float16 gradients without the caller's loss scale would underflow: it must be known first
     if reduction == "none" or return_lse or hidden.dtype == torch.float16:
-        loss, lse = _PerToken.apply(hidden, weight, bias, targets, options, accumulate_float32, chosen)
+        loss, lse = _per_token(hidden, weight, bias, targets, options, accumulate_float32, chosen)
         loss = reduce(loss.view(target.shape), target, targets.class_weight, ignore_index, reduction)
         return (loss, lse.view(target.shape)) if return_lse else loss
+    wanted = Wanted.of(hidden, weight, bias, accumulate_float32)
     factor = torch.ones((), dtype=torch.float32, device=hidden.device)
     if reduction == "mean":
         factor = factor / reference.normaliser(targets.target, targets.class_weight, ignore_index, torch.float32)
-    return _Reduced.apply(hidden, weight, bias, targets, factor, options, accumulate_float32, chosen)
+    return _reduced(hidden, weight, bias, targets, factor, options, wanted, chosen)[0]
 
 
 @backends.op("cuda", "triton", "cpu")
@@ -104,7 +105,8 @@ def linear_log_prob(
 
     Args:
         hidden: ``[..., features]``, float32, float16 or bfloat16. Under autocast it is cast as for a linear layer.
-        weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it.
+        weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it. Under autocast
+            any dtype.
         target: ``[...]`` int64 or int32, in ``[0, classes)``.
         bias: ``[classes]`` or None, in the dtype of hidden or float32.
         softcap: c > 0 replaces each logit l by ``c·tanh(l/c)``.
@@ -117,48 +119,53 @@ def linear_log_prob(
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device. IndexError: a
             target out of range (on a GPU: NaN, see :func:`cross_entropy`).
     """
-    _check_linear("linear_log_prob", hidden, weight, target, bias)
+    hidden, weight, bias = _linear("linear_log_prob", hidden, weight, target, bias)
     check_classes("linear_log_prob", weight.shape[0])
-    hidden = _autocast(hidden)
     chosen = backends.select("linear_log_prob", hidden, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
         return reference.log_prob(_logits(hidden, weight, bias), target, softcap=softcap)
     options = Options(NO_IGNORE_INDEX, 0.0, 0.0, float(softcap), 0, weight.shape[0])
-    loss, _ = _PerToken.apply(hidden, weight, bias, Targets.of(target, None), options, False, chosen)
+    loss, _ = _per_token(hidden, weight, bias, Targets.of(target, None), options, False, chosen)
     return -loss.view(target.shape)
 
 
 class _Reduced(torch.autograd.Function):
-    """``factor`` times the sum of the losses; their gradients are computed with them."""
+    """``factor`` times the sum of the losses, and their gradients, which are computed with them."""
 
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         targets: Targets,
         factor: Tensor,
         options: Options,
-        accumulate_float32: bool,
+        wanted: Wanted,
         backend: str,
-    ) -> Tensor:
-        linear, needed = Linear(hidden, weight, bias), ctx.needs_input_grad[:3]
-        if any(needed):
-            loss, *grads = linear_cross_entropy_with_gradients(
-                linear, targets, factor, Wanted._make((*needed, accumulate_float32)), options, backend
-            )
-            ctx.save_for_backward(hidden, *(g if need else None for g, need in zip(grads, needed, strict=True)))
+    ) -> tuple[Tensor, ...]:
+        linear, grads = Linear(hidden, weight, bias), ()
+        if any(wanted[:3]):
+            loss, *grads = linear_cross_entropy_with_gradients(linear, targets, factor, wanted, options, backend)
         else:
             loss, _ = linear_cross_entropy_forward(linear, targets, options, backend)
-        return loss.sum() * factor
+        return loss.sum() * factor, *grads
 
     @staticmethod
-    def backward(ctx: Any, by: Tensor) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        (hidden, *_, wanted, _), (_, *grads) = inputs, output
+        ctx.mark_non_differentiable(*grads)
+        ctx.set_materialize_grads(False)
+        if grads:
+            ctx.save_for_backward(hidden, *(g if need else None for g, need in zip(grads, wanted, strict=False)))
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if by is None:
+            return (None,) * 8
         hidden, *grads = ctx.saved_tensors
-        known = by.device.type == "cpu" and type(by) is Tensor and not torch.compiler.is_compiling()
+        known = by.device.type == "cpu" and type(by) is Tensor and not (torch.compiler.is_compiling() or in_torch_func())
         if not (known and by == 1):
             grads = [None if g is None else g * by for g in grads]
         grads = [differentiable_once("linear_cross_entropy", hidden, g) for g in grads]
@@ -170,7 +177,6 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -179,11 +185,13 @@ class _PerToken(torch.autograd.Function):
         accumulate_float32: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        loss, lse = linear_cross_entropy_forward(Linear(hidden, weight, bias), targets, options, backend)
-        ctx.save_for_backward(hidden, weight, bias, *targets, lse)
-        ctx.options, ctx.accumulate_float32, ctx.backend = options, accumulate_float32, backend
+        return linear_cross_entropy_forward(Linear(hidden, weight, bias), targets, options, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        hidden, weight, bias, targets, ctx.options, ctx.accumulate_float32, ctx.backend = inputs
+        ctx.save_for_backward(hidden, weight, bias, *targets, output[1])
         ctx.set_materialize_grads(False)
-        return loss, lse
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -202,10 +210,13 @@ class _PerToken(torch.autograd.Function):
         return *grads, *(None,) * 4
 
 
+_reduced, _per_token = function(_Reduced), function(_PerToken)
+
+
 # ---- operators ----
 
 
-def _per_token(targets: Targets) -> Tensor:
+def _of_each_token(targets: Targets) -> Tensor:
     return targets.target.new_empty(targets.target.shape, dtype=torch.float32)
 
 
@@ -224,12 +235,12 @@ def _launch_forward(
     run_chunks(linear, targets, options, backend, loss=loss, lse=lse)
 
 
-@operator(launch=_launch_forward)
+@operator(strided="hidden weight bias", launch=_launch_forward)
 def linear_cross_entropy_forward(
     linear: Linear, targets: Targets, options: Options, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The loss and the log-sum-exp of each token."""
-    return _per_token(targets), _per_token(targets)
+    return _of_each_token(targets), _of_each_token(targets)
 
 
 def _launch_with_gradients(
@@ -249,12 +260,12 @@ def _launch_with_gradients(
     )  # fmt: skip
 
 
-@operator(launch=_launch_with_gradients)
+@operator(strided="hidden weight bias", launch=_launch_with_gradients)
 def linear_cross_entropy_with_gradients(
     linear: Linear, targets: Targets, factor: Tensor, wanted: Wanted, options: Options, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss of each token, and the gradients of ``factor`` times their sum."""
-    return _per_token(targets), *_gradients(linear, wanted)
+    return _of_each_token(targets), *_gradients(linear, wanted)
 
 
 def _launch_backward(
@@ -267,15 +278,13 @@ def _launch_backward(
     backend: str,
     *grads: Tensor,
 ) -> None:
-    if upstream.dlse is not None:
-        upstream = upstream._replace(dlse=upstream.dlse.contiguous())
     run_chunks(
         linear, targets, options, backend, lse=lse, upstream=upstream, grads=grads,
         accumulate_float32=wanted.accumulate_float32,
     )  # fmt: skip
 
 
-@operator(launch=_launch_backward)
+@operator(strided="hidden weight bias dloss", launch=_launch_backward)
 def linear_cross_entropy_backward(
     linear: Linear,
     targets: Targets,
@@ -291,20 +300,32 @@ def linear_cross_entropy_backward(
 # ---- arguments ----
 
 
-def _autocast(hidden: Tensor) -> Tensor:
-    device = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
-
-
-def _check_linear(op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> None:
+def _linear(op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Linear:
+    """The layer, checked, and cast as ``F.linear`` casts it under autocast; float32 parameters are rounded later,
+    where they are read."""
     checks.floating(op, "hidden", hidden)
     checks.tensor(op, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [classes, features], it has shape {list(weight.shape)}")
-    checks.parameter(op, "weight", weight, "hidden", hidden, (weight.shape[0], hidden.shape[-1]))
     check_target(op, "hidden", hidden, target)
+    (hidden,) = checks.autocast(hidden)
+    cast = [_parameter(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1])), None]
     if bias is not None:
-        checks.parameter(op, "bias", bias, "hidden", hidden, (weight.shape[0],))
+        cast[1] = _parameter(op, "bias", bias, hidden, (weight.shape[0],))
+    return Linear(hidden, *cast)
+
+
+def _parameter(op: str, name: str, x: Tensor, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
+    checks.on(op, name, x, "hidden", hidden)
+    checks.sized(op, name, x, shape)
+    if x.dtype not in (hidden.dtype, torch.float32):
+        (x,) = checks.autocast(x)
+    if x.dtype not in (hidden.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: {name} is {checks.short(x.dtype)} but hidden is {checks.short(hidden.dtype)}; cast one to the "
+            "other's dtype, or call it under torch.autocast, which casts both"
+        )
+    return x
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

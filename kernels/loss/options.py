@@ -29,11 +29,11 @@ class Targets(NamedTuple):
 
     @classmethod
     def of(cls, target: Tensor, class_weight: Tensor | None) -> Targets:
-        """In the dtypes and the memory order that the kernels read."""
-        index = target.reshape(-1).long().contiguous()
+        """In the dtypes that the kernels read."""
+        index = target.reshape(-1).long()
         if class_weight is None:
             return cls(index, None, None)
-        class_weight = class_weight.float().contiguous()
+        class_weight = class_weight.float()
         return cls(index, class_weight, class_weight.mean())
 
 

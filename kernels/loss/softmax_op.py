@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, operator
+from ..library import differentiable_once, function, operator
 from . import reference
 
 
@@ -62,16 +62,18 @@ def softmax(
         return chosen
     if chosen == "torch":
         return reference.softmax(x, scale=scale, causal=causal, mask=mask)
-    return _Softmax.apply(x, mask, float(scale), bool(causal), chosen)
+    return _softmax(x, mask, float(scale), bool(causal), chosen)
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
-        y = softmax_forward(x, mask, scale, causal, backend)
-        ctx.save_for_backward(y)
-        ctx.scale, ctx.causal, ctx.backend = scale, causal, backend
-        return y
+    def forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
+        return softmax_forward(x, mask, scale, causal, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *_, ctx.scale, ctx.causal, ctx.backend = inputs
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,11 +82,14 @@ class _Softmax(torch.autograd.Function):
         return differentiable_once("softmax", y, dx), None, None, None, None
 
 
-@operator
+_softmax = function(_Softmax)
+
+
+@operator(strided="x mask")
 def softmax_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@operator
+@operator(strided="dy y")
 def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str) -> Tensor:
     return y.new_empty(y.shape)

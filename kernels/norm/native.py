@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..native import KERNELS, as_rows, contiguous, place
+from ..native import KERNELS, as_rows, place
 
 
 def rms_norm_forward(
@@ -17,7 +17,7 @@ def rms_norm_forward(
     backend: str,
     *outputs: Tensor,
 ) -> None:
-    rows = as_rows(x), contiguous(weight), as_rows(residual)
+    rows = as_rows(x), weight, as_rows(residual)
     KERNELS[backend].rms_norm_forward(*rows, eps, weight_offset, *outputs, *place(x))
 
 
@@ -39,6 +39,6 @@ def rms_norm_backward(
         partials = KERNELS[backend].rms_norm_partials(x, device)
         workspace = torch.empty(partials, x.shape[-1], dtype=torch.float32, device=x.device)
     KERNELS[backend].rms_norm_backward(
-        as_rows(dy), as_rows(x), contiguous(weight), rstd, as_rows(dh), weight_offset, dx, dweight, workspace,
+        as_rows(dy), as_rows(x), weight, rstd, as_rows(dh), weight_offset, dx, dweight, workspace,
         device, stream,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, operator
+from ..library import differentiable_once, function, operator
 from . import reference
 
 
@@ -25,18 +25,20 @@ def rms_norm(
     """Root-mean-square normalisation over the last dimension, with the residual addition before it fused in.
 
     ``y = h / sqrt(mean(h²) + eps) · (weight + weight_offset)`` with ``h = x``, or ``h = x + residual``
-    rounded to the dtype of ``x`` (Zhang and Sennrich 2019, arXiv:1910.07467).
+    rounded to the wider dtype of the two (Zhang and Sennrich 2019, arXiv:1910.07467).
 
     Args:
         x: ``[..., n]``, float32, float16 or bfloat16 (float64 on the torch backend), any strides; n ≥ 1.
-        weight: ``[n]``, of the dtype of ``x`` or float32; None multiplies by 1.
+        weight: ``[n]``, of any of these dtypes, used in float32; None multiplies by 1.
         eps: added to the mean of squares.
-        residual: like ``x``; added to it first.
+        residual: in the shape of ``x``; added to it first. A float32 residual beside a narrower ``x``, as under
+            autocast, stays float32: what the layers of a model add up loses nothing.
         weight_offset: added to the weight: 1.0 for Gemma's weights, which are stored less 1.
         backend: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
 
     Returns:
-        ``y``, in the shape and dtype of ``x``; with a residual ``(y, x + residual)``.
+        ``y``, in the shape and dtype of ``x``; with a residual ``(y, x + residual)``, the sum in the wider dtype.
+        Under autocast too: the arithmetic is float32 anyhow, and the result as narrow as what reads it.
 
     All arithmetic is float32. The gradient of the weight is summed in a fixed order, without atomics.
     The kernels differentiate once; the torch backend any number of times.
@@ -51,34 +53,53 @@ def rms_norm(
     if weight is not None:
         checks.parameter("rms_norm", "weight", weight, "x", x, (x.shape[-1],))
     if residual is not None:
-        checks.like("rms_norm", "residual", residual, "x", x)
-    chosen = backends.select("rms_norm", x, backend)
+        checks.on("rms_norm", "residual", residual, "x", x)
+        checks.not_wider("rms_norm", "residual", residual, "x", x)
+        checks.sized("rms_norm", "residual", residual, tuple(x.shape))
+        if residual.dtype != x.dtype:
+            residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
+    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
+        weight = weight.float()
+
+    def why_not(backend: str) -> str | None:
+        two = residual is not None and residual.dtype != x.dtype and backend != "triton"
+        return "its kernel takes a residual in the dtype of x" if two else None
+
+    chosen = backends.select("rms_norm", x, backend, why_not)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
-    return _RMSNorm.apply(x, weight, residual, float(eps), float(weight_offset), chosen)
+    y, h, _ = _rms_norm(x, weight, residual, float(eps), float(weight_offset), chosen)
+    return y if residual is None else (y, h)
 
 
 class _RMSNorm(torch.autograd.Function):
+    """``(y, h, rstd)``, as rms_norm_forward."""
+
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         residual: Tensor | None,
         eps: float,
         weight_offset: float,
         backend: str,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        y, h, rstd = rms_norm_forward(x, weight, residual, eps, weight_offset, backend)
-        ctx.save_for_backward(x if residual is None else h, weight, rstd)
-        ctx.weight_offset, ctx.backend, ctx.has_residual = weight_offset, backend, residual is not None
-        ctx.set_materialize_grads(False)
-        return y if residual is None else (y, h)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return rms_norm_forward(x, weight, residual, eps, weight_offset, backend)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, residual, _, ctx.weight_offset, ctx.backend = inputs
+        ctx.dtype = x.dtype
+        _, h, rstd = output
+        ctx.has_residual = residual is not None
+        ctx.save_for_backward(h if ctx.has_residual else x, weight, rstd)
+        ctx.mark_non_differentiable(*((rstd,) if ctx.has_residual else (h, rstd)))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dx, dweight = dh, None
         if dy is not None:
@@ -86,19 +107,23 @@ class _RMSNorm(torch.autograd.Function):
             dx, dweight = rms_norm_backward(dy, x, weight, rstd, dh, ctx.weight_offset, wanted, ctx.backend)
             dx = differentiable_once("rms_norm", x, dx)
             dweight = differentiable_once("rms_norm", x, dweight) if wanted else None
-        return dx, dweight, dx if ctx.has_residual else None, None, None, None
+        dresidual = dx if ctx.has_residual else None
+        return None if dx is None else dx.to(ctx.dtype), dweight, dresidual, None, None, None
 
 
-@operator
+_rms_norm = function(_RMSNorm)
+
+
+@operator(strided="x residual")
 def rms_norm_forward(
     x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y``; ``h``, x + residual, empty without a residual; ``rstd``, float32, one per row."""
-    h = x.new_empty((0,) if residual is None else x.shape)
+    h = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
     return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@operator
+@operator(strided="dy x dh")
 def rms_norm_backward(
     dy: Tensor,
     x: Tensor,

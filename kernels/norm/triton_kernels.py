@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..native import as_rows, contiguous
+from ..native import as_rows
 from ..triton_launch import on_device, processors, row_offsets, row_strides, tile
 
 # The longest row that a program holds: forward one value a column, backward four (dy, x, weight, sum).
@@ -22,10 +22,10 @@ LONGEST_FORWARD, LONGEST_BACKWARD = 16384, 8192
 
 @triton.jit
 def _sum_of(X, R, x_at, r_at, mask, HAS_RESIDUAL: tl.constexpr):
-    """x + residual, rounded to the dtype, in float32."""
+    """x + residual, rounded to the dtype of the residual, in float32."""
     h = tl.load(X + x_at, mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        h = (h + tl.load(R + r_at, mask, other=0.0).to(tl.float32)).to(X.dtype.element_ty).to(tl.float32)
+        h = (h + tl.load(R + r_at, mask, other=0.0).to(tl.float32)).to(R.dtype.element_ty).to(tl.float32)
     return h
 
 
@@ -178,7 +178,7 @@ def rms_norm_forward(
         forward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
             X=x,
             R=residual,
-            W=contiguous(weight),
+            W=weight,
             Y=y,
             H=h,
             RSTD=rstd,
@@ -217,7 +217,7 @@ def rms_norm_backward(
     partials = torch.empty(programs if wanted else 0, cols, dtype=torch.float32, device=x.device)
     given = {"DY": dy, "X": x, "RSTD": rstd, "cols": cols, **row_strides(dy=dy, x=x)}
     for_dx = {
-        "W": contiguous(weight),
+        "W": weight,
         "DH": dh,
         "DX": dx,
         "offset": weight_offset,
