@@ -44,15 +44,25 @@ def cpu_missing() -> str | None:
     return None if "cpu" in KERNELS else _MISSING
 
 
-@functools.cache
+_warned = False
+
+
 def warn_of_missing() -> None:
     """Say once in a process that ops on a CPU run as plain PyTorch."""
+    global _warned
+    if _warned:
+        return
+    _warned = True
     warnings.warn(
         f"fastllm: {_MISSING}. Until then ops on CPU tensors run as plain PyTorch, which is slower and takes more "
         "memory (`fastllm info` shows what this install has)",
         RuntimeWarning,
         stacklevel=4,  # select, the op, its caller
     )
+
+
+# torch.compile calls it while it traces (see backends.transformed).
+warn_of_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Of ONEDNN_MAX_CPU_ISA: those that lack instructions for products of bfloat16.
