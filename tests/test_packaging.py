@@ -6,6 +6,7 @@ The wheel is compiled without optimisation and for one instruction set: the same
 from __future__ import annotations
 
 import email
+import inspect
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tarfile
 import tomllib
+import typing
 import zipfile
 from pathlib import Path
 
@@ -193,11 +195,15 @@ def test_without_a_compiler(sdist, tmp_path):
     assert "was not built: there was no C++ compiler when fastllm was installed; install g++ or clang++" in told
     program = tmp_path / "program.py"
     program.write_text("""
-import warnings
+import sys, warnings
 import torch
 from fastllm.kernels import explain, rms_norm, swiglu
 
 x = torch.ones(2, 4)
+if "compiled" in sys.argv:
+    torch.compile(rms_norm, backend="eager", fullgraph=True)(x)
+    swiglu(x, x)
+    sys.exit()
 with warnings.catch_warnings(record=True) as found:
     warnings.simplefilter("always")
     rms_norm(x.double())  # no kernel would serve it
@@ -220,6 +226,7 @@ except ValueError as error:
     assert "run as plain PyTorch" in used
     assert "rms_norm: torch" in used
     assert "circular" not in used
+    assert succeed(python, program, "compiled", cwd=tmp_path).count("RuntimeWarning: fastllm: ") == 1
 
 
 def test_a_module_of_another_python_is_named(built, tmp_path):
@@ -307,6 +314,28 @@ def test_lazy_names():
     assert fastllm.kernels.rms_norm
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = fastllm.nothing
+
+
+def test_overloads_are_those_of_the_function():
+    """Each says what the function's own signature says, but for the argument that decides and the result."""
+    from fastllm.kernels.backends import OPS
+
+    deciding = {"rms_norm": "residual"}
+    overloaded = {name: found for name, op in OPS.items() if (found := typing.get_overloads(op.function))}
+    unions = {
+        name for name, op in OPS.items() if "tuple" in (text := op.function.__annotations__["return"]) and "|" in text
+    }
+    assert set(overloaded) == unions
+    for name, overloads in overloaded.items():
+        decides = deciding.get(name, "return_lse")
+        wanted, (*first, last) = inspect.signature(OPS[name].function), map(inspect.signature, overloads)
+        assert last == wanted
+        for found in first:
+            assert [*found.parameters] == [*wanted.parameters]
+            rest = [
+                (a, b) for a, b in zip(found.parameters.values(), wanted.parameters.values(), strict=True) if a != b
+            ]
+            assert {a.name for a, _ in rest} == {decides}
 
 
 def found_by(checker: str, name: str, python: Path, cwd: Path) -> dict[int, str]:

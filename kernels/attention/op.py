@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,29 @@ LARGEST_HEAD = 256
 FEW_ROWS = 16
 
 
+# fmt: off
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    return_lse: Literal[False] = False, deterministic: bool = False, backend: str | None = None,
+) -> Tensor: ...
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    return_lse: Literal[True], deterministic: bool = False, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    return_lse: bool = False, deterministic: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @backends.op("triton", "cpu")
 def flash_attention(
     q: Tensor,

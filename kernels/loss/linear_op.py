@@ -8,7 +8,7 @@ computes each chunk of logits a second time.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,29 @@ from .options import Options, Targets, Upstream
 NO_IGNORE_INDEX = -(2**63)
 
 
+# fmt: off
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float = 0.0, reduction: str = "mean", return_lse: Literal[False] = False,
+    accumulate_float32: bool = False, backend: str | None = None,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float = 0.0, reduction: str = "mean", return_lse: Literal[True], accumulate_float32: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float = 0.0, reduction: str = "mean", return_lse: bool = False, accumulate_float32: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @backends.op("cuda", "triton", "cpu")
 def linear_cross_entropy(
     hidden: Tensor,
