@@ -13,7 +13,7 @@ from typing import Any
 import torch  # before _C, so that both share torch's OpenMP threads
 
 INSTALL = (
-    "install g++ or clang++, and then fastllm again: in its source folder `pip install .`, "
+    "install g++ or clang++, and then fastllm again: in its source folder `pip install -e .`, "
     "else `pip install --force-reinstall --no-deps --no-cache-dir fastllm-kernels`"
 )
 
