@@ -73,7 +73,7 @@ def not_wider(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> 
     floating(op, name, x, min_dim=0)
     if x.dtype == torch.float64 != other.dtype:
         raise TypeError(
-            f"{op}: {name} is float64 but {other_name} is {short(other.dtype)}; call {name}.float(), or make both float64"
+            f"{op}: {name} is float64 but {other_name} is {short(other.dtype)}; call {name}.float(), or make both so"
         )
 
 

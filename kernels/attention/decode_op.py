@@ -9,29 +9,29 @@ from torch import Tensor
 
 from .. import backends, checks
 from . import reference
-from .op import check_heads, check_window, too_wide
+from .op import check_heads, too_wide
 from .operators import attention_decode
-from .options import Options, bounds
+from .options import Options, Window, bounds
 
 
 # fmt: off
 @overload
 def flash_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, scale: float | None = None,
-    window: int | None = None, softcap: float = 0.0, sinks: Tensor | None = None, return_lse: Literal[False] = False,
-    backend: str | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, causal: bool = True,
+    scale: float | None = None, window: Window = None, softcap: float = 0.0, sinks: Tensor | None = None,
+    return_lse: Literal[False] = False, backend: str | None = None,
 ) -> Tensor: ...
 @overload
 def flash_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, scale: float | None = None,
-    window: int | None = None, softcap: float = 0.0, sinks: Tensor | None = None, return_lse: Literal[True],
-    backend: str | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, causal: bool = True,
+    scale: float | None = None, window: Window = None, softcap: float = 0.0, sinks: Tensor | None = None,
+    return_lse: Literal[True], backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, scale: float | None = None,
-    window: int | None = None, softcap: float = 0.0, sinks: Tensor | None = None, return_lse: bool = False,
-    backend: str | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, causal: bool = True,
+    scale: float | None = None, window: Window = None, softcap: float = 0.0, sinks: Tensor | None = None,
+    return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
 @backends.op("triton", "cpu")
@@ -41,14 +41,15 @@ def flash_decode(
     v_cache: Tensor,
     cache_seqlens: Tensor | None = None,
     *,
+    causal: bool = True,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention of the latest queries to a key/value cache, without gradients.
+    """Attention of the latest queries to a key/value cache, causal unless told otherwise, without gradients.
 
     Reads each key and value once, for all heads that share it, and splits the keys over the processor's cores or
     multiprocessors, which one sequence then occupies ("Flash-Decoding", Dao et al. 2023).
@@ -61,19 +62,19 @@ def flash_decode(
         cache_seqlens: ``[batch]`` int32 or int64, how many tokens the cache holds of each sequence, those of q
             included; None: all of them. What lies beyond is not looked at and may be NaN. A number outside
             0..capacity counts as the nearest in it.
-        scale, window, softcap, sinks, return_lse: as in :func:`flash_attention`.
+        causal, scale, window, softcap, sinks, return_lse: as in :func:`flash_attention`.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
 
     Returns:
-        ``[batch, seq_q, heads, head_dim]`` in the dtype of q; with return_lse ``(out, lse)``, lse
+        ``[batch, seq_q, heads, head_dim of v_cache]`` in the dtype of q; with return_lse ``(out, lse)``, lse
         ``[batch, heads, seq_q]`` float32.
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, a tensor that needs
             a gradient, or a ``backend`` that can't run this call.
     """
-    check_heads("flash_decode", q, k_cache, v_cache, ("k_cache", "v_cache"), 4)
-    window = check_window("flash_decode", window, True)
+    q, k_cache, v_cache = check_heads("flash_decode", q, k_cache, v_cache, ("k_cache", "v_cache"), 4)
+    left, right = bounds("flash_decode", causal, window)
     if cache_seqlens is not None:
         checks.indices("flash_decode", "cache_seqlens", cache_seqlens, "q", q)
         checks.sized("flash_decode", "cache_seqlens", cache_seqlens, (q.shape[0],))
@@ -84,13 +85,21 @@ def flash_decode(
             "flash_decode: it has no gradient, and an argument requires one; call it under torch.no_grad(), or "
             "flash_attention, which has"
         )
-    chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q))
+    chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q, v_cache))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), *bounds(True, window), float(softcap))
+    options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), left, right, float(softcap))
     if chosen == "torch":
         out, lse = reference.flash_decode(
-            q, k_cache, v_cache, cache_seqlens, scale=options.scale, window=window or None, softcap=softcap, sinks=sinks
+            q,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            causal=False,
+            scale=options.scale,
+            window=(left, right),
+            softcap=softcap,
+            sinks=sinks,
         )
     else:
         sinks = None if sinks is None else sinks.float()

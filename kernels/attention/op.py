@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Literal, overload
 
 import torch
@@ -11,36 +12,35 @@ from torch import Tensor
 from .. import backends, checks
 from ..library import differentiable_once, function
 from . import reference
-from .operators import attention_backward, attention_decode, attention_forward
-from .options import Options, bounds
+from .operators import attention_backward, attention_forward
+from .options import Options, Window, bounds
 from .packing import Packing, check_packing
 
 LARGEST_HEAD = 256
-# Rows, queries times the heads that share a key, up to which the kernel for decoding is the faster one.
-FEW_ROWS = 16
 
 
 # fmt: off
 @overload
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: Window = None,
     softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-    return_lse: Literal[False] = False, deterministic: bool = False, backend: str | None = None,
+    return_lse: Literal[False] = False, deterministic: bool = False, layout: str = "bshd",
+    backend: str | None = None,
 ) -> Tensor: ...
 @overload
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: Window = None,
     softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-    return_lse: Literal[True], deterministic: bool = False, backend: str | None = None,
+    return_lse: Literal[True], deterministic: bool = False, layout: str = "bshd", backend: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def flash_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: Window = None,
     softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
-    return_lse: bool = False, deterministic: bool = False, backend: str | None = None,
+    return_lse: bool = False, deterministic: bool = False, layout: str = "bshd", backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
 @backends.op("triton", "cpu")
@@ -51,7 +51,7 @@ def flash_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
@@ -60,9 +60,13 @@ def flash_attention(
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
     deterministic: bool = False,
+    layout: str = "bshd",
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scaled dot-product attention, ``softmax(q kᵀ · scale) v``, causal unless told otherwise.
+    """Scaled dot-product attention of ``[batch, seq, heads, head_dim]``, causal unless told otherwise.
+
+    ``softmax(q kᵀ · scale) v``. ``F.scaled_dot_product_attention`` has heads before seq and is not causal by default:
+    its tensors go in with ``layout="bhsd"``.
 
     Never holds the scores: memory is linear in the sequence length (Dao et al. 2022, arXiv:2205.14135; Dao 2023,
     arXiv:2307.08691).
@@ -70,11 +74,13 @@ def flash_attention(
     Args:
         q: ``[batch, seq_q, heads, head_dim]``, float32, float16 or bfloat16; any strides, so q, k and v may be
             cut out of one projection: they are read in place where the last dimension is contiguous.
-        k, v: ``[batch, seq_k, kv_heads, head_dim]``; heads must be a multiple of kv_heads (GQA, MQA).
+        k, v: ``[batch, seq_k, kv_heads, head_dim]``; heads must be a multiple of kv_heads (GQA, MQA). The head_dim
+            of v may be another (multi-head latent attention).
         causal: a query sees no later key; the last query stands at the last key (bottom-right aligned).
             A query that sees no key gives 0.
         scale: multiplies the scores; None is ``head_dim ** -0.5``.
-        window: a query sees the ``window`` latest keys, itself included.
+        window: a query sees the ``window`` latest keys, that at its own position included. ``(left, right)``, as
+            FlashAttention's window_size: as many keys before its own position and after it; None or -1 is no bound.
         softcap: c > 0 replaces each scaled score s by ``c·tanh(s/c)`` (Gemma 2, arXiv:2408.00118).
         sinks: ``[heads]``, a logit per head that adds to the softmax's sum and has no value.
         cu_seqlens_q, cu_seqlens_k: ``[sequences + 1]`` int32 or int64, where packed sequences start and end,
@@ -85,24 +91,39 @@ def flash_attention(
         return_lse: also return the scores' log-sum-exp, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``),
             float32, -inf where nothing is seen; gradients flow through it.
         deterministic: the same gradients, bit for bit, at every call.
+        layout: ``"bshd"``, or ``"bhsd"``: q, k, v and the output are ``[batch, heads, seq, head_dim]``. Neither
+            copies anything.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
 
     Returns:
-        ``[batch, seq_q, heads, head_dim]`` in the dtype of q, contiguous; with return_lse ``(out, lse)``.
+        ``[batch, seq_q, heads, head_dim of v]`` in the dtype of q, in this memory order; with return_lse
+        ``(out, lse)``.
 
-    Scores, softmax and sums are float32; probabilities are rounded to the dtype before they meet the values.
-    What a query doesn't see does not change its output, NaN and infinity included (on a GPU: in k; a NaN in v may
-    reach the queries of its block). The kernels take a head_dim up to 256 and differentiate once. Where nothing
-    needs a gradient, a few queries against long keys take the kernel of :func:`flash_decode`. The torch backend
-    calls PyTorch's ``scaled_dot_product_attention`` for what that can express.
+    Under autocast q, k and v are cast to its dtype, as by ``F.scaled_dot_product_attention``. Scores, softmax and sums
+    are float32; probabilities are rounded to the dtype before they meet the values. What a query doesn't see does not
+    change its output, NaN and infinity included (on a GPU: in k; a NaN in v may reach the queries of its block). The
+    kernels take a head_dim up to 256 and differentiate once. A few queries against long keys take the kernel of
+    :func:`flash_decode`. The torch backend calls PyTorch's ``scaled_dot_product_attention`` for what that can express.
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, cu_seqlens that don't
             rise from 0 to the tokens (on a GPU with FASTLLM_DEBUG=1), or a ``backend`` that can't run this call.
     """
     packed = cu_seqlens_q is not None
-    check_heads("flash_attention", q, k, v, ("k", "v"), 3 if packed else 4)
-    window = check_window("flash_attention", window, causal)
+    if layout not in ("bshd", "bhsd") or (packed and layout != "bshd"):
+        raise ValueError(f"flash_attention: layout must be 'bshd' or, without cu_seqlens, 'bhsd', not {layout!r}")
+    if layout == "bhsd":
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            checks.floating("flash_attention", name, t, min_dim=4)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = check_heads("flash_attention", q, k, v, ("k", "v"), 3 if packed else 4)
+    left, right = bounds("flash_attention", causal, window)
+    if causal and not packed and not torch.compiler.is_compiling() and q.shape[1] > k.shape[1] > 0:
+        warnings.warn(
+            f"flash_attention: causal, with more queries ({q.shape[1]}) than keys ({k.shape[1]}): the first see none "
+            'and give 0. For tensors [batch, heads, seq, head_dim] pass layout="bhsd"',
+            stacklevel=2,
+        )
     if sinks is not None:
         checks.parameter("flash_attention", "sinks", sinks, "q", q, (q.shape[-2],))
     if not packed and cu_seqlens_k is not None:
@@ -115,51 +136,45 @@ def flash_attention(
             if cu.dim() != 1 or cu.numel() == 0:
                 raise ValueError(f"flash_attention: {name} must be [sequences + 1], it has shape {list(cu.shape)}")
         checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
-    chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q))
+    chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q, v))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = Options(scale, *bounds(causal, window), float(softcap))
+    options = Options(scale, left, right, float(softcap))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
     if chosen == "torch":
-        return _torch(q, k, v, sinks, packing, options, return_lse)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, k, v, sinks))
-    if not packed and not differentiated and q.shape[1] * (q.shape[2] // k.shape[2]) <= FEW_ROWS:
-        sinks = None if sinks is None else sinks.float()
-        out, lse = attention_decode(q, k, v, None, sinks, options, chosen)
+        out, lse = _torch(q, k, v, sinks, packing, options, return_lse)
     else:
         out, lse = _flash_attention(q, k, v, sinks, packing, options, bool(deterministic), chosen)
+    if layout == "bhsd":
+        out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
 
 
-def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], dims: int) -> None:
+def check_heads(
+    op: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], dims: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The three, checked, as autocast casts them."""
     layout = "[tokens, heads, head_dim]" if dims == 3 else "[batch, seq, heads, head_dim]"
-    checks.floating(op, "q", q)
     for name, t in zip(("q", *names), (q, k, v), strict=True):
-        checks.tensor(op, name, t)
+        checks.floating(op, name, t)
         if t.dim() != dims:
             raise ValueError(f"{op}: {name} must be {layout}, it has shape {list(t.shape)}")
+    q, k, v = checks.autocast(q, k, v)
     checks.like(op, names[0], k, "q", q, shape=(*q.shape[: dims - 3], k.shape[-3], k.shape[-2], q.shape[-1]))
-    checks.like(op, names[1], v, names[0], k)
-    if q.shape[-1] == 0:
-        raise ValueError(f"{op}: head_dim, the last dimension of q, is 0; it needs at least 1")
+    checks.like(op, names[1], v, names[0], k, shape=(*k.shape[:-1], v.shape[-1]))
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"{op}: head_dim, the last dimension, of q or {names[1]} is 0; it needs at least 1")
     if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
         raise ValueError(
             f"{op}: the heads of q ({q.shape[-2]}) must be a multiple of those of {' and '.join(names)} ({k.shape[-2]})"
         )
+    return q, k, v
 
 
-def check_window(op: str, window: int | None, causal: bool) -> int:
-    """0 for none."""
-    if window is None:
-        return 0
-    if window < 1 or not causal:
-        raise ValueError(f"{op}: window ({window}) must be at least 1, with causal=True")
-    return int(window)
-
-
-def too_wide(q: Tensor) -> str | None:
-    return f"its kernels take a head_dim up to {LARGEST_HEAD}" if q.shape[-1] > LARGEST_HEAD else None
+def too_wide(q: Tensor, v: Tensor) -> str | None:
+    wide = max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD
+    return f"its kernels take a head_dim up to {LARGEST_HEAD}" if wide else None
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -213,31 +228,31 @@ def _torch(
     packing: Packing,
     options: Options,
     return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     seq_q, seq_k = q.shape[-3], k.shape[-3]
-    unseen = options.causal and seq_q > seq_k  # queries that see nothing: PyTorch would give NaN
+    causal = options.right == 0
+    unseen = causal and seq_q > seq_k  # queries that see nothing: PyTorch would give NaN
     if (
         packing.cu_seqlens_q is None
         and sinks is None
         and backends.transformed() is None
-        and not (return_lse or options.softcap or options.window or unseen)
+        and not (return_lse or options.softcap or options.windowed or unseen)
     ):
-        return _sdpa(q, k, v, options.causal, options.scale)
+        return _sdpa(q, k, v, causal, options.scale), None
     if not torch.compiler.is_compiling():
         check_packing(q, k, packing)
-    out, lse = reference.flash_attention(
+    return reference.flash_attention(
         q,
         k,
         v,
-        causal=options.causal,
+        causal=False,
         scale=options.scale,
-        window=options.window or None,
+        window=(options.left, options.right),
         softcap=options.softcap,
         sinks=sinks,
         cu_seqlens_q=packing.cu_seqlens_q,
         cu_seqlens_k=packing.cu_seqlens_k,
     )
-    return (out, lse) if return_lse else out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

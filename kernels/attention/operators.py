@@ -9,6 +9,9 @@ from ..library import launchers, operator
 from .options import Options
 from .packing import Packing, check_packing
 
+# Rows, queries times the heads that share a key, up to which the kernel for decoding is the faster one.
+FEW_ROWS = 16
+
 
 def _launch_forward(
     q: Tensor,
@@ -22,7 +25,11 @@ def _launch_forward(
 ) -> None:
     check_packing(q, k, packing)
     q, k, v = map(in_rows, (q, k, v))
-    launchers(__package__, backend).attention_forward(q, k, v, sinks, packing, options, backend, *outputs)
+    kernels = launchers(__package__, backend)
+    if packing.cu_seqlens_q is None and q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[2]:
+        kernels.attention_decode(q, k, v, None, sinks, options, backend, *outputs)
+    else:
+        kernels.attention_forward(q, k, v, sinks, packing, options, backend, *outputs)
 
 
 @operator(strided="q k v", launch=_launch_forward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-UNBOUNDED = 2**31 - 1  # of a window: farther than any key
+UNBOUNDED = 2**30  # of a window: farther than any key, and sums of two fit in 32 bits
 
 
 class Options(NamedTuple):
@@ -19,16 +19,25 @@ class Options(NamedTuple):
     softcap: float
 
     @property
-    def causal(self) -> bool:
-        return self.right == 0
-
-    @property
-    def window(self) -> int:
-        """Keys of a causal window, 0: all."""
-        return self.left + 1 if self.left < UNBOUNDED else 0
+    def windowed(self) -> bool:
+        return self.left < UNBOUNDED or 0 < self.right < UNBOUNDED
 
 
-def bounds(causal: bool, window: int) -> tuple[int, int]:
-    """``left`` and ``right`` of a causal window of that many keys (0: all), or of no bounds."""
-    left = min(window - 1, UNBOUNDED) if window else UNBOUNDED
-    return (left, 0) if causal else (UNBOUNDED, UNBOUNDED)
+Window = int | tuple[int | None, int | None] | None
+
+
+def bounds(op: str, causal: bool, window: Window) -> tuple[int, int]:
+    """``left`` and ``right`` of the public arguments."""
+    if window is None:
+        window = (None, None)
+    elif isinstance(window, int):
+        if window < 1 or not causal:
+            raise ValueError(
+                f"{op}: window ({window}) must be at least 1, with causal=True; without, pass (left, right), how many "
+                "keys before and after its own position a query sees"
+            )
+        window = (window - 1, 0)
+    if len(window) != 2:
+        raise ValueError(f"{op}: window must be a number of keys or (left, right), not {window}")
+    left, right = (UNBOUNDED if n is None or n < 0 else min(int(n), UNBOUNDED) for n in window)
+    return left, 0 if causal else right

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .options import Window, bounds
+
 
 def flash_attention(
     q: Tensor,
@@ -13,17 +15,18 @@ def flash_attention(
     *,
     causal: bool = True,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)``: out like q, lse ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``) in float32 or wider."""
+    left, right = bounds("flash_attention", causal, window)
     if cu_seqlens_q is None:
-        seen = _visible(q.shape[1], k.shape[1], causal, window, q.device)
+        seen = _visible(q.shape[1], k.shape[1], left, right, q.device)
         return _attend(q, k, v, seen, scale, softcap, sinks)
-    seen = _visible_packed(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal, window)
+    seen = _visible_packed(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], left, right)
     out, lse = _attend(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), seen, scale, softcap, sinks)
     return out.squeeze(0), lse.squeeze(0)
 
@@ -34,20 +37,23 @@ def flash_decode(
     v: Tensor,
     seqlens: Tensor | None = None,
     *,
+    causal: bool = True,
     scale: float | None = None,
-    window: int | None = None,
+    window: Window = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same, causal, of keys of which only the first ``seqlens`` ``[batch]`` hold something."""
+    """The same, of keys of which only the first ``seqlens`` ``[batch]`` hold something."""
+    left, right = bounds("flash_decode", causal, window)
     capacity = torch.arange(k.shape[1], device=k.device)
     if seqlens is None:
         seqlens = torch.full((q.shape[0],), k.shape[1], device=q.device)
     seqlens = seqlens.clamp(0, k.shape[1])
     at_q = seqlens.unsqueeze(1) - q.shape[1] + torch.arange(q.shape[1], device=q.device)
-    seen = _band(at_q.unsqueeze(2) - capacity, True, window).unsqueeze(1)
-    empty = (capacity >= seqlens.unsqueeze(1)).view(*k.shape[:2], 1, 1)  # may hold NaN, and 0 · NaN is NaN
-    return _attend(q, k, v.masked_fill(empty, 0.0), seen, scale, softcap, sinks)
+    empty = capacity >= seqlens.unsqueeze(1)
+    seen = (_band(at_q.unsqueeze(2) - capacity, left, right) & ~empty.unsqueeze(1)).unsqueeze(1)
+    v = v.masked_fill(empty.view(*k.shape[:2], 1, 1), 0.0)  # it may hold NaN, and 0 · NaN is NaN
+    return _attend(q, k, v, seen, scale, softcap, sinks)
 
 
 def _attend(
@@ -70,27 +76,22 @@ def _attend(
     return torch.einsum("bhqk,bkhd->bqhd", probs, vw).to(q.dtype), lse
 
 
-def _band(behind: Tensor, causal: bool, window: int | None) -> Tensor:
+def _band(behind: Tensor, left: int, right: int) -> Tensor:
     """What a query sees, by how far the key lies behind it (negative: ahead)."""
-    seen = torch.ones_like(behind, dtype=torch.bool)
-    if causal:
-        seen &= behind >= 0
-    if window is not None:
-        seen &= behind < window
-    return seen
+    return (behind <= left) & (behind >= -right)
 
 
-def _visible(seq_q: int, seq_k: int, causal: bool, window: int | None, device: torch.device) -> Tensor:
+def _visible(seq_q: int, seq_k: int, left: int, right: int, device: torch.device) -> Tensor:
     """``[seq_q, seq_k]``; the last query stands at the last key (bottom-right aligned)."""
     at_q = torch.arange(seq_k - seq_q, seq_k, device=device)
-    return _band(at_q.unsqueeze(1) - torch.arange(seq_k, device=device), causal, window)
+    return _band(at_q.unsqueeze(1) - torch.arange(seq_k, device=device), left, right)
 
 
-def _visible_packed(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, causal: bool, window: int | None) -> Tensor:
+def _visible_packed(cu_q: Tensor, cu_k: Tensor, total_q: int, total_k: int, left: int, right: int) -> Tensor:
     """``[total_q, total_k]``: each sequence sees itself alone, bottom-right aligned."""
     token_q, token_k = (torch.arange(n, device=cu_q.device) for n in (total_q, total_k))
     doc_q, doc_k = (torch.searchsorted(cu, t, right=True) - 1 for cu, t in ((cu_q, token_q), (cu_k, token_k)))
     # Positions counted back from the end of the sequence make the two ends meet.
     from_end_q, from_end_k = cu_q[doc_q + 1] - token_q, cu_k[doc_k + 1] - token_k
-    seen = _band(from_end_k - from_end_q.unsqueeze(1), causal, window)
+    seen = _band(from_end_k - from_end_q.unsqueeze(1), left, right)
     return seen & (doc_q.unsqueeze(1) == doc_k)

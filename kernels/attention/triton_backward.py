@@ -80,9 +80,10 @@ def dkdv_kernel(
     Q, K, V, DOUT, LSE, DELTA, CU_Q, CU_K, DK, DV,
     seq_q, seq_k, heads, heads_per_kv, blocks, items, group_size,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head,
-    dk_batch, lse_batch, lse_head, scale, softcap, window, dk_scale,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dk_batch, dv_batch, lse_batch, lse_head, scale, softcap, left, right, dk_scale,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, item = tile_indices(blocks, items, group_size)
     kv_heads = heads // heads_per_kv
@@ -99,19 +100,19 @@ def dkdv_kernel(
     LSE += batch * lse_batch + first_q
     DELTA += batch * lse_batch + first_q
     k = load_rows(K, start, k_seq, seq_k, True, DIM, BLOCK_N, BLOCK_D)
-    v = load_rows(V, start, v_seq, seq_k, True, DIM, BLOCK_N, BLOCK_D)
+    v = load_rows(V, start, v_seq, seq_k, True, DIM_V, BLOCK_N, BLOCK_V)
     shift = seq_k - seq_q
     key = start + tl.arange(0, BLOCK_N)
     last_key = tl.minimum(start + BLOCK_N, seq_k) - 1
     first, last, full_first, full_last = 0, seq_q, 0, seq_q
-    if CAUSAL:
-        first, full_first = start - shift, last_key - shift
-    if WINDOW:
-        last = tl.minimum(seq_q, last_key - shift + window)
-        full_last = tl.minimum(seq_q, start - shift + window)
+    if RIGHT:
+        first, full_first = start - shift - right, last_key - shift - right
+    if LEFT:
+        last = tl.minimum(seq_q, last_key - shift + left + 1)
+        full_last = tl.minimum(seq_q, start - shift + left + 1)
     begin, full, edge, end = stages(first, last, full_first, full_last, BLOCK_M)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     # One loop over the heads of the heads_per_kv and their queries, which are masked where they must be:
     # three stages in a loop over heads need more registers than there are.
     steps = tl.cdiv(end - begin, BLOCK_M)
@@ -123,34 +124,35 @@ def dkdv_kernel(
         lse, delta = load_statistics(LSE + head * lse_head, DELTA + head * lse_head, rows, seq_q)
         s = logits(k, q.T, scale, softcap, SOFTCAP)
         p = tl.exp2(s - lse[None, :])
-        if CAUSAL:  # noqa: SIM102 (one is known when compiling)
+        if LEFT or RIGHT:  # noqa: SIM102 (one is known when compiling)
             if (row < full) | (row >= edge):
-                p = tl.where(visible((rows + shift)[None, :], key[:, None], seq_k, window, CAUSAL, WINDOW), p, 0.0)
-        dout = load_rows(DOUT + head * d_head, row, d_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
+                p = tl.where(visible((rows + shift)[None, :], key[:, None], seq_k, left, right, LEFT, RIGHT), p, 0.0)
+        dout = load_rows(DOUT + head * d_head, row, d_seq, seq_q, True, DIM_V, BLOCK_M, BLOCK_V)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
         dp = tl.dot(v, dout.T, input_precision="ieee")
         ds = score_gradient(s, p, dp, delta[None, :], softcap, SOFTCAP)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    offset = batch * dk_batch + first_k * (kv_heads * DIM) + kv_head * DIM
-    store_rows(DK + offset, dk * dk_scale, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
-    store_rows(DV + offset, dv, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
+    DK += batch * dk_batch + first_k * (kv_heads * DIM) + kv_head * DIM
+    DV += batch * dv_batch + first_k * (kv_heads * DIM_V) + kv_head * DIM_V
+    store_rows(DK, dk * dk_scale, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
+    store_rows(DV, dv, start, kv_heads * DIM_V, seq_k, DIM_V, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
 def add_dq(
-    dq, q, dout, lse, delta, K, V, k_seq, v_seq, position, begin, end, seq_k, scale, softcap, window,
-    MASKED: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    dq, q, dout, lse, delta, K, V, k_seq, v_seq, position, begin, end, seq_k, scale, softcap, left, right,
+    MASKED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys from begin to end give."""
     for start in tl.range(begin, end, BLOCK_N):
         k = load_rows(K, start, k_seq, seq_k, MASKED, DIM, BLOCK_N, BLOCK_D)
-        v = load_rows(V, start, v_seq, seq_k, MASKED, DIM, BLOCK_N, BLOCK_D)
+        v = load_rows(V, start, v_seq, seq_k, MASKED, DIM_V, BLOCK_N, BLOCK_V)
         s = logits(q, k.T, scale, softcap, SOFTCAP)
         p = tl.exp2(s - lse[:, None])
         if MASKED:
             key = start + tl.arange(0, BLOCK_N)
-            p = tl.where(visible(position[:, None], key[None, :], seq_k, window, CAUSAL, WINDOW), p, 0.0)
+            p = tl.where(visible(position[:, None], key[None, :], seq_k, left, right, LEFT, RIGHT), p, 0.0)
         dp = tl.dot(dout, v.T, input_precision="ieee")
         ds = score_gradient(s, p, dp, delta[:, None], softcap, SOFTCAP)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -162,9 +164,10 @@ def dq_kernel(
     Q, K, V, DOUT, LSE, DELTA, CU_Q, CU_K, DQ,
     seq_q, seq_k, heads, heads_per_kv, blocks, items, group_size,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head,
-    dq_batch, lse_batch, lse_head, scale, softcap, window, dq_scale,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    dq_batch, lse_batch, lse_head, scale, softcap, left, right, dq_scale,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block, item = tile_indices(blocks, items, group_size)
     batch, head = tl.cast(item // heads, tl.int64), item % heads
@@ -179,26 +182,26 @@ def dq_kernel(
     DOUT += batch * d_batch + first_q * d_seq + head * tl.cast(d_head, tl.int64)
     statistics = batch * lse_batch + head * tl.cast(lse_head, tl.int64) + first_q
     q = load_rows(Q, row, q_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
-    dout = load_rows(DOUT, row, d_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
+    dout = load_rows(DOUT, row, d_seq, seq_q, True, DIM_V, BLOCK_M, BLOCK_V)
     rows = row + tl.arange(0, BLOCK_M)
     lse, delta = load_statistics(LSE + statistics, DELTA + statistics, rows, seq_q)
     shift = seq_k - seq_q
     begin, full, edge, end = key_stages(
-        row + shift, tl.minimum(row + BLOCK_M, seq_q) - 1 + shift, seq_k, window, CAUSAL, WINDOW, BLOCK_N
+        row + shift, tl.minimum(row + BLOCK_M, seq_q) - 1 + shift, seq_k, left, right, LEFT, RIGHT, BLOCK_N
     )
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if WINDOW:
+    if LEFT:
         dq = add_dq(
             dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, begin, tl.minimum(full, end), seq_k, scale,
-            softcap, window, True, CAUSAL, WINDOW, SOFTCAP, DIM, BLOCK_N, BLOCK_D,
+            softcap, left, right, True, LEFT, RIGHT, SOFTCAP, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_V,
         )  # fmt: skip
     dq = add_dq(
-        dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, full, edge, seq_k, scale, softcap, window,
-        False, CAUSAL, WINDOW, SOFTCAP, DIM, BLOCK_N, BLOCK_D,
+        dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, full, edge, seq_k, scale, softcap, left, right,
+        False, LEFT, RIGHT, SOFTCAP, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
     dq = add_dq(
-        dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, edge, end, seq_k, scale, softcap, window,
-        True, CAUSAL, WINDOW, SOFTCAP, DIM, BLOCK_N, BLOCK_D,
+        dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, edge, end, seq_k, scale, softcap, left, right,
+        True, LEFT, RIGHT, SOFTCAP, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
     DQ += batch * dq_batch + first_q * (heads * DIM) + head * DIM
     store_rows(DQ, dq * dq_scale, row, heads * DIM, seq_q, DIM, BLOCK_M, BLOCK_D)
@@ -222,9 +225,9 @@ def attention_backward(
     delta: Tensor,
 ) -> None:
     """Without atomics, so the same bit for bit, whatever ``deterministic`` says."""
-    size = sizes(q, k, packing)
-    sequences, seq_q, seq_k, heads, heads_per_kv, dim = size
-    bytes_per_token = 2 * dim * q.element_size()
+    size = sizes(q, k, v, packing)
+    sequences, seq_q, seq_k, heads, heads_per_kv, dim, dim_v = size
+    bytes_per_token = (dim + dim_v) * q.element_size()
     given = common_arguments(q, k, v, lse, packing, options, size)
     given |= {"DOUT": dout, "DELTA": delta, **head_strides(d=dout)}
 
@@ -237,6 +240,7 @@ def attention_backward(
             items=items,
             group_size=group_size(seq_q, heads_per_kv * bytes_per_token, 1, items),
             dk_batch=batch_stride(dk),
+            dv_batch=batch_stride(dv),
             dk_scale=options.scale,
             **given,
             **config,
@@ -255,7 +259,7 @@ def attention_backward(
             **config,
         )
 
-    shape = shape_class(sequences * heads, heads_per_kv, seq_q, seq_k, options.causal, options.window)
+    shape = shape_class(sequences * heads, heads_per_kv, seq_q, seq_k, options.left, options.right)
     with on_device(q):
         if delta.numel():
             tokens = q.shape[-3]
@@ -268,12 +272,12 @@ def attention_backward(
                 seq=tokens,
                 heads=heads,
                 blocks=blocks,
-                DIM=dim,
-                BLOCK_D=padded(dim),
+                DIM=dim_v,
+                BLOCK_D=padded(dim_v),
                 ROWS=DELTA_ROWS,
                 **head_strides(d=dout),
             )
         if sequences * seq_k:
-            triton_tuning.launch("dkdv", q, options, shape, call_dkdv)
+            triton_tuning.launch("dkdv", q, v, options, shape, call_dkdv)
         if sequences * seq_q:
-            triton_tuning.launch("dq", q, options, shape, call_dq)
+            triton_tuning.launch("dq", q, v, options, shape, call_dq)

@@ -21,14 +21,15 @@ PROGRAMS = 2  # of a multiprocessor, which hide each other's waits
 MOST_SPLITS = 64
 
 
-@triton.jit(do_not_specialize=["seq_q", "seq_k", "row_blocks", "splits", "window"])
+@triton.jit(do_not_specialize=["seq_q", "seq_k", "row_blocks", "splits", "left", "right"])
 def decode_kernel(
     Q, K, V, SINKS, LENGTHS, OUT, LSE,
     seq_q, seq_k, heads, heads_per_kv, row_blocks, splits,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, out_split, lse_split,
-    scale, softcap, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FUSE_SCALE: tl.constexpr,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    scale, softcap, left, right,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FUSE_SCALE: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """OUT and LSE have one part per split, each as if its keys were all."""
     split, block = tl.program_id(0) % splits, tl.program_id(0) // splits
@@ -48,7 +49,7 @@ def decode_kernel(
     shift = seq_k - seq_q
     lowest = block * BLOCK_M // heads_per_kv
     highest = tl.minimum(((block + 1) * BLOCK_M - 1) // heads_per_kv, seq_q - 1)
-    begin, full, edge, end = key_stages(lowest + shift, highest + shift, seq_k, window, CAUSAL, WINDOW, BLOCK_N)
+    begin, full, edge, end = key_stages(lowest + shift, highest + shift, seq_k, left, right, LEFT, RIGHT, BLOCK_N)
     share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), splits) * BLOCK_N
     begin += split * share
     end = tl.minimum(end, begin + share)
@@ -59,14 +60,15 @@ def decode_kernel(
         if split == 0:
             row_max = tl.load(SINKS + head, query < seq_q, other=0.0) * LOG2E
     row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     acc, row_sum, row_max = attend_stages(
         acc, row_sum, row_max, q, K, V, k_seq, v_seq, query + shift, begin, full, edge, end, seq_k, scale, softcap,
-        window, CAUSAL, WINDOW, SOFTCAP, FUSE_SCALE, DIM, BLOCK_N, BLOCK_D,
+        left, right, LEFT, RIGHT, SOFTCAP, FUSE_SCALE, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    OUT += split * out_split + ((batch * seq_q + query) * heads + head)[:, None] * DIM
-    tl.store(OUT + col, acc.to(OUT.dtype.element_ty), inside & (col < DIM))
+    OUT += split * out_split + ((batch * seq_q + query) * heads + head)[:, None] * DIM_V
+    col_v = tl.arange(0, BLOCK_V)[None, :]
+    tl.store(OUT + col_v, acc.to(OUT.dtype.element_ty), inside & (col_v < DIM_V))
     LSE += split * lse_split + (batch * heads + head) * seq_q
     tl.store(LSE + query, (row_max + tl.log2(row_sum)) * LN2, query < seq_q)
 
@@ -104,8 +106,8 @@ def attention_decode(
     lse: Tensor,
 ) -> None:
     (batch, seq_q, heads, dim), (_, capacity, kv_heads, _) = q.shape, k.shape
-    rows, window = seq_q * (heads // kv_heads), options.window
-    most_keys = min(capacity, window + seq_q - 1) if window else capacity
+    rows, dim_v = seq_q * (heads // kv_heads), v.shape[-1]
+    most_keys = min(capacity, options.left + options.right + seq_q)
 
     def call(config: triton_tuning.Config) -> None:
         block = min(config["BLOCK_M"], max(16, triton.next_power_of_2(rows)))
@@ -137,7 +139,7 @@ def attention_decode(
             FUSE_SCALE=fuses_scale(options),
             **given,
             **head_strides(q=q, k=k, v=v),
-            **option_arguments(options, dim),
+            **option_arguments(options, dim, dim_v),
             **config | {"BLOCK_M": block},
         )
         if splits > 1:
@@ -146,12 +148,12 @@ def attention_decode(
                 PART_LSE=part_lse,
                 OUT=out,
                 LSE=lse,
-                DIM=dim,
-                BLOCK_D=padded(dim),
+                DIM=dim_v,
+                BLOCK_D=padded(dim_v),
                 SPLITS=triton.next_power_of_2(splits),
                 **given,
             )
 
-    shape = shape_class(batch * kv_heads, rows, capacity, options.causal, window)
+    shape = shape_class(batch * kv_heads, rows, capacity, options.left, options.right)
     with on_device(q):
-        triton_tuning.launch("decode", q, options, shape, call)
+        triton_tuning.launch("decode", q, v, options, shape, call)

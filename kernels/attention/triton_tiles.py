@@ -14,13 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_launch import tanh
-from .options import Options
+from .options import UNBOUNDED, Options
 from .packing import Packing, longest
 
 L2_BYTES = 2**24  # keys and values that programs running at once share in the L2 cache
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-NOT_SPECIALIZED = ["seq_q", "seq_k", "blocks", "items", "group_size", "window"]
+NOT_SPECIALIZED = ["seq_q", "seq_k", "blocks", "items", "group_size", "left", "right"]
 
 
 @triton.jit
@@ -77,21 +77,21 @@ def stages(first, last, full_first, full_last, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def key_stages(low, high, seq_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr):
+def key_stages(low, high, seq_k, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr, BLOCK: tl.constexpr):
     """Stages over the keys that queries at positions low to high see."""
     first, last, full_first, full_last = 0, seq_k, 0, seq_k
-    if CAUSAL:
-        last, full_last = high + 1, low + 1
-    if WINDOW:
-        first, full_first = low - window + 1, high - window + 1
+    if RIGHT:
+        last, full_last = tl.minimum(high + right + 1, seq_k), tl.minimum(low + right + 1, seq_k)
+    if LEFT:
+        first, full_first = low - left, high - left
     return stages(first, last, full_first, full_last, BLOCK)
 
 
 @triton.jit
-def visible(position, key, seq_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    seen = key <= position if CAUSAL else key < seq_k
-    if WINDOW:
-        seen &= key > position - window
+def visible(position, key, seq_k, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    seen = key <= tl.minimum(position + right, seq_k - 1) if RIGHT else key < seq_k
+    if LEFT:
+        seen &= key >= position - left
     return seen
 
 
@@ -111,13 +111,16 @@ class Sizes(NamedTuple):
     heads: int
     heads_per_kv: int
     dim: int
+    dim_v: int
 
 
-def sizes(q: Tensor, k: Tensor, packing: Packing) -> Sizes:
+def sizes(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Sizes:
     cu_q, cu_k, max_q, max_k = packing
     sequences = q.shape[0] if cu_q is None else len(cu_q) - 1
     (heads, dim), kv_heads = q.shape[-2:], k.shape[-2]
-    return Sizes(sequences, longest(q, cu_q, max_q), longest(k, cu_k, max_k), heads, heads // kv_heads, dim)
+    return Sizes(
+        sequences, longest(q, cu_q, max_q), longest(k, cu_k, max_k), heads, heads // kv_heads, dim, v.shape[-1]
+    )
 
 
 def batch_stride(x: Tensor) -> int:
@@ -150,22 +153,25 @@ def common_arguments(
         "lse_batch": 0 if q.dim() == 3 else size.heads * size.seq_q,  # [batch, heads, seq_q] or [heads, tokens]
         "lse_head": q.shape[-3],
         **head_strides(q=q, k=k, v=v),
-        **option_arguments(options, size.dim),
+        **option_arguments(options, size.dim, size.dim_v),
     }
 
 
-def option_arguments(options: Options, dim: int) -> dict[str, float]:
-    """What every kernel is told of the options and of the head dimension; the scales as ``logits`` wants them."""
+def option_arguments(options: Options, dim: int, dim_v: int) -> dict[str, float]:
+    """What every kernel is told of the options and of head dimensions; the scales as ``logits`` wants them."""
     scale, softcap = options.scale, options.softcap
     return {
         "scale": scale / softcap if softcap else scale * LOG2E.value,
         "softcap": softcap * LOG2E.value if softcap else 0.0,
-        "window": options.window,
-        "CAUSAL": options.causal,
-        "WINDOW": options.window > 0,
+        "left": options.left,
+        "right": options.right,
+        "LEFT": options.left < UNBOUNDED,
+        "RIGHT": options.right < UNBOUNDED,
         "SOFTCAP": softcap > 0,
         "DIM": dim,
         "BLOCK_D": padded(dim),
+        "DIM_V": dim_v,
+        "BLOCK_V": padded(dim_v),
     }
 
 

@@ -97,10 +97,12 @@ def _family(target: str) -> str:
     return next((known for known in ("sm_90", "sm_100") if target.startswith(known[:-1])), "sm_80")
 
 
-def launch(kernel: str, q: torch.Tensor, options: Options, shape: str, call: Callable[[Config], None]) -> None:
+def launch(
+    kernel: str, q: torch.Tensor, v: torch.Tensor, options: Options, shape: str, call: Callable[[Config], None]
+) -> None:
     """Launches with the default configuration or, where the user asked for a search, with the fastest."""
-    target, dim = architecture(q.device), padded(q.shape[-1])
-    more = options.window > 0 or options.softcap > 0
+    target, dim = architecture(q.device), padded(max(q.shape[-1], v.shape[-1]))
+    more = options.windowed or options.softcap > 0
     config = default(kernel, target, dim, q.element_size(), more)
     if os.environ.get("FASTLLM_AUTOTUNE") == "1" and target != "cpu":
         config = _tuned(f"{kernel} {q.dtype} {dim} {more} {shape}", q.device, config, call)

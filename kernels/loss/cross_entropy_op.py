@@ -60,11 +60,13 @@ def cross_entropy(
 
     Args:
         logits: ``[..., classes]``, float32, float16 or bfloat16, any strides. Computed in float32.
-        target: ``[...]`` int64 or int32, in ``[0, classes)`` or ``ignore_index``.
+        target: ``[...]`` int64 or int32, in ``[0, classes)`` or ``ignore_index``; or the probabilities of the
+            classes, floating, in the shape of logits, for which PyTorch runs.
         weight: ``[classes]``, a weight for each class.
         ignore_index: targets that count nothing. Where all do, the mean is 0 with zero gradients.
         label_smoothing: the share of the target spread evenly over the classes.
-        z_loss: z adds ``z · logsumexp²`` to each token's loss (Chowdhery et al. 2022, arXiv:2204.02311).
+        z_loss: z adds ``z · logsumexp²`` to each token's loss (Chowdhery et al. 2022, arXiv:2204.02311). Class
+            weights don't weigh it: a mean divides it by the number of valid targets.
         softcap: c > 0 replaces each logit l by ``c·tanh(l/c)`` (Gemma 2, arXiv:2408.00118).
         reduction: ``"mean"`` (over the valid targets' weights), ``"sum"`` or ``"none"``.
         return_lse: also return the log-sum-exp of each row, which may be differentiated too.
@@ -91,11 +93,14 @@ def cross_entropy(
     shard = sharded.shard_of(logits, group)
     logits = shard.logits
     checks.floating("cross_entropy", "logits", logits)
-    check_target("cross_entropy", "logits", logits, target)
+    check_target("cross_entropy", "logits", logits, target, shard.classes)
     check_classes("cross_entropy", shard.classes)
     check_class_weight("cross_entropy", "weight", weight, "logits", logits, shard.classes)
     check_reduction("cross_entropy", label_smoothing, reduction)
-    chosen = backends.select("cross_entropy", logits, backend)
+    soft = target.is_floating_point()
+    if soft and shard.group is not None:
+        raise ValueError("cross_entropy: target holds probabilities, which logits spread over a group don't take")
+    chosen = backends.select("cross_entropy", logits, backend, lambda _: PROBABILITIES if soft else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     options = Options(
@@ -104,9 +109,11 @@ def cross_entropy(
     if chosen == "torch":
         whole = logits if shard.group is None else sharded.gathered(shard)
         return torch_loss(whole, target, weight, options, reduction, return_lse)
-    targets = Targets.of(target, weight)
-    loss, lse = _cross_entropy(logits, targets, options, shard.group, inplace_backward, return_lse, chosen)
-    loss = reduce(loss.view(target.shape), target, targets.class_weight, ignore_index, reduction)
+    targets, options, z = Targets.of(target, weight), *z_apart(options, weight, reduction)
+    with_lse = return_lse or z != 0
+    loss, lse = _cross_entropy(logits, targets, options, shard.group, inplace_backward, with_lse, chosen)
+    loss = reduce(loss, lse, z, targets, options, reduction)
+    loss = loss.view(target.shape) if reduction == "none" else loss
     return (loss, lse.view(target.shape)) if return_lse else loss
 
 
@@ -199,11 +206,27 @@ def cross_entropy_backward_(
 # ---- what the losses share ----
 
 
-def reduce(loss: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
+PROBABILITIES = "target holds probabilities, which its kernel does not take"
+
+
+def z_apart(options: Options, weight: Tensor | None, reduction: str) -> tuple[Options, float]:
+    """``options``, and the z_loss that is not in them but left to :func:`reduce`: its mean is without weights."""
+    if weight is None or reduction != "mean":
+        return options, 0.0
+    return options._replace(z_loss=0.0), options.z_loss
+
+
+def reduce(loss: Tensor, lse: Tensor, z: float, targets: Targets, options: Options, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
-    total = loss.sum()
-    return total / reference.normaliser(target, weight, ignore_index, loss.dtype) if reduction == "mean" else total
+    if reduction == "sum":
+        return loss.sum()
+    target, weight, _ = targets
+    mean = loss.sum() / reference.normaliser(target, weight, options.ignore_index, loss.dtype)
+    if z:
+        squares = torch.where(target != options.ignore_index, lse, 0.0).square().sum()
+        mean = mean + z * squares / reference.normaliser(target, None, options.ignore_index, loss.dtype)
+    return mean
 
 
 def torch_loss(
@@ -212,6 +235,12 @@ def torch_loss(
     """The torch backend: PyTorch's own cross_entropy for what that can express, else the specification."""
     ignore_index, label_smoothing, z_loss, softcap, *_ = options
     given: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if target.is_floating_point():
+        loss, lse = reference.cross_entropy_of_probabilities(
+            logits, target, weight=weight, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            reduction=reduction,
+        )  # fmt: skip
+        return (loss, lse) if return_lse else loss
     if return_lse or z_loss or softcap:
         loss, lse = reference.cross_entropy(
             logits, target, weight=weight, z_loss=z_loss, softcap=softcap, reduction=reduction, **given
@@ -221,7 +250,8 @@ def torch_loss(
     weight = None if weight is None else weight.to(wide.dtype)
     index = target.reshape(-1).long()
     loss = F.cross_entropy(wide, index, weight=weight, reduction="none", **given)
-    return reduce(loss.view(target.shape), target, weight, ignore_index, reduction)
+    loss = reduce(loss, loss, 0.0, Targets(index, weight, None), options, reduction)
+    return loss.view(target.shape) if reduction == "none" else loss
 
 
 def check_range(op: str, target: Tensor, options: Options) -> None:
@@ -235,7 +265,13 @@ def check_range(op: str, target: Tensor, options: Options) -> None:
             )
 
 
-def check_target(op: str, name: str, x: Tensor, target: Tensor) -> None:
+def check_target(op: str, name: str, x: Tensor, target: Tensor, probabilities: int | None = None) -> None:
+    """``probabilities``: of how many classes the target may hold them; None: of none."""
+    checks.on(op, "target", target, name, x)
+    if probabilities is not None and target.is_floating_point():
+        checks.not_wider(op, "target", target, name, x)
+        checks.sized(op, "target", target, (*x.shape[:-1], probabilities))
+        return
     checks.indices(op, "target", target, name, x)
     checks.sized(op, "target", target, tuple(x.shape[:-1]))
 

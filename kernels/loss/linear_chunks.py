@@ -62,12 +62,12 @@ def run_chunks(
     check_range("linear_cross_entropy", targets.target, options)
     kernels = launchers(__package__, backend)
     hidden, features, dtype = linear.hidden, linear.hidden.shape[-1], _product_dtype(linear.hidden)
-    rows, head = hidden.reshape(-1, features).to(dtype), linear.weight.to(hidden.dtype).to(dtype)
+    tokens = len(targets.target)
+    rows, head = hidden.reshape(tokens, features).to(dtype), linear.weight.to(hidden.dtype).to(dtype)
     bias = None if linear.bias is None else linear.bias.to(hidden.dtype).to(dtype)
     dhidden, dweight, dbias = grads or (hidden.new_empty(0),) * 3
     weight_sum = _Sum(dweight, torch.float32 if accumulate_float32 else dtype)
     bias_sum = torch.zeros_like(dbias, dtype=torch.float32)
-    tokens = len(targets.target)
     step = chunk_size(tokens)
     buffer = hidden.new_empty(step, options.classes, dtype=dtype)
     for start in range(0, tokens, step):
@@ -82,7 +82,7 @@ def run_chunks(
         above = Upstream(*(None if g is None else g[chunk] for g in upstream))
         kernels.cross_entropy_backward(logits, here, lse[chunk], above, options, backend, logits)
         if dhidden.numel():
-            out = dhidden.view(-1, features)[chunk]
+            out = dhidden.view(tokens, features)[chunk]
             wide = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
             out.copy_(torch.mm(logits, head, out=wide))  # onto itself: nothing; without out= autocast would narrow it
         if dweight.numel():

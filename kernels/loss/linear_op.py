@@ -17,11 +17,18 @@ from torch import Tensor
 from .. import backends, checks
 from ..library import differentiable_once, function, in_torch_func, operator
 from . import reference
-from .cross_entropy_op import check_class_weight, check_classes, check_reduction, check_target, reduce, torch_loss
+from .cross_entropy_op import (
+    PROBABILITIES,
+    check_class_weight,
+    check_classes,
+    check_reduction,
+    check_target,
+    reduce,
+    torch_loss,
+    z_apart,
+)
 from .linear_chunks import Linear, Wanted, run_chunks
 from .options import Options, Targets, Upstream
-
-NO_IGNORE_INDEX = -(2**63)
 
 
 # fmt: off
@@ -70,7 +77,8 @@ def linear_cross_entropy(
         hidden: ``[..., features]``, float32, float16 or bfloat16. Under autocast it is cast as for a linear layer.
         weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it. Under autocast
             any dtype.
-        target: ``[...]`` int64 or int32, in ``[0, classes)`` or ``ignore_index``.
+        target: ``[...]`` int64 or int32, in ``[0, classes)`` or ``ignore_index``; or the probabilities of the
+            classes, ``[..., classes]``, for which PyTorch runs, and holds all the logits.
         bias: ``[classes]`` or None, in the dtype of hidden or float32.
         class_weight: ``[classes]``, cross_entropy's ``weight``.
         accumulate_float32: add up the chunks' gradients of weight in float32, which takes
@@ -88,21 +96,23 @@ def linear_cross_entropy(
 
     A DTensor (an FSDP2 parameter outside its module's forward) raises: see the message.
     """
-    hidden, weight, bias = _linear("linear_cross_entropy", hidden, weight, target, bias)
+    hidden, weight, bias = _linear("linear_cross_entropy", hidden, weight, target, bias, probabilities=True)
     check_classes("linear_cross_entropy", weight.shape[0])
     check_class_weight("linear_cross_entropy", "class_weight", class_weight, "hidden", hidden, weight.shape[0])
     check_reduction("linear_cross_entropy", label_smoothing, reduction)
-    chosen = backends.select("linear_cross_entropy", hidden, backend)
+    soft = target.is_floating_point()
+    chosen = backends.select("linear_cross_entropy", hidden, backend, lambda _: PROBABILITIES if soft else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     options = Options(ignore_index, float(label_smoothing), float(z_loss), float(softcap), 0, weight.shape[0])
     if chosen == "torch":
         return torch_loss(_logits(hidden, weight, bias), target, class_weight, options, reduction, return_lse)
-    targets = Targets.of(target, class_weight)
+    targets, options, z = Targets.of(target, class_weight), *z_apart(options, class_weight, reduction)
     # float16 gradients without the caller's loss scale would underflow: it must be known first
-    if reduction == "none" or return_lse or hidden.dtype == torch.float16:
+    if reduction == "none" or return_lse or z or hidden.dtype == torch.float16:
         loss, lse = _per_token(hidden, weight, bias, targets, options, accumulate_float32, chosen)
-        loss = reduce(loss.view(target.shape), target, targets.class_weight, ignore_index, reduction)
+        loss = reduce(loss, lse, z, targets, options, reduction)
+        loss = loss.view(target.shape) if reduction == "none" else loss
         return (loss, lse.view(target.shape)) if return_lse else loss
     wanted = Wanted.of(hidden, weight, bias, accumulate_float32)
     factor = torch.ones((), dtype=torch.float32, device=hidden.device)
@@ -118,6 +128,7 @@ def linear_log_prob(
     target: Tensor,
     *,
     bias: Tensor | None = None,
+    ignore_index: int = -100,
     softcap: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
@@ -130,8 +141,9 @@ def linear_log_prob(
         hidden: ``[..., features]``, float32, float16 or bfloat16. Under autocast it is cast as for a linear layer.
         weight: ``[classes, features]``, in the dtype of hidden, or float32, which is rounded to it. Under autocast
             any dtype.
-        target: ``[...]`` int64 or int32, in ``[0, classes)``.
+        target: ``[...]`` int64 or int32, in ``[0, classes)`` or ``ignore_index``.
         bias: ``[classes]`` or None, in the dtype of hidden or float32.
+        ignore_index: tokens with this target give 0, without a gradient.
         softcap: c > 0 replaces each logit l by ``c·tanh(l/c)``.
         backend: see ``explain``.
 
@@ -148,8 +160,8 @@ def linear_log_prob(
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
-        return reference.log_prob(_logits(hidden, weight, bias), target, softcap=softcap)
-    options = Options(NO_IGNORE_INDEX, 0.0, 0.0, float(softcap), 0, weight.shape[0])
+        return reference.log_prob(_logits(hidden, weight, bias), target, softcap=softcap, ignore_index=ignore_index)
+    options = Options(ignore_index, 0.0, 0.0, float(softcap), 0, weight.shape[0])
     loss, _ = _per_token(hidden, weight, bias, Targets.of(target, None), options, False, chosen)
     return -loss.view(target.shape)
 
@@ -188,7 +200,9 @@ class _Reduced(torch.autograd.Function):
         if by is None:
             return (None,) * 8
         hidden, *grads = ctx.saved_tensors
-        known = by.device.type == "cpu" and type(by) is Tensor and not (torch.compiler.is_compiling() or in_torch_func())
+        known = (
+            by.device.type == "cpu" and type(by) is Tensor and not (torch.compiler.is_compiling() or in_torch_func())
+        )
         if not (known and by == 1):
             grads = [None if g is None else g * by for g in grads]
         grads = [differentiable_once("linear_cross_entropy", hidden, g) for g in grads]
@@ -323,14 +337,16 @@ def linear_cross_entropy_backward(
 # ---- arguments ----
 
 
-def _linear(op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None) -> Linear:
+def _linear(
+    op: str, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, probabilities: bool = False
+) -> Linear:
     """The layer, checked, and cast as ``F.linear`` casts it under autocast; float32 parameters are rounded later,
     where they are read."""
     checks.floating(op, "hidden", hidden)
     checks.tensor(op, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [classes, features], it has shape {list(weight.shape)}")
-    check_target(op, "hidden", hidden, target)
+    check_target(op, "hidden", hidden, target, weight.shape[0] if probabilities else None)
     (hidden,) = checks.autocast(hidden)
     cast = [_parameter(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1])), None]
     if bias is not None:

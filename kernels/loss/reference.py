@@ -40,16 +40,33 @@ def cross_entropy(
         nll = lse.unsqueeze(-1) - scores
         smooth = nll.mean(-1) if weight is None else (nll * weight.to(lse.dtype)).sum(-1) / nll.shape[-1]
         loss = (1 - label_smoothing) * loss + label_smoothing * smooth
-    if z_loss:
-        loss = loss + z_loss * lse.square()
     # where, not a product: an ignored row may hold inf or NaN
-    loss = torch.where(valid, loss, 0.0)
-    if reduction == "none":
-        return loss, lse
-    total = loss.sum()
+    loss, z = torch.where(valid, loss, 0.0), z_loss * torch.where(valid, lse, 0.0).square()
     if reduction == "mean":
-        total = total / normaliser(target, weight, ignore_index, lse.dtype)
-    return total, lse
+        norm = normaliser(target, weight, ignore_index, lse.dtype)
+        return loss.sum() / norm + z.sum() / normaliser(target, None, ignore_index, lse.dtype), lse
+    return (loss + z).sum() if reduction == "sum" else loss + z, lse
+
+
+def cross_entropy_of_probabilities(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """The same of targets that are probabilities, ``[..., classes]``; the mean is over the rows."""
+    scores = _capped(logits, softcap)
+    lse = torch.logsumexp(scores, -1)
+    nll = lse.unsqueeze(-1) - scores
+    target = torch.lerp(target.to(nll.dtype), torch.full_like(nll, 1 / nll.shape[-1]), label_smoothing)
+    loss = (target * nll if weight is None else target * nll * weight.to(nll.dtype)).sum(-1) + z_loss * lse.square()
+    if reduction == "mean":
+        return loss.sum() / max(1, loss.numel()), lse
+    return loss.sum() if reduction == "sum" else loss, lse
 
 
 def normaliser(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:
@@ -61,9 +78,8 @@ def normaliser(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: 
     return torch.where(norm == 0, 1.0, norm)
 
 
-def log_prob(logits: Tensor, target: Tensor, *, softcap: float = 0.0) -> Tensor:
-    scores = _capped(logits, softcap)
-    return scores.gather(-1, target.long().unsqueeze(-1)).squeeze(-1) - torch.logsumexp(scores, -1)
+def log_prob(logits: Tensor, target: Tensor, *, softcap: float = 0.0, ignore_index: int = -100) -> Tensor:
+    return -cross_entropy(logits, target, softcap=softcap, ignore_index=ignore_index, reduction="none")[0]
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:

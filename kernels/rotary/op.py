@@ -103,10 +103,12 @@ def _check_memory(q: Tensor, k: Tensor) -> None:
         return
     for name, x in (("q", q), ("k", k)):
         if not _dense_steps(x) and _same_address(x):
-            raise ValueError(f"rope: elements of {name} share memory, which inplace would turn twice; pass {name}.clone()")
-    if q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr() and not _side_by_side(q, k):
-        if _same_address(q, k):
-            raise ValueError("rope: q and k share memory, which inplace would turn twice; pass k.clone()")
+            raise ValueError(
+                f"rope: elements of {name} share memory, which inplace would turn twice; pass {name}.clone()"
+            )
+    shared = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    if shared and not _side_by_side(q, k) and _same_address(q, k):
+        raise ValueError("rope: q and k share memory, which inplace would turn twice; pass k.clone()")
 
 
 def _extent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
