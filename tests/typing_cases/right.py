@@ -45,7 +45,8 @@ def ops(x: Tensor, weight: Tensor, target: Tensor, maybe: Tensor | None, flag: b
     assert_type(flash_attention(x, x, x, causal=False, scale=0.1, softcap=1.0, return_lse=False), Tensor)
     assert_type(flash_attention(x, x, x, cu_seqlens_q=target, max_seqlen_q=3, return_lse=True), tuple[Tensor, Tensor])
     assert_type(flash_attention(x, x, x, window=4, sinks=maybe, return_lse=flag), Tensor | tuple[Tensor, Tensor])
-    assert_type(flash_decode(x, x, x, target), Tensor)
+    assert_type(flash_attention(x, x, x, window=(4, None), layout="bhsd"), Tensor)
+    assert_type(flash_decode(x, x, x, target, causal=False), Tensor)
     assert_type(flash_decode(x, x, x, return_lse=True, window=3), tuple[Tensor, Tensor])
     assert_type(flash_decode(x, x, x, return_lse=flag), Tensor | tuple[Tensor, Tensor])
 
@@ -56,7 +57,7 @@ def ops(x: Tensor, weight: Tensor, target: Tensor, maybe: Tensor | None, flag: b
     assert_type(linear_cross_entropy(x, weight, target, bias=maybe), Tensor)
     assert_type(linear_cross_entropy(x, weight, target, return_lse=True), tuple[Tensor, Tensor])
     assert_type(linear_cross_entropy(x, weight, target, return_lse=flag), Tensor | tuple[Tensor, Tensor])
-    assert_type(linear_log_prob(x, weight, target, softcap=30.0), Tensor)
+    assert_type(linear_log_prob(x, weight, target, ignore_index=0, softcap=30.0), Tensor)
 
     assert_type(softmax(x, scale=0.5, causal=True, mask=maybe), Tensor)
     assert_type(rope(x, x, weight, weight, interleaved=True, positions=target), tuple[Tensor, Tensor])

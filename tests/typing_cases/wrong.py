@@ -19,6 +19,7 @@ y: Tensor = rms_norm(x, residual=x)  # wrong
 flash_attention(x, x)  # wrong
 flash_attention(x, x, x, is_causal=True)  # wrong
 flash_attention(x, x, x, window="4")  # wrong
+flash_attention(x, x, x, layout=True)  # wrong
 out: Tensor = flash_attention(x, x, x, return_lse=True)  # wrong
 flash_attention(x, x, x, return_lse=True).sum()  # wrong
 cross_entropy(x)  # wrong
