@@ -29,7 +29,7 @@ def _load() -> tuple[Any, str | None]:
         elif others:
             why = f"was built for another Python ({', '.join(others)}); install fastllm again with this one"
         else:
-            why = f"was not built: there was no C++ compiler when fastllm was installed; {INSTALL}"
+            why = f"was not built, for want of a C++ compiler or because of FASTLLM_NATIVE=0; {INSTALL}"
         return None, f"the native module fastllm.kernels._C {why}"
 
 
