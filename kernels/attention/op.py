@@ -148,7 +148,7 @@ def flash_attention(
         out, lse = _flash_attention(q, k, v, sinks, packing, options, bool(deterministic), chosen)
     if layout == "bhsd":
         out = out.transpose(1, 2)
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse and lse is not None else out  # there is one where it was asked for
 
 
 def check_heads(

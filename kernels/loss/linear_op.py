@@ -348,10 +348,12 @@ def _linear(
         raise ValueError(f"{op}: weight must be [classes, features], it has shape {list(weight.shape)}")
     check_target(op, "hidden", hidden, target, weight.shape[0] if probabilities else None)
     (hidden,) = checks.autocast(hidden)
-    cast = [_parameter(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1])), None]
-    if bias is not None:
-        cast[1] = _parameter(op, "bias", bias, hidden, (weight.shape[0],))
-    return Linear(hidden, *cast)
+    classes, features = weight.shape[0], hidden.shape[-1]
+    return Linear(
+        hidden,
+        _parameter(op, "weight", weight, hidden, (classes, features)),
+        None if bias is None else _parameter(op, "bias", bias, hidden, (classes,)),
+    )
 
 
 def _parameter(op: str, name: str, x: Tensor, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
