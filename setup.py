@@ -3,8 +3,11 @@
 Environment:
     FASTLLM_CUDA_ARCHS   architectures of the CUDA kernels, "80;90a", "all" or "none"
                          (default: those of this machine's GPUs; none where it has no GPU)
+    FASTLLM_CPU_ISAS     instruction sets of the CPU kernels beside "base", "avx2;avx512", "base" for no other
+                         (default: all of X86_ISAS, on x86)
     CUDA_HOME            where the CUDA toolkit is, if nvcc is not on the PATH
-    CXX, CXXFLAGS        the C++ compiler, and options added to it
+    CXX, CXXFLAGS        the C++ compiler ("ccache g++" too), and options added to it
+    FASTLLM_NATIVE=0     build no native module, as where there is no compiler
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -33,12 +37,35 @@ AMX = [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"]
 X86_ISAS = {"base": [], "avx2": AVX2, "avx512": AVX512, "avx512_bf16": AVX512_BF16, "amx": AMX}
 
 
+def find_cxx() -> list[str] | None:
+    """The command of the C++ compiler, or None where there is none."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        if not shutil.which(named[0]):
+            raise CompileError(f"CXX is {shlex.join(named)!r}, but there is no program {named[0]!r}")
+        return named
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    return [found] if found else None
+
+
 def find_nvcc() -> Path | None:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=str(Path(home, "bin")) if home else None) or shutil.which(
         "nvcc", path="/usr/local/cuda/bin"
     )
     return Path(found).resolve() if found else None
+
+
+def cpu_isas() -> dict[str, list[str]]:
+    """The instruction sets to compile for, with their options, the best last. "base" runs everywhere."""
+    known = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+    asked = os.environ.get("FASTLLM_CPU_ISAS", "").replace(",", ";").replace(" ", "")
+    if not asked:
+        return known
+    wanted = {"base", *filter(None, asked.split(";"))}
+    if not wanted <= {*X86_ISAS}:
+        raise CompileError(f"FASTLLM_CPU_ISAS is {asked!r}; it takes {', '.join(X86_ISAS)}")
+    return {isa: options for isa, options in known.items() if isa in wanted}
 
 
 def cuda_archs() -> tuple[str, ...]:
@@ -60,13 +87,13 @@ def cuda_archs() -> tuple[str, ...]:
 class Ninja:
     """A build.ninja in the making: objects, then one link."""
 
-    def __init__(self, compilers: dict[str, str | Path]) -> None:
+    def __init__(self, compilers: dict[str, list[str]]) -> None:
         self.objects: list[Path] = []
         # -MMD: headers that change compile again what includes them
         self.lines = [
-            f"rule {name}\n  command = {self.escape(program)} $flags -MMD -MF $out.d -c $in -o $out\n"
+            f"rule {name}\n  command = {self.words(command)} $flags -MMD -MF $out.d -c $in -o $out\n"
             "  depfile = $out.d\n  deps = gcc"
-            for name, program in compilers.items()
+            for name, command in compilers.items()
         ]
 
     @staticmethod
@@ -81,9 +108,9 @@ class Ninja:
         self.objects.append(out)
         self.lines.append(f"build {self.escape(out)}: {compiler} {self.escape(source)}\n  flags = {self.words(flags)}")
 
-    def link(self, program: str | Path, target: Path, flags: list[str]) -> None:
+    def link(self, command: list[str], target: Path, flags: list[str]) -> None:
         self.lines += [
-            f"rule link\n  command = {self.escape(program)} $in {self.words(flags)} -o $out",
+            f"rule link\n  command = {self.words(command)} $in {self.words(flags)} -o $out",
             f"build {self.escape(target)}: link {' '.join(map(self.escape, self.objects))}",
             f"default {self.escape(target)}",
         ]
@@ -94,45 +121,51 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        try:
-            self._build(target)
-        except Exception as error:
-            stale = [target, *(ROOT / "kernels").glob("_C.*.so")] if self.inplace or self.editable_mode else [target]
-            for module in stale:  # worse than none
-                module.unlink(missing_ok=True)
-            print(
-                f"\nfastllm: the native module was NOT built: {error}\n"
-                "fastllm: the Triton and PyTorch backends work without it; the CPU and CUDA C++ kernels don't.\n",
-                file=sys.stderr,
-            )
+        target.unlink(missing_ok=True)  # a stale one is worse than none
+        if self.inplace or self.editable_mode:
+            (ROOT / "kernels" / target.name).unlink(missing_ok=True)
+        if not list(CSRC.glob("*.cpp")) or not list((CSRC / "cpu").glob("*.cpp")):
+            raise CompileError(f"there are no C++ sources in {CSRC}: this copy of fastllm is incomplete")
+        cxx = find_cxx()
+        if os.environ.get("FASTLLM_NATIVE") == "0":
+            self._warn("not wanted (FASTLLM_NATIVE=0)")
+        elif not cxx:
+            self._warn("no C++ compiler found. Install g++ or clang++, or set CXX to name one, and install again")
+        else:
+            self._build(target, cxx)
 
-    def _build(self, target: Path) -> None:
+    @staticmethod
+    def _warn(reason: str) -> None:
+        lines = (
+            f"WARNING: fastllm was installed WITHOUT its native module: {reason}.",
+            "On a CPU every op now runs as plain PyTorch, which is slower and takes more memory.",
+            "The Triton kernels work without it. `fastllm info` shows what an install has.",
+        )
+        rule = "*" * max(map(len, lines))
+        print("", rule, *lines, rule, "", sep="\n", file=sys.stderr)
+
+    def _build(self, target: Path, cxx: list[str]) -> None:
         import pybind11
 
-        cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-        if not cxx:
-            raise RuntimeError("no C++ compiler found (g++ or clang++; set CXX to name one)")
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
         nvcc = find_nvcc() if platform.system() == "Linux" else None
         archs = cuda_archs() if nvcc else ()
-        isas = X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"base": []}
+        isas = cpu_isas()
         openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
 
         flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", *openmp]
-        flags += [
-            "-Wall",
-            "-Wextra",
-            "-Wno-uninitialized",
-            "-Wno-maybe-uninitialized",
-        ]  # GCC 12 says that of its own AVX-512 header
+        # GCC 12 says "uninitialized" of its own AVX-512 header; clang does not know one of the two
+        flags += [f"-W{w}" for w in ("all", "extra", "no-unknown-warning-option", "no-uninitialized")]
+        flags += ["-Wno-maybe-uninitialized"]
         flags += [f"-I{d}" for d in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
         flags += ["-DFASTLLM_MODULE_NAME=_C", *extra]
 
         work = Path(self.build_temp).resolve()
-        ninja = Ninja({"cxx": cxx} | ({"nvcc": nvcc} if archs else {}))
+        ninja = Ninja({"cxx": cxx} | ({"nvcc": [str(nvcc)]} if archs else {}))
+        each = f"-DFASTLLM_EACH_ISA(f)={' '.join(f'f({isa})' for isa in isas)}"
         with_cuda = ["-DFASTLLM_CUDA", f'-DFASTLLM_CUDA_ARCHS="{" ".join(archs)}"'] if archs else []
         for source in sorted(CSRC.glob("*.cpp")):
-            ninja.compile("cxx", source, work / f"{source.stem}.o", [*flags, *with_cuda])
+            ninja.compile("cxx", source, work / f"{source.stem}.o", [*flags, each, *with_cuda])
         for source in sorted((CSRC / "cpu").glob("*.cpp")):
             for isa, options in isas.items():
                 out = work / f"cpu_{source.stem}_{isa}.o"
@@ -143,7 +176,7 @@ class BuildNative(build_ext):
                 "-O3",
                 "-Xcompiler=-fPIC,-fvisibility=hidden",
                 "--threads=0",
-                f"-ccbin={cxx}",
+                f"-ccbin={cxx[-1]}",
                 f"-I{CSRC}",
             ]
             options += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -153,7 +186,9 @@ class BuildNative(build_ext):
             for source in sorted((CSRC / "cuda").glob("*.cu")):
                 ninja.compile("nvcc", source, work / f"cuda_{source.stem}.o", options)
             # nvcc links: it knows where its static CUDA runtime is, which needs no driver to load.
-            ninja.link(nvcc, target, ["-shared", f"-ccbin={cxx}", "-Xcompiler=-fopenmp", "-Xlinker=--gc-sections"])
+            ninja.link(
+                [str(nvcc)], target, ["-shared", f"-ccbin={cxx[-1]}", "-Xcompiler=-fopenmp", "-Xlinker=--gc-sections"]
+            )
         elif platform.system() == "Darwin":
             ninja.link(cxx, target, ["-shared", "-undefined", "dynamic_lookup", *extra])
         else:
@@ -166,10 +201,14 @@ class BuildNative(build_ext):
         if nvcc and not archs:
             cuda = "no CUDA C++: no GPU here, or not wanted (FASTLLM_CUDA_ARCHS=all builds it for other machines)"
         print(f"fastllm: building the native module: C++ for {', '.join(isas)}; {cuda}")
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)], check=True)
+        if subprocess.run([sys.executable, "-m", "ninja", "-C", str(work)]).returncode:
+            raise CompileError(
+                f"the native module could not be compiled (by {shlex.join(cxx)}); the compiler's message is above, "
+                "after FAILED. CXX names another compiler; FASTLLM_NATIVE=0 installs without native kernels"
+            )
 
 
 setup(
-    ext_modules=[Extension("fastllm.kernels._C", sources=[], optional=True)],
+    ext_modules=[Extension("fastllm.kernels._C", sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _arguments() -> argparse.ArgumentParser:
     head, _, rest = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        "benchmarks", description=head, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
+        "fastllm bench", description=head, epilog=rest, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the report goes")

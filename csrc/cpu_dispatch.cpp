@@ -22,38 +22,47 @@ struct Set {
   const Kernels* kernels;
 };
 
+// Whether the processor runs an instruction set, and the system saves its registers.
+struct Runs {
+  static bool base() { return true; }
 #if defined(__x86_64__)
-// Whether the processor has AMX, and Linux lets this process use its tiles, which it has to be asked for.
-bool amx_granted() {
-#if defined(FASTLLM_EMULATE_AMX)
-  return true;
-#elif defined(__linux__)
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1;
-  return bf16 && tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
+  static bool avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c(); }
+  static bool avx512() {
+    return avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  static bool avx512_bf16() { return avx512() && __builtin_cpu_supports("avx512bf16"); }
+  static bool amx() { return avx512_bf16() && amx_granted(); }
 
-std::vector<Set> runnable() {
-  std::vector<Set> sets{{"base", &base::kernels}};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    sets.push_back({"avx2", &avx2::kernels});
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      sets.push_back({"avx512", &avx512::kernels});
-      if (__builtin_cpu_supports("avx512bf16")) {
-        sets.push_back({"avx512_bf16", &avx512_bf16::kernels});
-        if (amx_granted()) sets.push_back({"amx", &amx::kernels});
-      }
-    }
+ private:
+  static bool f16c() {  // clang 14 has no string for it; its registers are those of AVX2
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  }
+  // Linux lets a process use the tiles of AMX that asks for them.
+  static bool amx_granted() {
+#if defined(FASTLLM_EMULATE_AMX)
+    return true;
+#elif defined(__linux__)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a, b, c, d;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1;
+    return bf16 && tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
   }
 #endif
+};
+
+// FASTLLM_EACH_ISA, set by setup.py: those that the kernels were compiled for, the best last.
+std::vector<Set> runnable() {
+  std::vector<Set> sets;
+#define FASTLLM_ADD(isa) \
+  if (Runs::isa()) sets.push_back({#isa, &isa::kernels});
+  FASTLLM_EACH_ISA(FASTLLM_ADD)
+#undef FASTLLM_ADD
   return sets;
 }
 
@@ -66,7 +75,7 @@ const Set& named(const std::string& name) {
   for (const Set& set : sets()) {
     if (name == set.name) return set;
   }
-  throw std::invalid_argument("this processor does not run the instruction set '" + name + "'");
+  throw std::invalid_argument("this build or processor does not run the instruction set '" + name + "'");
 }
 
 // The best there is, or the one that the environment variable FASTLLM_CPU_ISA names.

@@ -12,11 +12,9 @@ from typing import Any
 
 from . import __version__
 from . import config as configs
-from .errors import UserError, did_you_mean
+from .errors import UserError, did_you_mean, pip_install
+from .info import EXTRAS
 from .planning.presets import preset
-
-NEEDED = ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro")  # the extra "train"
-
 
 # Options that most people need; --help-all shows the others.
 COMMON_TRAIN_OPTIONS = (
@@ -164,13 +162,26 @@ def bench(argv: list[str]) -> int:
     return main(argv)
 
 
+def info(argv: list[str]) -> int:
+    from .info import info
+
+    if _asks_for_help(argv):
+        print("usage: fastllm info\n\nShow what this install has, what it lacks and how to get it.")
+        return 0
+    if argv:
+        raise UserError(f"info takes no arguments, not {argv[0]!r}")
+    print(info())
+    return 0
+
+
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its function, what it does in a line, and examples."""
+    """A subcommand: its function, what it does in a line, examples, and whether it takes the extra "train"."""
 
     run: Callable[[list[str]], int]
     summary: str
     examples: tuple[str, ...]
+    extra: bool = True
 
 
 COMMANDS = {
@@ -210,6 +221,12 @@ COMMANDS = {
         "measure the kernels and the training step on this machine, against PyTorch",
         ("fastllm bench --quick                          two minutes on two CPU cores",),
     ),
+    "info": Command(
+        info,
+        "show what this install has and lacks, for a bug report",
+        ("fastllm info                                   versions, backends, processor and GPU",),
+        extra=False,
+    ),
 }
 
 
@@ -233,10 +250,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
-        missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-        if missing:
-            raise UserError(f'{", ".join(missing)} not installed: pip install "fastllm[train]"')
-        return COMMANDS[argv[0]].run(argv[1:])
+        command = COMMANDS[argv[0]]
+        missing = [name for name in EXTRAS["train"] if importlib.util.find_spec(name) is None]
+        if command.extra and missing:
+            raise UserError(f"{', '.join(missing)} not installed: {pip_install('train')}")
+        return command.run(argv[1:])
     except UserError as error:
         print(f"fastllm: error: {error}", file=sys.stderr)
         return 2

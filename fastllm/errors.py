@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+DISTRIBUTION = "fastllm-kernels"  # what pip installs; the name fastllm on the index is another project's
+
 
 class UserError(Exception):
     """Something in the input, the configuration or the machine is wrong; the message is one clear line."""
@@ -17,3 +19,8 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
     return f"; choose from {', '.join(choices)}"
+
+
+def pip_install(extra: str) -> str:
+    """The command that installs what an extra of pyproject.toml needs."""
+    return f'pip install "{DISTRIBUTION}[{extra}]"'

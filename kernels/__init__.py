@@ -13,6 +13,12 @@ if __name__ == "kernels":
     # Our operators can be registered once only, and not under two names: there is nothing here by that one.
     __all__ = []
 else:
+    import warnings
+
+    with warnings.catch_warnings():  # PyTorch warns at import where there is no numpy, which no kernel needs
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+        import torch  # noqa: F401
+
     from .activation import swiglu
     from .attention import flash_attention, flash_decode
     from .backends import BACKENDS, Explanation, explain, use_backend

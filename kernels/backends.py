@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -33,6 +33,7 @@ BACKENDS = ("cuda", "triton", "cpu", "torch")
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 WhyNot = Callable[[str], "str | None"]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(*kernels: str) -> Callable[[Callable], Callable]:
+def op(*kernels: str) -> Callable[[Function], Function]:
     """Enter a public function in :data:`OPS`, with the backends (beside ``torch``) that it has kernels for."""
 
-    def enter(function: Callable) -> Callable:
+    def enter(function: Function) -> Function:
         OPS[function.__name__] = Op(function.__name__, kernels, function)
         return function
 
@@ -215,8 +216,11 @@ def select(name: str, x: torch.Tensor, backend: str | None, why_not: WhyNot | No
     if preferred is not None and not _limit(op, preferred, x, why_not):
         return preferred
     for candidate in _automatic(op, x.device):
-        if not _limit(op, candidate, x, why_not):
+        limit = _limit(op, candidate, x, why_not)
+        if not limit:
             return candidate
+        if candidate == "cpu" and limit == native.cpu_missing():
+            native.warn_of_missing()
     raise AssertionError("the torch backend serves every call")
 
 
@@ -265,7 +269,7 @@ def _explain(op: Op, x: torch.Tensor, backend: str | None, why_not: WhyNot | Non
     return Explanation(op.name, chosen, reasons)
 
 
-def explain(op: str | Callable, *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
+def explain(op: str | Callable[..., Any], *args: Any, backend: str | None = None, **kwargs: Any) -> Explanation:
     """Tell, for this call on this machine, which backend would run and why not the others.
 
     ``op`` is a public function or its name; the arguments are those of the call, which is checked like

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,12 @@ class RMSNorm(nn.Module):
         if self.weight is not None:
             nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor | tuple[Tensor, Tensor]: ...
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """``[..., dim]`` to ``[..., dim]``; with a residual ``(y, x + residual)``."""
         return rms_norm(x, self.weight, eps=self.eps, residual=residual, weight_offset=self.weight_offset)
@@ -161,9 +167,10 @@ class CrossEntropyLoss(nn.Module):
         inplace_backward: bool = False,
     ) -> None:
         super().__init__()
+        self.weight: Tensor | None
         self.register_buffer("weight", weight)
         self.inplace_backward = inplace_backward
-        self.options = {
+        self.options: dict[str, Any] = {
             "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
             "z_loss": z_loss, "softcap": softcap,
         }  # fmt: skip
@@ -201,8 +208,9 @@ class LinearCrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.weight: Tensor | None
         self.register_buffer("weight", weight)
-        self.options = {
+        self.options: dict[str, Any] = {
             "ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing,
             "z_loss": z_loss, "softcap": softcap, "accumulate_float32": accumulate_float32,
         }  # fmt: skip

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
+import warnings
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # before _C, so that both share torch's OpenMP threads
 
-try:
-    from . import _C
-except ImportError as error:
-    _C = None
-    _MISSING = (
-        f"the native module fastllm.kernels._C can't be loaded ({error}); "
-        "reinstall fastllm where a C++ compiler is found (pip install -v -e . shows the build)"
-    )
+INSTALL = (
+    "install g++ or clang++, and then fastllm again: in its source folder `pip install -e .`, "
+    "else `pip install --force-reinstall --no-deps --no-cache-dir fastllm-kernels`"
+)
+
+
+def _load() -> tuple[Any, str | None]:
+    """The native module, or None and why there is none."""
+    try:
+        return importlib.import_module("._C", __package__), None
+    except ImportError as error:
+        others = sorted(path.name for path in Path(__file__).parent.glob("_C.*"))
+        if not isinstance(error, ModuleNotFoundError):
+            why = f"can't be loaded ({error})"
+        elif others:
+            why = f"was built for another Python ({', '.join(others)}); install fastllm again with this one"
+        else:
+            why = f"was not built, for want of a C++ compiler or because of FASTLLM_NATIVE=0; {INSTALL}"
+        return None, f"the native module fastllm.kernels._C {why}"
+
+
+_C, _MISSING = _load()
 
 # backend -> its functions; both have the same names and arguments
 KERNELS: dict[str, ModuleType] = {b: getattr(_C, b) for b in ("cpu", "cuda") if hasattr(_C, b)}
@@ -24,6 +42,27 @@ KERNELS: dict[str, ModuleType] = {b: getattr(_C, b) for b in ("cpu", "cuda") if 
 def cpu_missing() -> str | None:
     """Why the CPU kernels can't be called, or None."""
     return None if "cpu" in KERNELS else _MISSING
+
+
+_warned = False
+
+
+def warn_of_missing() -> None:
+    """Say once in a process that ops on a CPU run as plain PyTorch."""
+    global _warned
+    if _warned:
+        return
+    _warned = True
+    warnings.warn(
+        f"fastllm: {_MISSING}. Until then ops on CPU tensors run as plain PyTorch, which is slower and takes more "
+        "memory (`fastllm info` shows what this install has)",
+        RuntimeWarning,
+        stacklevel=4,  # select, the op, its caller
+    )
+
+
+# torch.compile calls it while it traces (see backends.transformed).
+warn_of_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Of ONEDNN_MAX_CPU_ISA: those that lack instructions for products of bfloat16.

@@ -35,6 +35,7 @@ from tests import interpreter  # noqa: E402
 # Of the files that take long, the longest first: started last, one would keep one worker busy alone.
 LONGEST = (
     "test_repository.py",
+    "test_packaging.py",
     "test_attention.py",
     "test_sanitizers.py",
     "test_softmax.py",

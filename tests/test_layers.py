@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors"},
     "arguments": {"config", "errors"},
     "hardware": {"kernels"},
+    "info": {"kernels", "errors", "__init__"},
     "dtensor": set(),
     "model": BASE,
     "data": BASE,

@@ -15,7 +15,7 @@ from rich import progress as bars
 from torch import Tensor
 
 from ..console import console, say
-from ..errors import UserError
+from ..errors import UserError, pip_install
 
 LOG = "log.jsonl"  # in a run folder: JSON lines
 
@@ -100,7 +100,7 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                raise UserError('--train.tensorboard needs tensorboard: pip install "fastllm[tensorboard]"') from None
+                raise UserError(f"--train.tensorboard needs tensorboard: {pip_install('tensorboard')}") from None
             self.board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def __enter__(self) -> Self:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,26 @@ from .operators import attention_decode
 from .options import Options, Window, bounds
 
 
+# fmt: off
+@overload
+def flash_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, causal: bool = True,
+    scale: float | None = None, window: Window = None, softcap: float = 0.0, sinks: Tensor | None = None,
+    return_lse: Literal[False] = False, backend: str | None = None,
+) -> Tensor: ...
+@overload
+def flash_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, causal: bool = True,
+    scale: float | None = None, window: Window = None, softcap: float = 0.0, sinks: Tensor | None = None,
+    return_lse: Literal[True], backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flash_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor | None = None, *, causal: bool = True,
+    scale: float | None = None, window: Window = None, softcap: float = 0.0, sinks: Tensor | None = None,
+    return_lse: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @backends.op("triton", "cpu")
 def flash_decode(
     q: Tensor,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,30 @@ from .packing import Packing, check_packing
 LARGEST_HEAD = 256
 
 
+# fmt: off
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: Window = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    return_lse: Literal[False] = False, deterministic: bool = False, layout: str = "bshd",
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: Window = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    return_lse: Literal[True], deterministic: bool = False, layout: str = "bshd", backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, scale: float | None = None, window: Window = None,
+    softcap: float = 0.0, sinks: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, max_seqlen_k: int | None = None,
+    return_lse: bool = False, deterministic: bool = False, layout: str = "bshd", backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @backends.op("triton", "cpu")
 def flash_attention(
     q: Tensor,
@@ -127,7 +151,7 @@ def flash_attention(
         out, lse = _flash_attention(q, k, v, sinks, packing, options, differentiated, bool(deterministic), chosen)
     if layout == "bhsd":
         out = out.transpose(1, 2)
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse and lse is not None else out  # there is one where it was asked for
 
 
 def check_heads(

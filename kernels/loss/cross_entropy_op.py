@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,29 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+# fmt: off
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0, reduction: str = "mean",
+    return_lse: Literal[False] = False, inplace_backward: bool = False, group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0, reduction: str = "mean",
+    return_lse: Literal[True], inplace_backward: bool = False, group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0, reduction: str = "mean",
+    return_lse: bool = False, inplace_backward: bool = False, group: ProcessGroup | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @backends.op("cuda", "triton", "cpu")
 def cross_entropy(
     logits: Tensor,

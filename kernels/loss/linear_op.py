@@ -8,7 +8,7 @@ computes each chunk of logits a second time.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,29 @@ from .linear_chunks import Linear, Wanted, run_chunks
 from .options import Options, Targets, Upstream
 
 
+# fmt: off
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float = 0.0, reduction: str = "mean", return_lse: Literal[False] = False,
+    accumulate_float32: bool = False, backend: str | None = None,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float = 0.0, reduction: str = "mean", return_lse: Literal[True], accumulate_float32: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None,
+    class_weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    softcap: float = 0.0, reduction: str = "mean", return_lse: bool = False, accumulate_float32: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @backends.op("cuda", "triton", "cpu")
 def linear_cross_entropy(
     hidden: Tensor,
@@ -325,10 +348,12 @@ def _linear(
         raise ValueError(f"{op}: weight must be [classes, features], it has shape {list(weight.shape)}")
     check_target(op, "hidden", hidden, target, weight.shape[0] if probabilities else None)
     (hidden,) = checks.autocast(hidden)
-    cast = [_parameter(op, "weight", weight, hidden, (weight.shape[0], hidden.shape[-1])), None]
-    if bias is not None:
-        cast[1] = _parameter(op, "bias", bias, hidden, (weight.shape[0],))
-    return Linear(hidden, *cast)
+    classes, features = weight.shape[0], hidden.shape[-1]
+    return Linear(
+        hidden,
+        _parameter(op, "weight", weight, hidden, (classes, features)),
+        None if bias is None else _parameter(op, "bias", bias, hidden, (classes,)),
+    )
 
 
 def _parameter(op: str, name: str, x: Tensor, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:

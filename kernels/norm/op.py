@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,23 @@ from ..library import differentiable_once, function, operator
 from . import reference
 
 
+# fmt: off
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, residual: None = None, weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, residual: Tensor, weight_offset: float = 0.0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6, residual: Tensor | None = None,
+    weight_offset: float = 0.0, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @backends.op("cuda", "triton", "cpu")
 def rms_norm(
     x: Tensor,

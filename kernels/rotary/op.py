@@ -142,7 +142,7 @@ def _same_address(*tensors: Tensor) -> bool:
     """Whether two elements have one address, by a list of all: for rare layouts."""
     start = min(x.storage_offset() for x in tensors)
     count = max(x.storage_offset() - start + _extent(x.shape, x.stride()) for x in tensors if x.numel())
-    places = torch.arange(count)
+    places = torch.arange(int(count))
     listed = [places.as_strided(x.shape, x.stride(), x.storage_offset() - start).flatten() for x in tensors]
     every = torch.cat(listed)
     return every.unique().numel() < every.numel()

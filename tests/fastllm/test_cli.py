@@ -142,7 +142,7 @@ def test_help_comes_without_waiting_for_torch(work):
 def test_a_missing_extra(run, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "tyro" else find(name))
-    assert error_of(run("train")) == 'fastllm: error: tyro not installed: pip install "fastllm[train]"'
+    assert error_of(run("train")) == 'fastllm: error: tyro not installed: pip install "fastllm-kernels[train]"'
 
 
 def test_help_of_the_commands(run):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ...errors import UserError
+from ...errors import UserError, pip_install
 from . import table
 from .finding import Finding, quietly
 from .layers import find_mlp, find_norm, looks_like_mlp, looks_like_norm
@@ -161,7 +161,7 @@ def _look(model: nn.Module, probe: bool) -> list[Finding]:
         from .attention import find_attention, looks_like_attention
         from .head import find_loss, looks_like_loss
     except ImportError as error:
-        raise UserError(f'patch: needs transformers: pip install "fastllm[hf]" ({error})') from None
+        raise UserError(f"patch: needs transformers: {pip_install('hf')} ({error})") from None
     modules = dict(model.named_modules())
     models = {name: m for name, m in modules.items() if isinstance(m, PreTrainedModel)}
     if not models:
