@@ -222,6 +222,10 @@ def attention_backward(
     delta: Tensor,
 ) -> None:
     """Without atomics, so the same bit for bit, whatever ``deterministic`` says."""
+    if delta.numel() == 0:  # no query, or no head of them
+        dk.zero_()
+        dv.zero_()
+        return
     size = sizes(q, k, packing)
     sequences, seq_q, seq_k, heads, heads_per_kv, dim = size
     bytes_per_token = 2 * dim * q.element_size()
@@ -257,23 +261,21 @@ def attention_backward(
 
     shape = shape_class(sequences * heads, heads_per_kv, seq_q, seq_k, options.causal, options.window)
     with on_device(q):
-        if delta.numel():
-            tokens = q.shape[-3]
-            blocks = triton.cdiv(tokens, DELTA_ROWS)
-            delta_kernel[(blocks * (delta.numel() // tokens),)](
-                DOUT=dout,
-                OUT=out,
-                DLSE=dlse,
-                DELTA=delta,
-                seq=tokens,
-                heads=heads,
-                blocks=blocks,
-                DIM=dim,
-                BLOCK_D=padded(dim),
-                ROWS=DELTA_ROWS,
-                **head_strides(d=dout),
-            )
-        if sequences * seq_k:
+        tokens = q.shape[-3]
+        blocks = triton.cdiv(tokens, DELTA_ROWS)
+        delta_kernel[(blocks * (delta.numel() // tokens),)](
+            DOUT=dout,
+            OUT=out,
+            DLSE=dlse,
+            DELTA=delta,
+            seq=tokens,
+            heads=heads,
+            blocks=blocks,
+            DIM=dim,
+            BLOCK_D=padded(dim),
+            ROWS=DELTA_ROWS,
+            **head_strides(d=dout),
+        )
+        if seq_k:
             triton_tuning.launch("dkdv", q, options, shape, call_dkdv)
-        if sequences * seq_q:
-            triton_tuning.launch("dq", q, options, shape, call_dq)
+        triton_tuning.launch("dq", q, options, shape, call_dq)
