@@ -83,10 +83,12 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         return call
 
     def attention(dim: int, dtype: torch.dtype, every: bool = False, softcap: float = 0.0) -> Callable[[], Any]:
-        options, packing, sinks, length = (0.1, True, 0, 0.0), (None, None, 0, 0), None, None
+        from fastllm.kernels.attention.options import UNBOUNDED
+
+        options, packing, sinks, length = (0.1, UNBOUNDED, 0, 0.0), (None, None, 0, 0), None, None
         if every:
             cu = torch.tensor([0, 512])
-            options, packing, sinks, length = (0.1, True, 64, softcap), (cu, cu, 512, 512), torch.empty(4), cu[:1]
+            options, packing, sinks, length = (0.1, 63, 0, softcap), (cu, cu, 512, 512), torch.empty(4), cu[:1]
 
         def call() -> None:
             q, k = torch.empty(1, 512, 4, dim, dtype=dtype), torch.empty(1, 512, 1, dim, dtype=dtype)

@@ -225,6 +225,10 @@ def attention_backward(
     delta: Tensor,
 ) -> None:
     """Without atomics, so the same bit for bit, whatever ``deterministic`` says."""
+    if delta.numel() == 0:  # no query, or no head of them
+        dk.zero_()
+        dv.zero_()
+        return
     size = sizes(q, k, v, packing)
     sequences, seq_q, seq_k, heads, heads_per_kv, dim, dim_v = size
     bytes_per_token = (dim + dim_v) * q.element_size()
@@ -261,23 +265,21 @@ def attention_backward(
 
     shape = shape_class(sequences * heads, heads_per_kv, seq_q, seq_k, options.left, options.right)
     with on_device(q):
-        if delta.numel():
-            tokens = q.shape[-3]
-            blocks = triton.cdiv(tokens, DELTA_ROWS)
-            delta_kernel[(blocks * (delta.numel() // tokens),)](
-                DOUT=dout,
-                OUT=out,
-                DLSE=dlse,
-                DELTA=delta,
-                seq=tokens,
-                heads=heads,
-                blocks=blocks,
-                DIM=dim_v,
-                BLOCK_D=padded(dim_v),
-                ROWS=DELTA_ROWS,
-                **head_strides(d=dout),
-            )
-        if sequences * seq_k:
+        tokens = q.shape[-3]
+        blocks = triton.cdiv(tokens, DELTA_ROWS)
+        delta_kernel[(blocks * (delta.numel() // tokens),)](
+            DOUT=dout,
+            OUT=out,
+            DLSE=dlse,
+            DELTA=delta,
+            seq=tokens,
+            heads=heads,
+            blocks=blocks,
+            DIM=dim_v,
+            BLOCK_D=padded(dim_v),
+            ROWS=DELTA_ROWS,
+            **head_strides(d=dout),
+        )
+        if seq_k:
             triton_tuning.launch("dkdv", q, v, options, shape, call_dkdv)
-        if sequences * seq_q:
-            triton_tuning.launch("dq", q, v, options, shape, call_dq)
+        triton_tuning.launch("dq", q, v, options, shape, call_dq)

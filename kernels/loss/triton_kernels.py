@@ -322,7 +322,7 @@ def _loss_arguments(targets: Targets, options: Options) -> dict[str, Any]:
 
 
 def _block(cols: int) -> dict[str, int]:
-    block = min(LOOP_COLS, triton.next_power_of_2(cols))
+    block = min(LOOP_COLS, triton.next_power_of_2(max(1, cols)))  # a shard may have no column
     return {"COLS": block, "num_warps": min(8, max(1, block // 512))}
 
 

@@ -43,22 +43,26 @@ def eager(q: Tensor, k: Tensor, v: Tensor, sinks=None, *, causal=True, window=No
 
 
 def magnitudes(q, k, v, sinks=None, *, dout, dlse, causal=True, window=None, softcap=0.0, scale=None) -> list[Tensor]:
-    """Of the terms that out, lse, dq, dk, dv and dsinks are sums of, in float64.
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = (t.detach() for t in _with_sinks(q, k, v, sinks, backend="torch", return_lse=True, causal=causal,
+                                               window=window, softcap=softcap, scale=scale))  # fmt: skip
+    seen = reference._visible(q.shape[1], k.shape[1], *bounds("magnitudes", causal, window), q.device)
+    return terms(q, k, v, sinks, out, lse, seen, dout, dlse, scale, softcap)
+
+
+def terms(q, k, v, sinks, out, lse, seen, dout, dlse, scale, softcap=0.0) -> list[Tensor]:
+    """The magnitudes of the terms that out, lse, dq, dk, dv and dsinks are sums of, in float64.
 
     A score is itself a sum, whose error comes with it: d lse = Σ p ds, d out = Σ p (v - out) ds. lse is the highest
     score and the logarithm of a sum; ds = p (dp - dout · out + dlse) cancels. In the gradients p is e^(score - lse) of
     an lse rounded to float32, by which |lse| steps of p are lost.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = (t.detach() for t in _with_sinks(q, k, v, sinks, backend="torch", return_lse=True, causal=causal,
-                                               window=window, softcap=softcap, scale=scale))  # fmt: skip
     groups = q.shape[2] // k.shape[2]
     kw, vw = (t.repeat_interleave(groups, 2) for t in (k, v))
     scores, slope = torch.einsum("bqhd,bkhd->bhqk", q, kw) * scale, 1.0
     if softcap:
         slope = 1 - torch.tanh(scores / softcap).square()
         scores = softcap * torch.tanh(scores / softcap)
-    seen = reference._visible(q.shape[1], k.shape[1], *bounds("magnitudes", causal, window), q.device)
     p = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(~seen, 0.0)
     of_scores = torch.einsum("bqhd,bkhd->bhqk", q.abs(), kw.abs()) * abs(scale) * slope
     of_out = torch.einsum("bhqk,bkhd->bqhd", p * (1 + of_scores), vw.abs())
@@ -90,11 +94,11 @@ def check(inputs, backend, **options) -> None:
     actual, plain = with_gradients(call, inputs, grads), with_gradients(plain_call, inputs, grads)
     exact = with_gradients(spec, inputs, grads, Tensor.double)
     dout, dlse = (g.double() for g in grads)
-    terms = magnitudes(*(t.double() for t in inputs), dout=dout, dlse=dlse, **options)
-    assert_accurate(actual[0], plain[0], exact[0], "out", terms[0])
+    sums = magnitudes(*(t.double() for t in inputs), dout=dout, dlse=dlse, **options)
+    assert_accurate(actual[0], plain[0], exact[0], "out", sums[0])
     assert bool((actual[1][~seen] == -torch.inf).all()) and bool(torch.isfinite(actual[1][seen]).all())
-    assert_accurate(actual[1][seen], plain[1][seen], exact[1][seen], "lse", terms[1][seen])
-    for name, *values in zip(("dq", "dk", "dv", "dsinks"), actual[2:], plain[2:], exact[2:], terms[2:], strict=False):
+    assert_accurate(actual[1][seen], plain[1][seen], exact[1][seen], "lse", sums[1][seen])
+    for name, *values in zip(("dq", "dk", "dv", "dsinks"), actual[2:], plain[2:], exact[2:], sums[2:], strict=False):
         got, own, right, magnitude = values
         assert_accurate(got, own, right, name, magnitude)
 

@@ -210,7 +210,7 @@ def test_compiles_as_one_graph(kernel):
 
 def test_operators(kernel):
     q, k, v = qkv(9, 12, 4, 2, 16)
-    ops, options = torch.ops.fastllm, (0.25, True, 5, 0.0)
+    ops, options = torch.ops.fastllm, (0.25, 4, 0, 0.0)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.attention_forward, (q, k, v, None, None, None, 0, 0, *options, kernel), test_utils=tests)
     out, lse = ops.attention_forward(q, k, v, None, None, None, 0, 0, *options, kernel)

@@ -95,15 +95,15 @@ def wide(a, dtype):
         return (a.astype(np.uint32) << 16).view(np.float32)
     return a.view(np.float16).astype(np.float32) if dtype == 1 else a
 
-def attention(nq, nk, h, kv, d, dtype, packed, window, softcap):
+def attention(nq, nk, h, kv, d, dv, dtype, packed, left, right, softcap):
     lead = () if packed else (2,)
-    q, dout = normal(*lead, nq, h, d, dtype=dtype), normal(*lead, nq, h, d, dtype=dtype)
-    k, v = normal(*lead, nk, kv, d, dtype=dtype), normal(*lead, nk, kv, d, dtype=dtype)
-    out, dq, dk, dv, few = (zeros(*t.shape, dtype=dtype) for t in (q, q, k, k, q))
+    q, dout = normal(*lead, nq, h, d, dtype=dtype), normal(*lead, nq, h, dv, dtype=dtype)
+    k, v = normal(*lead, nk, kv, d, dtype=dtype), normal(*lead, nk, kv, dv, dtype=dtype)
+    out, dq, dk, dv, few = (zeros(*t.shape, dtype=dtype) for t in (dout, q, k, v, dout))
     lse, delta = (zeros(*lead, h, nq, dtype=0) for _ in range(2))
     sinks = normal(h, dtype=0)
     cu = (index([0, nq // 3, nq]), index([0, nk // 2, nk])) if packed else (None, None)
-    options = (d**-0.5, True, window, softcap)
+    options = (max(d, 1) ** -0.5, left, right, softcap)
     cpu.attention_forward(q, k, v, sinks, *cu, options, out, lse, 0, 0)
     cpu.attention_backward(dout, lse, q, k, v, out, lse, *cu, options, dq, dk, dv, delta, 0, 0)
     results = [out, dq, dk, dv]
@@ -112,17 +112,26 @@ def attention(nq, nk, h, kv, d, dtype, packed, window, softcap):
         results.append(few)
     return [wide(t.array, dtype) for t in results]
 
-cases = [(1, 1, 1, 1, 1), (1, 130, 2, 1, 33), (37, 70, 4, 2, 40), (70, 37, 2, 2, 64), (97, 193, 2, 1, 17)]
-cases += [(5, 3, 1, 1, 256)]
-for case, dtype in itertools.product(cases, (0, 1, 2)):
-    for packed, window, softcap in ((False, 0, 0.0), (True, 20, 5.0)):
+NONE = 2**31 - 1
+cases = [(1, 1, 1, 1, 1, 1), (1, 130, 2, 1, 33, 33), (37, 70, 4, 2, 40, 24), (70, 37, 2, 2, 64, 64)]
+cases += [(97, 193, 2, 1, 17, 70), (5, 3, 1, 1, 256, 256)]
+none = [(3, 4, 2, 1, 8, 8), (3, 0, 2, 1, 8, 8), (0, 4, 2, 1, 8, 8), (3, 4, 0, 1, 8, 8), (3, 4, 0, 0, 8, 8)]
+none += [(3, 4, 2, 1, 0, 8), (3, 4, 2, 1, 8, 0), (3, 4, 2, 1, 0, 0), (0, 0, 0, 0, 0, 0)]
+for case, dtype in itertools.product(cases + none, (0, 1, 2)):
+    for packed, *options in ((0, NONE, 0, 0.0), (1, 19, 0, 5.0), (0, 7, 3, 0.0), (1, 0, NONE, 0.0)):
         found = []
         for name in cpu.instruction_sets():
             cpu.use_instruction_set(name)
-            found.append(attention(*case, dtype, packed, window, softcap))
+            found.append(attention(*case, dtype, packed, *options))
         for other in found[1:]:  # the instruction sets agree
             for a, b in zip(found[0], other):
-                assert np.allclose(a, b, rtol=0, atol=(1e-4, 4e-3, 4e-2)[dtype] * max(1, abs(a).max())), (case, dtype)
+                most = max(1, abs(a).max(initial=0))
+                assert np.allclose(a, b, rtol=0, atol=(1e-4, 4e-3, 4e-2)[dtype] * most), (case, dtype)
+farther = (-(2**63), -1, NONE - 1, NONE, 2**32, 2**62, 2**63 - 1)  # than any key
+for packed, left, right in itertools.product((False, True), farther, farther):
+    pair = [attention(9, 300, 2, 1, 8, 8, 0, packed, *window, 0.0) for window in ((left, right), (NONE, NONE))]
+    for a, b in zip(*pair):
+        assert np.array_equal(a, b), (left, right)
 print("clean", cpu.instruction_sets())
 if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
     x, y, rstd = zeros(1, 64, dtype=0), zeros(2, 64, dtype=0), zeros(2, dtype=0)
