@@ -96,7 +96,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
             ops.attention_decode(q if every else q[:, :1], k, k, length, sinks, *options, "triton")
             if every:
                 q, k, lse = q[0], k[0], lse[0]
-            ops.attention_forward(q, k, k, sinks, *packing, *options, "triton")
+            ops.attention_forward(q, k, k, sinks, *packing, *options, True, "triton")
             dlse = lse if every else None
             ops.attention_backward(q, dlse, q, k, k, q, lse, *packing, *options, False, "triton")
 

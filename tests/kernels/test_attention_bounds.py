@@ -84,7 +84,7 @@ def test_packed_sequences_see_themselves_alone():
     q, k, v = (torch.cat([s[i][0] for s in sequences]) for i in range(3))
     cu = [torch.tensor([0, *n]).cumsum(0) for n in zip(*lengths, strict=True)]
     packing = Packing(*cu, 0, 0)
-    out, lse = operators.attention_forward(q, k, v, None, packing, options, "cpu")
+    out, lse = operators.attention_forward(q, k, v, None, packing, options, True, "cpu")
     dout = torch.randn_like(out)
     grads = operators.attention_backward(dout, None, q, k, v, out, lse, packing, options, False, "cpu")[:3]
     for i, sequence in enumerate(sequences):

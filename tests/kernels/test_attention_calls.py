@@ -212,8 +212,10 @@ def test_operators(kernel):
     q, k, v = qkv(9, 12, 4, 2, 16)
     ops, options = torch.ops.fastllm, (0.25, 4, 0, 0.0)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.attention_forward, (q, k, v, None, None, None, 0, 0, *options, kernel), test_utils=tests)
-    out, lse = ops.attention_forward(q, k, v, None, None, None, 0, 0, *options, kernel)
+    torch.library.opcheck(
+        ops.attention_forward, (q, k, v, None, *(None, None, 0, 0), *options, True, kernel), test_utils=tests
+    )
+    out, lse = ops.attention_forward(q, k, v, None, None, None, 0, 0, *options, True, kernel)
     rest = (q, k, v, out, lse, None, None, 0, 0, *options, False, kernel)
     torch.library.opcheck(ops.attention_backward, (out, lse, *rest), test_utils=tests)
     torch.library.opcheck(ops.attention_decode, (q, k, v, None, None, *options, kernel), test_utils=tests)

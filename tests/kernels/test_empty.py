@@ -109,13 +109,13 @@ def attention_inputs(n: dict[str, int]) -> list[Tensor]:
 def check_attention(n: dict[str, int], kernel: str, causal: bool, packed: bool) -> None:
     """The operators, which take sizes that the public functions refuse, against the specification."""
     q, k, v = inputs = attention_inputs(n)
-    options, packing, cu = Options(0.3, *bounds(causal, 0), 0.0), Packing(None, None, 0, 0), [None, None]
+    options, packing, cu = Options(0.3, *bounds("", causal, None), 0.0), Packing(None, None, 0, 0), [None, None]
     if packed:
         q, k, v = inputs = [t.flatten(0, 1) for t in inputs]
         cu = [torch.arange(n["batch"] + 1) * n[length] for length in ("seq_q", "seq_k")]
         packing = Packing(*cu, n["seq_q"], n["seq_k"])
     where = f"{n} causal={causal} packed={packed}"
-    out, lse = operators.attention_forward(q, k, v, None, packing, options, kernel)
+    out, lse = operators.attention_forward(q, k, v, None, packing, options, True, kernel)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     grads = operators.attention_backward(dout, dlse, q, k, v, out, lse, packing, options, False, kernel)[:3]
     if n["heads"] == 0 or n["kv_heads"] == 0:
@@ -156,7 +156,9 @@ def test_decode(kernel):
             continue
         q, k, v = attention_inputs(n)
         lengths = None if holds is None else torch.full((n["batch"],), holds)
-        out, lse = operators.attention_decode(q, k, v, lengths, None, Options(0.3, *bounds(causal, 0), 0.0), kernel)
+        out, lse = operators.attention_decode(
+            q, k, v, lengths, None, Options(0.3, *bounds("", causal, None), 0.0), kernel
+        )
         keys = min(n["seq_k"], n["seq_k"] if holds is None else holds)
         if n["heads"] == 0:
             assert out.numel() == lse.numel() == 0

@@ -1,4 +1,4 @@
-"""Arguments of several dtypes, under autocast and without: what PyTorch's own operations do, or an error with a mend."""
+"""Arguments of several dtypes, under autocast and without: as PyTorch takes them, or an error with its mend."""
 
 from __future__ import annotations
 
