@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import _active_collector
 
 from ...errors import UserError
 from ...kernels import flash_attention, softmax
@@ -65,8 +66,7 @@ def attention_forward(
         causal = True  # only causal masks become packed sequences
     if query.dtype != value.dtype:  # under autocast rotary positions may have made float32 of queries and keys
         query, key = query.to(value.dtype), key.to(value.dtype)
-    config = getattr(module, "config", None)
-    if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+    if kwargs.get("output_attentions") or _recorded(module):
         return _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         if softcap or s_aux is not None:
@@ -88,6 +88,14 @@ def attention_forward(
     packed = (t.flatten(0, 1) for t in (q, k, v))
     out = flash_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **longest, **options)
     return out.view(q.shape)[..., :width], None
+
+
+def _recorded(module: nn.Module) -> bool:
+    """Whether somebody asked the model for probabilities, and it says so by its configuration or hooks alone."""
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    recorded = _active_collector.get()
+    return recorded is not None and any(key.endswith("attentions") for key in recorded)
 
 
 def _explicit(

@@ -20,7 +20,6 @@ from ...kernels import linear_cross_entropy
 from .finding import Finding, class_forward, names_in, same, setting, settings_of, stand_in, why_different
 from .swap import Step, hooked, plain, runs, step, swap, taken
 
-
 SOFTCAP = "final_logit_softcapping"
 
 
@@ -105,7 +104,7 @@ def causal_lm_forward(
 
 
 def _head_is_plain(head: nn.Module) -> bool:
-    """The logits are weight and bias on hidden states: no adapter, hook or quantized weight, before patch() or since."""
+    """Its logits are those of its weight and bias: no adapter, hook or quantized weight, before patch() or since."""
     return runs(head, head_forward) and not hooked(head) and plain(head.weight) and plain(head.bias)
 
 

@@ -93,7 +93,10 @@ def find_mlp(name: str, module: nn.Module, untried: str | None) -> Finding:
     if untried or taken(module):
         return Finding("mlp", name, kind, untried or taken(module))
     each = step(
-        swiglu_forward, joined="gate_up_proj" in projections, passed=_passed(module), settings=settings_of(module, (module,))
+        swiglu_forward,
+        joined="gate_up_proj" in projections,
+        passed=_passed(module),
+        settings=settings_of(module, (module,)),
     )
     reason = _mlp_differs(module, each)
     if reason:

@@ -124,11 +124,17 @@ def _first_report(model: nn.Module, asked: tuple[Any, ...]) -> PatchReport:
     inside = {m for root in roots for m in root.modules()}
     outside = [type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel) and m not in inside]
     if len(roots) != 1 or outside or vars(roots[0])[_REPORT].asked != asked:
-        what = f"a part of the model is patched already, {outside[0]} is not" if outside else "the model is patched already"
+        what = (
+            f"a part of the model is patched already, {outside[0]} is not"
+            if outside
+            else "the model is patched already"
+        )
         raise UserError(f"patch: {what}; fastllm.unpatch(model) first")
     first = vars(roots[0])[_REPORT]
     stands = {f: all(step in steps_of(module) for module, step in f.steps) for f in first.replaced}
-    undone = [replace(f, steps=(), note="undone since, by set_attn_implementation") for f, yes in stands.items() if not yes]
+    undone = [
+        replace(f, steps=(), note="undone since, by set_attn_implementation") for f, yes in stands.items() if not yes
+    ]
     return replace(first, replaced=tuple(f for f, yes in stands.items() if yes), left=(*first.left, *undone))
 
 

@@ -109,7 +109,10 @@ CASES = [
     *((f"{LAYER}mlp.{name}", change) for name in ("gate_proj", "down_proj") for change in (hook, own_class, quantized)),
     *((f"{LAYER}{name}", hook) for name in ("mlp.up_proj", "self_attn.q_proj", "self_attn.k_norm", "self_attn.o_proj")),
     *((f"{LAYER}mlp", change) for change in (backward_hook, own_forward)),
-    *((f"{LAYER}input_layernorm", change) for change in (pre_hook, backward_hook, own_forward, own_class, parametrized)),
+    *(
+        (f"{LAYER}input_layernorm", change)
+        for change in (pre_hook, backward_hook, own_forward, own_class, parametrized)
+    ),
     *((f"{LAYER}self_attn.q_norm", change) for change in (own_class, parametrized, weight_norm_by_hook)),
 ]
 

@@ -19,8 +19,11 @@ SIZES: dict[str, Any] = {
     "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "dropout": 0.0,
     "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_token": 4, "num_expert_group": 1, "num_shared_experts": 1, "emb_dim": 32, "n_words": VOCAB,
+    "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "pronunciation_vocab_size": VOCAB, "shape_vocab_size": VOCAB,
     "num_experts_per_tok": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
     "shared_expert_intermediate_size": 16, "shared_intermediate_size": 16,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "unpadded_vocab_size": VOCAB,
     "sliding_window": 8, "attention_window": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "rotary_dim": 8,
 }  # fmt: skip
@@ -33,18 +36,32 @@ GIVEN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ("AXK1ForCausalLM", "AXK2ForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM",
          "DeepseekV32ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "LongcatFlashForCausalLM",
-         "MiniCPM3ForCausalLM", "YoutuForCausalLM"), MLA,
+         "MiniCPM3ForCausalLM", "YoutuForCausalLM", "KimiLinearForCausalLM", "BailingHybridForCausalLM"), MLA,
     ),
     "BambaForCausalLM": {**MAMBA2, "attn_layer_indices": [1]},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
     "HunYuanMoEV1ForCausalLM": {"head_dim": 8},
     "MinistralForCausalLM": {"head_dim": 8},
-    "NemotronForCausalLM": {"head_dim": 8},
+    "NemotronForCausalLM": {"head_dim": 8, "num_key_value_heads": 2},
+    "CohereCompassForCausalLM": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "DbrxForCausalLM": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
+    "Dots1ForCausalLM": {"n_routed_experts": 4, "num_experts_per_tok": 4, "n_shared_experts": 1},
+    "DeepseekV2ForCausalLM": {**MLA, "num_experts_per_tok": 4},
+    "DoryForCausalLM": {"sliding_window": 64},
+    "Dots3NoteForCausalLM": MLA,
+    "Gemma3nForCausalLM": {"num_kv_shared_layers": 0},
+    "Qwen4ExpForCausalLM": {"indexer_budget": 8, "indexer_compress_ratio": 4, "indexer_n_heads": 2,
+                            "indexer_kv_heads": 1, "indexer_head_dim": 8},
+    "XmodForCausalLM": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "ZambaForCausalLM": {"layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3},
+    "xLSTMForCausalLM": {"mlstm_round_up_to_multiple_of": 1},
+    "MusicgenForCausalLM": {"num_codebooks": 1},
+    "MusicgenMelodyForCausalLM": {"num_codebooks": 1},
     "JambaForCausalLM": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 16, "chunk_size": 8},
-    "ReformerModelWithLMHead": {"is_decoder": True},
+    "ReformerModelWithLMHead": {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 2},
     "ProphetNetForCausalLM": {"num_encoder_layers": 2, "num_decoder_layers": 2},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
     "GraniteMoeHybridForCausalLM": {**MAMBA2, "layer_types": ["linear_attention", "full_attention"]},
@@ -82,10 +99,7 @@ for _config, _classes in MODEL_FOR_CAUSAL_LM_MAPPING.items():
 def make(name: str, *, trained: bool = True) -> PreTrainedModel:
     """In evaluation mode, float32, on the CPU, the same at every call."""
     config_kind, kind = CLASSES[name]
-    text = (config_kind.sub_configs or {}).get("text_config")
-    if text is not None and kind.config_class is text:
-        config_kind = text
-    config = config_of(config_kind, GIVEN.get(name, {}))
+    config = config_of(kind.config_class or config_kind, GIVEN.get(name, {}))
     config._experts_implementation = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(0)
