@@ -40,12 +40,12 @@ def rope_forward(original: Callable) -> Callable:
 
 def _ours(original: Callable) -> Callable:
     @functools.wraps(original)
-    def apply_rotary_pos_emb(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
-    ) -> Any:
-        if cos.dim() == 3 and unsqueeze_dim in (1, 2) and not args and not kwargs:
-            return apply_rope(q, k, cos, sin, unsqueeze_dim)
-        return original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
+        """Of q, k, cos, sin: other calls (of the queries alone) are theirs."""
+        unsqueeze_dim = kwargs.get("unsqueeze_dim", 1)
+        if len(args) == 4 and kwargs.keys() <= {"unsqueeze_dim"} and unsqueeze_dim in (1, 2) and args[2].dim() == 3:
+            return apply_rope(*args, unsqueeze_dim)
+        return original(*args, **kwargs)
 
     return apply_rotary_pos_emb
 
