@@ -64,6 +64,9 @@ def attention_forward(
         attention_mask = None  # from maskless_forward
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         causal = True  # only causal masks become packed sequences
+    if attention_mask is not None and attention_mask.dim() == 2:  # as FlashAttention's, made outside of the model
+        keys = attention_mask[:, None, None, -key.shape[2] :].bool()
+        attention_mask = keys & _dense(None, *query.shape[:3:2], key.shape[2], causal, sliding_window, query.device)
     if query.dtype != value.dtype:  # under autocast rotary positions may have made float32 of queries and keys
         query, key = query.to(value.dtype), key.to(value.dtype)
     if kwargs.get("output_attentions") or _recorded(module):
@@ -74,9 +77,10 @@ def attention_forward(
             return out, None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=False)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     width = v.shape[-1]
-    if width < q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - width))
+    wide = max(width, q.shape[-1])  # with more columns, of zeros, scores and values are the same
+    q, k, v = (t if t.shape[-1] == wide else F.pad(t, (0, wide - t.shape[-1])) for t in (q, k, v))
     options = {"causal": causal, "scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     options["window"] = sliding_window if causal else None
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")

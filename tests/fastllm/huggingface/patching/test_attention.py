@@ -138,6 +138,16 @@ def test_padding_becomes_documents():
     assert mask[0, 0].tolist() == [[0, 1, 1, 4, 8], [0, 0, 3, 6, 12]]
 
 
+def test_a_mask_of_keys_alone():
+    """As FlashAttention's, which generate() makes outside of the model."""
+    module = torch.nn.Module()
+    q, k, v = torch.randn(3, 3, 2, 24, 8).unbind()
+    causal = torch.ones(24, 24, dtype=torch.bool).tril() & PADDED.bool()[:, None, None]
+    expected, _ = attention_forward(module, q, k, v, causal)
+    ours, _ = attention_forward(module, q, k, v, PADDED)
+    torch.testing.assert_close(ours[PADDED.bool()], expected[PADDED.bool()])
+
+
 def test_dropout_raises():
     q = torch.ones(1, 1, 2, 8)
     with pytest.raises(ValueError, match=r"no dropout, it is 0\.1: set the model's attention dropout to 0"):

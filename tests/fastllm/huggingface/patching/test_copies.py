@@ -90,6 +90,34 @@ def test_replicas_of_data_parallel_use_their_own_weights():
     assert replica(torch.ones(1, 64)).abs().max() == 0
 
 
+def replica_of(model: Any, weights: dict[str, torch.Tensor]) -> Any:
+    """As nn.DataParallel makes one for another GPU: shallow copies of the modules, with tensors of their own."""
+    made = {name: module._replicate_for_data_parallel() for name, module in model.named_modules()}
+    for name, module in made.items():
+        prefix = f"{name}." if name else ""
+        module._modules = {child: made[f"{prefix}{child}"] for child in module._modules}
+        module._parameters = {}  # plain tensors, as gradients go to the original
+        vars(module).update({p: weights.get(f"{prefix}{p}") for p in model.get_submodule(name)._parameters})
+    return made[""]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss", "phi3"])
+def test_a_whole_replica_computes_with_its_own_weights(family):
+    model, other = make(family), make(family)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    tensors = {p: p.detach().requires_grad_() for p in other.parameters()}  # tied ones once
+    weights = {name: tensors[p] for name, p in other.named_parameters(remove_duplicate=False)}
+    expected = loss_and_gradients(other, some_text())
+    fastllm.patch(model)
+    loss = replica_of(model, weights)(**some_text()).loss
+    grads = [g for g in torch.autograd.grad(loss, tensors.values(), allow_unused=True) if g is not None]
+    for mine, their in zip([loss.detach(), *grads], expected, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_no_class_and_no_function_of_the_modeling_file_changes():
     model, other = make("llama"), make("llama")
     before = {name: value for name, value in vars(modeling_llama).items() if not name.startswith("_fastllm")}

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import fastllm
-from tests.fastllm.huggingface.patching.tiny import CLASSES, VOCAB, make, train
+from tests.fastllm.huggingface.patching.tiny import CLASSES, GIVEN, VOCAB, make, train
 
 TOKENS = torch.randint(3, VOCAB, (2, 13), generator=torch.Generator().manual_seed(0))
 LABELS = TOKENS.clone()
@@ -197,6 +197,13 @@ CHOSEN = [name for name in CLASSES if name not in LEFT_OUT and (ALL or name in A
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CHOSEN)
 def test_patched_it_computes_what_it_did(name, tmp_path):
+    assert not list(failures(name, tmp_path))
+
+
+@pytest.mark.parametrize("width", [4, 32])
+def test_values_of_another_width_than_keys(width, monkeypatch, tmp_path):
+    name = "DeepseekV3ForCausalLM"
+    monkeypatch.setitem(GIVEN, name, {**GIVEN[name], "v_head_dim": width})
     assert not list(failures(name, tmp_path))
 
 
