@@ -53,10 +53,12 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    eager: Callable | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query ``[batch, heads, seq_q, head_dim]``, key, value ``[batch, kv_heads, seq_k, head_dim]`` to
-    ``[batch, seq_q, heads, head_dim]``; the probabilities too where ``output_attentions`` asks for them."""
+    ``[batch, seq_q, heads, head_dim]``; the probabilities too where ``output_attentions`` asks for them, by the
+    model's own ``eager`` if that was chosen."""
     if dropout:
         raise ValueError(f"fastllm's attention has no dropout, it is {dropout}: set the model's attention dropout to 0")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -70,6 +72,12 @@ def attention_forward(
     if query.dtype != value.dtype:  # under autocast rotary positions may have made float32 of queries and keys
         query, key = query.to(value.dtype), key.to(value.dtype)
     if kwargs.get("output_attentions") or _recorded(module):
+        if eager is not None:
+            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+            given = {name: value for name, value in options.items() if value is not None}
+            sizes = (query.shape[0], query.shape[2], key.shape[2], causal, sliding_window, query.device)
+            mask = _dense(attention_mask, *sizes) if _in_short(attention_mask) else attention_mask
+            return eager(module, query, key, value, _additive(mask, query.dtype), **given, **kwargs)
         return _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         if softcap or s_aux is not None:
@@ -119,7 +127,7 @@ def _explicit(
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None or mask.dtype == torch.int32:
+    if _in_short(mask):
         mask = _dense(mask, query.shape[0], query.shape[2], key.shape[2], causal, window, query.device)
     if sinks is None:
         probabilities = softmax(scores, mask=mask)
@@ -128,6 +136,16 @@ def _explicit(
         seen = F.pad(mask.expand(-1, scores.shape[1], -1, -1), (0, 1), value=mask.dtype == torch.bool)
         probabilities = softmax(torch.cat([scores, column], -1), mask=seen)[..., :-1]
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def _in_short(mask: Tensor | None) -> bool:
+    return mask is None or mask.dtype == torch.int32
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _dense(
@@ -248,7 +266,9 @@ class _Registry:
         self.chosen = chosen
 
     def get_interface(self, name: str, default: Callable) -> Callable:
-        return attention_forward if name == self.chosen else ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+        if name != self.chosen:
+            return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+        return functools.partial(attention_forward, eager=default) if name == "eager" else attention_forward
 
 
 def registry_forward(original: Callable, *, chosen: str) -> Callable:

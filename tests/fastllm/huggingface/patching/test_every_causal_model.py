@@ -181,7 +181,7 @@ ALWAYS = (
     "Phi3ForCausalLM", "Qwen3ForCausalLM", "Qwen3NextForCausalLM", "DeepseekV3ForCausalLM", "FalconH1ForCausalLM",
     "GraniteForCausalLM", "NanoChatForCausalLM", "SeedOssForCausalLM", "CohereForCausalLM", "GPT2LMHeadModel",
     "BertLMHeadModel", "BartForCausalLM", "BloomForCausalLM", "MixtralForCausalLM", "BigBirdPegasusForCausalLM",
-    "DeepseekV4ForCausalLM", "HYV4ForCausalLM", "InklingForCausalLM", "BambaForCausalLM", "PhimoeForCausalLM",
+    "DeepseekV4ForCausalLM", "HYV4ForCausalLM", "InklingForCausalLM", "BambaForCausalLM", "GraniteSWAForCausalLM",
 )  # fmt: skip
 # Unpatched, these can't be made small here, or do nothing by themselves.
 LEFT_OUT = {

@@ -38,6 +38,7 @@ GIVEN: dict[str, dict[str, Any]] = {
          "DeepseekV32ForCausalLM", "Glm4MoeLiteForCausalLM", "GlmMoeDsaForCausalLM", "LongcatFlashForCausalLM",
          "MiniCPM3ForCausalLM", "YoutuForCausalLM", "KimiLinearForCausalLM", "BailingHybridForCausalLM"), MLA,
     ),
+    "FalconH1ForCausalLM": {**MAMBA2, "mamba_d_ssm": 64},
     "BambaForCausalLM": {**MAMBA2, "attn_layer_indices": [1]},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "HunYuanDenseV1ForCausalLM": {"head_dim": 8},
