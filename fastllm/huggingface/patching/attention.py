@@ -1,15 +1,19 @@
-"""Attention through transformers' own registry: ``flash_attention`` under the name "fastllm".
+"""Attention: ``flash_attention`` where a model asks transformers' registry for its attention.
 
-transformers asks a registered implementation for two things: a mask, once in a forward pass, and the attention itself,
-in each layer. Our mask is one of
+The forward of a patched attention asks a registry of ours (see exchange.py), and that of the model around it makes its
+masks in our form. Configurations stay as they are, so that a new model from the same one is not patched; and where
+one comes to name another implementation than it did at patch(), that one is called.
+
+Our mask is one of
 
 - None: a query sees all keys up to its own (in its window);
 - int32 ``[1, 1, 2, documents + 1]``: cu_seqlens of queries and of keys, for padding and for packed sequences;
-- bool or floating ``[batch, 1 or heads, queries, keys]``: anything else (a static cache, masks made by the user, and
-  under torch.compile, which can't look at values, any mask at all).
+- bool or floating ``[batch, 1 or heads, queries, keys]``: anything else (a static cache, masks made by the user or
+  outside of the model, and under torch.compile, which can't look at values, any mask at all).
 
 All have four dimensions, so that a model inside another one hands them on, as transformers does with finished masks.
-The hidden states of padding itself are of no use, and not those of other implementations.
+The hidden states of padding itself are of no use, and not those of other implementations, but where a prompt padded on
+the right is generated from.
 """
 
 from __future__ import annotations
@@ -22,13 +26,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.output_capturing import _active_collector
 
+from ...errors import UserError
 from ...kernels import flash_attention, softmax
+from .exchange import exchanged
 from .finding import Finding, class_forward, names_in
-from .swap import step, taken
+from .swap import Step, patched_class, step, steps_of, swap, swap_back, taken, why_not_back
 
 NAME = "fastllm"
 
@@ -45,10 +53,12 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
+    eager: Callable | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query ``[batch, heads, seq_q, head_dim]``, key, value ``[batch, kv_heads, seq_k, head_dim]`` to
-    ``[batch, seq_q, heads, head_dim]``; the probabilities too where ``output_attentions`` asks for them."""
+    ``[batch, seq_q, heads, head_dim]``; the probabilities too where ``output_attentions`` asks for them, by the
+    model's own ``eager`` if that was chosen."""
     if dropout:
         raise ValueError(f"fastllm's attention has no dropout, it is {dropout}: set the model's attention dropout to 0")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -56,9 +66,18 @@ def attention_forward(
         attention_mask = None  # from maskless_forward
     if attention_mask is not None and attention_mask.dtype == torch.int32:
         causal = True  # only causal masks become packed sequences
+    if attention_mask is not None and attention_mask.dim() == 2:  # as FlashAttention's, made outside of the model
+        keys = attention_mask[:, None, None, -key.shape[2] :].bool()
+        attention_mask = keys & _dense(None, *query.shape[:3:2], key.shape[2], causal, sliding_window, query.device)
     if query.dtype != value.dtype:  # under autocast rotary positions may have made float32 of queries and keys
         query, key = query.to(value.dtype), key.to(value.dtype)
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or _recorded(module):
+        if eager is not None:
+            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+            given = {name: value for name, value in options.items() if value is not None}
+            sizes = (query.shape[0], query.shape[2], key.shape[2], causal, sliding_window, query.device)
+            mask = _dense(attention_mask, *sizes) if _in_short(attention_mask) else attention_mask
+            return eager(module, query, key, value, _additive(mask, query.dtype), **given, **kwargs)
         return _explicit(query, key, value, attention_mask, scaling, softcap, s_aux, causal, sliding_window)
     if attention_mask is not None and attention_mask.dtype != torch.int32:
         if softcap or s_aux is not None:
@@ -66,9 +85,10 @@ def attention_forward(
             return out, None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=False)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     width = v.shape[-1]
-    if width < q.shape[-1]:
-        v = F.pad(v, (0, q.shape[-1] - width))
+    wide = max(width, q.shape[-1])  # with more columns, of zeros, scores and values are the same
+    q, k, v = (t if t.shape[-1] == wide else F.pad(t, (0, wide - t.shape[-1])) for t in (q, k, v))
     options = {"causal": causal, "scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     options["window"] = sliding_window if causal else None
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
@@ -80,6 +100,14 @@ def attention_forward(
     packed = (t.flatten(0, 1) for t in (q, k, v))
     out = flash_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **longest, **options)
     return out.view(q.shape)[..., :width], None
+
+
+def _recorded(module: nn.Module) -> bool:
+    """Whether somebody asked the model for probabilities, and it says so by its configuration or hooks alone."""
+    if getattr(getattr(module, "config", None), "output_attentions", False):
+        return True
+    recorded = _active_collector.get()
+    return recorded is not None and any(key.endswith("attentions") for key in recorded)
 
 
 def _explicit(
@@ -99,7 +127,7 @@ def _explicit(
     scores = query @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    if mask is None or mask.dtype == torch.int32:
+    if _in_short(mask):
         mask = _dense(mask, query.shape[0], query.shape[2], key.shape[2], causal, window, query.device)
     if sinks is None:
         probabilities = softmax(scores, mask=mask)
@@ -108,6 +136,16 @@ def _explicit(
         seen = F.pad(mask.expand(-1, scores.shape[1], -1, -1), (0, 1), value=mask.dtype == torch.bool)
         probabilities = softmax(torch.cat([scores, column], -1), mask=seen)[..., :-1]
     return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+
+
+def _in_short(mask: Tensor | None) -> bool:
+    return mask is None or mask.dtype == torch.int32
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if mask.is_floating_point():
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _dense(
@@ -209,14 +247,137 @@ def _documents(begins: Tensor, q_length: int, padding: Tensor | None = None) -> 
     return torch.cat([starts, ends], 1).to(torch.int32)[None, None]
 
 
-# ---- the registry, and who asks it ----
+# ---- who asks for them ----
 
 AttentionInterface.register(NAME, attention_forward)
 AttentionMaskInterface.register(NAME, attention_mask)
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
-# Of transformers' functions that make masks those that ask ours for what it has, or don't ask.
-MASKS = {"create_causal_mask", "create_sliding_window_causal_mask", "create_recurrent_attention_mask"}
-MASKS |= {"create_bidirectional_mask", "create_bidirectional_sliding_window_mask"}
+# Of transformers' functions that make masks those that ask the registry for what ours has, or don't ask.
+CAUSAL_MASKS = {"create_causal_mask", "create_sliding_window_causal_mask"}
+MASKS = CAUSAL_MASKS | {
+    "create_recurrent_attention_mask", "create_bidirectional_mask", "create_bidirectional_sliding_window_mask",
+}  # fmt: skip
+
+
+class _Registry:
+    """transformers' registry, with ours in place of the implementation that was chosen at patch()."""
+
+    def __init__(self, chosen: str) -> None:
+        self.chosen = chosen
+
+    def get_interface(self, name: str, default: Callable) -> Callable:
+        if name != self.chosen:
+            return ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+        return functools.partial(attention_forward, eager=default) if name == "eager" else attention_forward
+
+
+def registry_forward(original: Callable, *, chosen: str) -> Callable:
+    """``original``, the forward of an attention, asking our registry."""
+    return exchanged(original, chosen, {REGISTRY: lambda theirs: _Registry(chosen)})
+
+
+def masks_forward(original: Callable, *, chosen: str) -> Callable:
+    """``original``, the forward of the model around attentions, making masks of our form.
+
+    Under torch.compile it makes none where none is needed: transformers would look for packed sequences in the
+    positions that it counts itself, which under torch.compile it can do with a mask of all pairs only. A mask that is
+    4-dimensional already it hands on as it is.
+    """
+    names = tuple(inspect.signature(original).parameters)[1:]
+    hints = ("attention_mask", "position_ids", *_CACHES)
+    ours = exchanged(original, "mask", dict.fromkeys(MASKS, in_our_form))
+
+    @functools.wraps(original)
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= zip(names, args, strict=False)
+        if self.config._attn_implementation != chosen:
+            return original(self, **kwargs)
+        if torch.compiler.is_compiling():
+            if all(kwargs.get(hint) is None for hint in hints):
+                kwargs["attention_mask"] = torch.empty(0, 0, 0, 0)
+        elif _generates_from_padding(kwargs):
+            return original(self, **kwargs)
+        return ours(self, **kwargs)
+
+    return forward
+
+
+_CACHES = ("past_key_values", "cache")  # what a cache is called
+
+
+def _generates_from_padding(kwargs: dict[str, Any]) -> bool:
+    """A prompt padded on the right: its next token comes from the hidden state of padding, which must be theirs."""
+    mask = kwargs.get("attention_mask")
+    cached = kwargs.get("use_cache") or any(kwargs.get(name) is not None for name in _CACHES)
+    if not cached or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
+        return False
+    return not bool(mask[:, -1].all())
+
+
+class _Ours:
+    """A configuration, but that our attention is chosen."""
+
+    _attn_implementation = NAME
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def in_our_form(create: Callable) -> Callable:
+    """transformers' function ``create``, that makes a mask, making one of ours."""
+    names = tuple(inspect.signature(create).parameters)
+
+    @functools.wraps(create)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        kwargs |= zip(names, args, strict=False)
+        kwargs["config"] = _Ours(kwargs["config"])
+        if create.__name__ in CAUSAL_MASKS and _begins_packed(kwargs):
+            kwargs |= {name: None for name in _CACHES if name in kwargs}
+        return create(**kwargs)
+
+    return make
+
+
+def _begins_packed(kwargs: dict[str, Any]) -> bool:
+    """Packed sequences that go into a cache still empty: transformers looks for them only without a cache."""
+    cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+    positions = kwargs.get("position_ids")
+    if cache is None or torch.compiler.is_compiling() or not isinstance(positions, Tensor) or positions.dim() != 2:
+        return False
+    if kwargs.get("attention_mask") is not None or positions.shape[1] == 1 or getattr(cache, "is_compileable", False):
+        return False
+    begins = positions[:, 1:] == 0
+    if not begins.any() or not (begins | (positions.diff(dim=1) == 1)).all():
+        return False
+    return cache.get_seq_length() == 0
+
+
+def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+    """transformers' method; whatever it is told takes the place of our attention, which :func:`unpatch` and
+    :func:`patch` bring back."""
+    patched = [m for m in self.modules() if any(each.make in _OURS for each in steps_of(m))]
+    blocked = next((why for why in map(why_not_back, patched) if why), None)
+    if blocked:
+        raise UserError(f"set_attn_implementation: {blocked}; undo that first")
+    super(patched_class(self), self).set_attn_implementation(attn_implementation, *args, **kwargs)
+    if not isinstance(attn_implementation, str):
+        return  # of the parts named there, those that get another one than at patch() call it
+    for module in patched:
+        kept = tuple(each for each in steps_of(module) if each.make not in _OURS)
+        swap_back(module)
+        if kept:
+            swap(module, kept)
+
+
+def _same_forward(original: Callable) -> Callable:
+    return original
+
+
+_CHANGEABLE = Step(_same_forward, methods=(("set_attn_implementation", set_attn_implementation),))
+_OURS = (registry_forward, masks_forward, _same_forward)
 
 
 def looks_like_attention(module: nn.Module) -> bool:
@@ -227,21 +388,24 @@ def looks_like_attention(module: nn.Module) -> bool:
 
 
 def find_attention(
-    name: str, module: nn.Module, untried: str | None, owner: PreTrainedModel | None, listed: bool
+    name: str, module: nn.Module, untried: str | None, models: list[PreTrainedModel], listed: bool
 ) -> Finding:
-    """``owner`` is the model that makes the masks for ``module``."""
+    """``models`` are those around ``module``, the innermost first, which makes its masks."""
     forward, kind = class_forward(module), type(module).__name__
     names = names_in(forward)
-    if REGISTRY not in names:
+    if REGISTRY not in names or "get_interface" not in names:
         return Finding("attention", name, kind, "it does not ask transformers' attention registry", disagrees=True)
-    why_not = _why_not(module, names, owner)
+    owner = models[0] if models else None
+    why_not = _why_not(module, names, owner) or taken(module)
     if not why_not and not listed and not owner._supports_sdpa:
         why_not = "it may need the masks that transformers makes for eager attention"
     if why_not or untried:
         return Finding("attention", name, kind, why_not or untried)
-    steps = () if taken(owner) else ((owner, step(maskless_forward)),)
-    note = f"flash_attention (was {module.config._attn_implementation})"
-    return Finding("attention", name, kind, note, steps, module.config)
+    chosen = module.config._attn_implementation
+    steps = [(module, step(registry_forward, chosen=chosen)), *((model, _CHANGEABLE) for model in models)]
+    if not taken(owner):
+        steps.append((owner, step(masks_forward, chosen=chosen)))
+    return Finding("attention", name, kind, f"flash_attention (was {chosen})", tuple(steps))
 
 
 def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) -> str | None:
@@ -265,24 +429,3 @@ def _why_not(module: nn.Module, names: set[str], owner: PreTrainedModel | None) 
     if "q_offset" not in inspect.signature(sdpa_mask).parameters:
         return "this transformers is too old (before 5.8)"
     return None
-
-
-def maskless_forward(original: Callable) -> Callable:
-    """``original``, the forward of a decoder, that makes no mask under torch.compile where none is needed.
-
-    transformers would look for packed sequences in the positions that it counts itself, which under torch.compile it
-    can do with a mask of all pairs only. A mask that is 4-dimensional already it hands on as it is.
-    """
-    names = tuple(inspect.signature(original).parameters)[1:]
-    hints = ("attention_mask", "position_ids", "cache", "past_key_values")
-
-    @functools.wraps(original)
-    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            kwargs |= zip(names, args, strict=False)
-            args = ()
-            if all(kwargs.get(hint) is None for hint in hints):
-                kwargs["attention_mask"] = torch.empty(0, 0, 0, 0)
-        return original(self, *args, **kwargs)
-
-    return forward

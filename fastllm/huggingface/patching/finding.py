@@ -27,12 +27,11 @@ class Finding:
     kind: str  # its class
     note: str  # the kernel, or why not
     steps: tuple[tuple[nn.Module, Step], ...] = ()  # new forwards
-    config: Any = None  # the configuration in which attention becomes ours
     disagrees: bool = False  # left because it was tried, and computed something else
 
     @property
     def replaced(self) -> bool:
-        return bool(self.steps) or self.config is not None
+        return bool(self.steps)
 
 
 def defining_class(module: nn.Module) -> type[nn.Module]:
@@ -43,6 +42,20 @@ def defining_class(module: nn.Module) -> type[nn.Module]:
 def class_forward(module: nn.Module) -> Callable:
     """The forward of the module's class: not what was put on the instance."""
     return type(module).forward
+
+
+SIZES = ("vocab_size", "token_id")  # of names of settings that change no result of ours
+
+
+def settings_of(module: nn.Module, holders: tuple[Any, ...]) -> tuple[tuple[str, Any], ...]:
+    """The numbers that the forward of ``module`` reads in ``holders``: with others it may compute something else."""
+    names = sorted(name for name in names_in(class_forward(module)) if not name.endswith(SIZES))
+    found = ((name, setting(holders, name)) for name in names)
+    return tuple((name, value) for name, value in found if isinstance(value, int | float) and type(value) is not bool)
+
+
+def setting(holders: tuple[Any, ...], name: str) -> Any:
+    return next((vars(holder)[name] for holder in holders if name in vars(holder)), None)
 
 
 def names_in(function: Callable) -> set[str]:
@@ -90,8 +103,8 @@ def dtypes_to_try(module: nn.Module) -> list[torch.dtype]:
 def quietly() -> Iterator[None]:
     """Try modules whatever device, autocast and backend the caller has chosen, and leave its random state as it was."""
     with (
-        torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False), use_backend("torch"),
-        torch.random.fork_rng(devices=[]),
+        torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False),
+        use_backend("torch"), torch.random.fork_rng(devices=[]),
     ):  # fmt: skip
         yield
 

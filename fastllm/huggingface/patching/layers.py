@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import rms_norm, swiglu
-from .finding import Finding, class_forward, same, stand_in, why_different
-from .swap import Step, step, taken
+from .finding import Finding, class_forward, same, settings_of, stand_in, why_different
+from .swap import Step, hooked, step, taken
 
 # ---- norms ----
 
@@ -46,6 +47,9 @@ def rms_norm_forward(original: Callable, *, eps: str, weight_offset: float) -> C
     @functools.wraps(original)
     def forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
         weight = getattr(self, "weight", None)
+        mixed = weight is not None and weight.dtype != hidden_states.dtype
+        if mixed and not torch.is_autocast_enabled(hidden_states.device.type):
+            return original(self, hidden_states)  # the classes differ in what dtype they then give
         return rms_norm(hidden_states, weight, eps=getattr(self, eps), weight_offset=weight_offset)
 
     return forward
@@ -82,12 +86,18 @@ def looks_like_mlp(module: nn.Module) -> bool:
 def find_mlp(name: str, module: nn.Module, untried: str | None) -> Finding:
     kind, projections = type(module).__name__, _projections(module)
     act = next((a for a in (getattr(module, attribute, None) for attribute in _ACTIVATIONS) if a is not None), None)
-    if not (projections >= _SEPARATE or projections >= _JOINED) or _arguments(module) != 2:
+    own = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
+    if not (projections >= _SEPARATE or projections >= _JOINED) or _arguments(module) != 2 or own:
         why_not = "it is no gated MLP of the projections gate, up and down alone"
         return Finding("mlp", name, kind, why_not, disagrees=True)
     if untried or taken(module):
         return Finding("mlp", name, kind, untried or taken(module))
-    each = step(swiglu_forward, joined="gate_up_proj" in projections)
+    each = step(
+        swiglu_forward,
+        joined="gate_up_proj" in projections,
+        passed=_passed(module),
+        settings=settings_of(module, (module,)),
+    )
     reason = _mlp_differs(module, each)
     if reason:
         activation = "none" if act is None else getattr(act, "__name__", type(act).__name__)
@@ -96,13 +106,38 @@ def find_mlp(name: str, module: nn.Module, untried: str | None) -> Finding:
     return Finding("mlp", name, kind, "swiglu", ((module, each),))
 
 
-def swiglu_forward(original: Callable, *, joined: bool) -> Callable:
+def _passed(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """What swiglu does not call: the activation, and children that do nothing, each by its class or as a function."""
+    projections = _JOINED if "gate_up_proj" in module._modules else _SEPARATE
+    children = [(name, type(child)) for name, child in module._modules.items() if name not in projections and child]
+    return (*children, *((name, vars(module)[name]) for name in _ACTIVATIONS if name in vars(module)))
+
+
+def _as_tried(module: nn.Module, passed: tuple[tuple[str, Any], ...], settings: tuple[tuple[str, Any], ...]) -> bool:
+    """No hook, replacement or setting since, that swiglu would pass over."""
+    for name, kind in passed:
+        child = module._modules.get(name)
+        if child is None:
+            if vars(module).get(name) is not kind:
+                return False
+        elif type(child) is not kind or "forward" in child.__dict__ or hooked(child) or getattr(child, "p", 0.0):
+            return False
+    return all(vars(module).get(name) == value for name, value in settings)
+
+
+def swiglu_forward(
+    original: Callable, *, joined: bool, passed: tuple[tuple[str, Any], ...], settings: tuple[tuple[str, Any], ...]
+) -> Callable:
     @functools.wraps(original)
     def separate_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        if not _as_tried(self, passed, settings):
+            return original(self, hidden_states)
         return self.down_proj(swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
     @functools.wraps(original)
     def joined_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+        if not _as_tried(self, passed, settings):
+            return original(self, hidden_states)
         gate, up = self.gate_up_proj(hidden_states).chunk(2, -1)
         return self.down_proj(swiglu(gate, up))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from .rotary import find_rotary, looks_rotary
 from .swap import Step, steps_of, swap, swap_back, why_not_back
 
 PARTS = ("norm", "mlp", "rotary", "attention", "loss")
-_PATCHED = "_fastllm_patched"  # an attribute of a model that patch() was called on
+_REPORT = "_fastllm_report"  # an attribute of a model that patch() was called on
 NOT_LISTED = 'not in the table; patch(model, unknown="probe") tries it'
 DISAGREES = "listed, but as configured here, or in this version of transformers, it computes something else"
 
@@ -32,6 +33,7 @@ class PatchReport:
     model: str
     replaced: tuple[Finding, ...]
     left: tuple[Finding, ...]
+    asked: tuple[Any, ...] = field(default=(), repr=False)  # the parts, and what to do with unknown classes
 
     def __str__(self) -> str:
         lines = [f"fastllm's kernels in {self.model}:"]
@@ -65,11 +67,16 @@ def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS, unknown: str = "l
       has no logits. They are made, and the loss from them, in eval mode, without labels, with ``logits_to_keep``, and
       with ``model(..., labels=..., skip_logits=False)``; ``skip_logits=True`` saves them in eval mode too.
 
-    Only this instance changes: no class, no function and no other model is touched. A patched module gets a subclass
-    of its class, of the same name, with another forward; parameters, their names, hooks and checkpoints stay as they
-    are. The model's configuration becomes a copy of the same type, with ``_attn_implementation`` "fastllm". A patched
-    model can be pickled, deep-copied and saved: a copy is patched as well and can be unpatched by itself, a checkpoint
-    is that of the unpatched model.
+    Only this instance changes: no class, no function, no configuration and no other model is touched. A patched module
+    gets a subclass of its class, of the same name, with another forward; parameters, their names, hooks and checkpoints
+    stay as they are. A patched model can be pickled, deep-copied and saved: a copy is patched as well and can be
+    unpatched by itself, a checkpoint is that of the unpatched model, and a new model from its configuration is an
+    unpatched one.
+
+    No kernel passes over what is done to a module, before or after: with a hook, an adapter, a parametrization, a
+    quantized weight or a forward of its own on ``lm_head`` the loss comes from its logits, with any on an activation
+    the MLP calls it. ``set_attn_implementation`` takes the place of our attention. A second ``patch`` changes nothing
+    and gives the first report.
 
     Args:
         model: a transformers ``PreTrainedModel``, or a module that holds one (as peft's do).
@@ -85,16 +92,17 @@ def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS, unknown: str = "l
     model exactly, :func:`patched` does both around a block.
 
     Raises:
-        UserError: transformers is not installed, ``model`` holds no transformers model, is patched already, a part is
-            unknown, or ``unknown`` is neither "leave" nor "probe".
+        UserError: transformers is not installed, ``model`` holds no transformers model, it or a part of it is patched
+            already with other arguments, a part is unknown, or ``unknown`` is neither "leave" nor "probe".
     """
     not_parts = set(parts) - set(PARTS)
     if not_parts:
         raise UserError(f"patch: unknown parts {', '.join(sorted(not_parts))}; choose from {', '.join(PARTS)}")
     if unknown not in ("leave", "probe"):
         raise UserError(f'patch: unknown={unknown!r}; choose from "leave" and "probe"')
+    asked = (tuple(part for part in PARTS if part in parts), unknown)
     if any(_is_patched(m) for m in model.modules()):
-        raise UserError("patch: the model is patched already; fastllm.unpatch(model) first")
+        return _first_report(model, asked)
     with quietly():
         findings = [f for f in _look(model, unknown == "probe") if f.part in parts]
     steps: dict[nn.Module, dict[Step, None]] = {}
@@ -102,32 +110,43 @@ def patch(model: nn.Module, *, parts: tuple[str, ...] = PARTS, unknown: str = "l
         steps.setdefault(module, {})[step] = None
     for module, wanted in steps.items():
         swap(module, tuple(wanted))
-    configs = {id(f.config): f.config for f in findings if f.config is not None}
-    if configs:
-        from .attention import NAME
-        from .configs import choose_in_copies
+    replaced, left = (tuple(f for f in findings if f.replaced is yes) for yes in (True, False))
+    report = PatchReport(type(model).__name__, replaced, left, asked)
+    vars(model)[_REPORT] = report
+    return report
 
-        choose_in_copies(model, list(configs.values()), NAME)
-    vars(model)[_PATCHED] = True
-    replaced = tuple(f for f in findings if f.replaced)
-    return PatchReport(type(model).__name__, replaced, tuple(f for f in findings if not f.replaced))
+
+def _first_report(model: nn.Module, asked: tuple[Any, ...]) -> PatchReport:
+    """That of the patch() before, but for what was undone since."""
+    from transformers import PreTrainedModel
+
+    roots = [m for m in model.modules() if _REPORT in vars(m)]
+    inside = {m for root in roots for m in root.modules()}
+    outside = [type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel) and m not in inside]
+    if len(roots) != 1 or outside or vars(roots[0])[_REPORT].asked != asked:
+        what = (
+            f"a part of the model is patched already, {outside[0]} is not"
+            if outside
+            else "the model is patched already"
+        )
+        raise UserError(f"patch: {what}; fastllm.unpatch(model) first")
+    first = vars(roots[0])[_REPORT]
+    stands = {f: all(step in steps_of(module) for module, step in f.steps) for f in first.replaced}
+    undone = [
+        replace(f, steps=(), note="undone since, by set_attn_implementation") for f, yes in stands.items() if not yes
+    ]
+    return replace(first, replaced=tuple(f for f, yes in stands.items() if yes), left=(*first.left, *undone))
 
 
 def unpatch(model: nn.Module) -> None:
-    """Restore a patched model, all or nothing.
-
-    Changes of its configuration made since :func:`patch` are kept. Raises UserError where the model is not patched, or
+    """Restore a patched model, all or nothing. Raises UserError where the model is not patched, or
     was wrapped since (by ``fully_shard``, a hook, an assigned forward): undo that first.
     """
     modules = list(model.modules())
     if not any(_is_patched(m) for m in modules):
         raise UserError("unpatch: the model is not patched")
-    from .configs import replaced_config, restore_configs
-
     for module in modules:
-        attribute = replaced_config(module)
         why_not = why_not_back(module) if steps_of(module) else None
-        why_not = why_not or (attribute and f"the {attribute} of a {type(module).__name__} was replaced after patch()")
         if why_not:
             raise UserError(
                 f"unpatch: {why_not}; undo that first"
@@ -136,22 +155,23 @@ def unpatch(model: nn.Module) -> None:
     for module in modules:
         if steps_of(module):
             swap_back(module)
-        restore_configs(module)
-        vars(module).pop(_PATCHED, None)
+        vars(module).pop(_REPORT, None)
 
 
 @contextmanager
 def patched(model: nn.Module, *, parts: tuple[str, ...] = PARTS, unknown: str = "leave") -> Iterator[PatchReport]:
-    """:func:`patch` inside the block, :func:`unpatch` at its end."""
+    """:func:`patch` inside the block, :func:`unpatch` at its end; a model that is patched before it stays so."""
+    before = any(_is_patched(m) for m in model.modules())
     report = patch(model, parts=parts, unknown=unknown)
     try:
         yield report
     finally:
-        unpatch(model)
+        if not before:
+            unpatch(model)
 
 
 def _is_patched(module: nn.Module) -> bool:
-    return _PATCHED in vars(module) or bool(steps_of(module))
+    return _REPORT in vars(module) or bool(steps_of(module))
 
 
 def _look(model: nn.Module, probe: bool) -> list[Finding]:
@@ -167,10 +187,10 @@ def _look(model: nn.Module, probe: bool) -> list[Finding]:
     if not models:
         raise UserError(f"patch: {type(model).__name__} is no transformers model and holds none")
 
-    def around(name: str, among: dict[str, nn.Module]) -> nn.Module | None:
-        """The innermost of ``among`` that holds the module of this name."""
+    def around(name: str, among: dict[str, nn.Module]) -> list[nn.Module]:
+        """Those of ``among`` that hold the module of this name, the innermost first."""
         inside = (n for n in among if n == name or not n or name.startswith(n + "."))
-        return among.get(max(inside, key=len, default=None))
+        return [among[n] for n in sorted(inside, key=len, reverse=True)]
 
     def attention(name: str, module: nn.Module, untried: str | None) -> Finding:
         return find_attention(name, module, untried, around(name, models), "attention" in table.options_of(module))
@@ -187,13 +207,13 @@ def _look(model: nn.Module, probe: bool) -> list[Finding]:
     for name, module in modules.items():
         if name in experts:
             findings.append(Finding("mlp", name, type(module).__name__, "a mixture of experts is left alone"))
-        elif around(name, experts) is None:
+        elif not around(name, experts):
             found = (_find(part, name, module, *finder, probe) for part, finder in finders.items())
             findings += [f for f in found if f is not None]
-    # transformers makes one mask for all attentions that share a configuration: all or none.
-    left = [around(f.name, models) for f in findings if f.part == "attention" and not f.replaced]
-    mixed = {id(m.config) for m in left if m is not None}
-    return [_unless_mixed(f, mixed) for f in findings]
+    # A model makes one mask for all its attentions: all or none.
+    left = [around(f.name, models)[:1] for f in findings if f.part == "attention" and not f.replaced]
+    mixed = {owner for owners in left for owner in owners}
+    return [_unless_mixed(f) if mixed.intersection(around(f.name, models)[:1]) else f for f in findings]
 
 
 def _find(part: str, name: str, module: nn.Module, looks_like: LooksLike, find: Find, probe: bool) -> Finding | None:
@@ -211,7 +231,7 @@ def _find(part: str, name: str, module: nn.Module, looks_like: LooksLike, find: 
     )
 
 
-def _unless_mixed(finding: Finding, mixed: set[int]) -> Finding:
-    if finding.config is None or id(finding.config) not in mixed:
+def _unless_mixed(finding: Finding) -> Finding:
+    if finding.part != "attention" or not finding.replaced:
         return finding
-    return replace(finding, note="another attention of the model is left, and they share a mask", steps=(), config=None)
+    return replace(finding, note="another attention of the model is left, and they share a mask", steps=())

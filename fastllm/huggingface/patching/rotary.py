@@ -1,31 +1,21 @@
-"""Rotary positions: the forward of an attention, calling our kernel where it calls ``apply_rotary_pos_emb``.
-
-Each modeling file of transformers has that function as a global, which more than a hundred different forwards call.
-Writing each of them again would be a hundred places to go wrong. Replacing the global, as others do, changes every
-model of the process, and even one that asks who is calling breaks the pickling of them all, since modules hold the
-function they were made with. So a patched attention runs a copy of its class's forward with one name exchanged: same
-instructions, same globals (the module's own dictionary, not a snapshot), and ``_fastllm_apply_rotary_pos_emb``, which
-is added to them, in place of ``apply_rotary_pos_emb``. ``torch.compile`` traces it as any function; there is no state,
-so threads and gradient checkpointing need no care.
-"""
+"""Rotary positions: the forward of an attention, calling our kernel where it calls ``apply_rotary_pos_emb``."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 from collections.abc import Callable
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import rope
+from .exchange import exchanged
 from .finding import Finding, class_forward, same, why_different
 from .swap import step, taken
 
 NAME = "apply_rotary_pos_emb"  # what transformers calls it in every file that has it
-_OURS = f"_fastllm_{NAME}"
 
 
 def looks_rotary(module: nn.Module) -> bool:
@@ -45,33 +35,17 @@ def find_rotary(name: str, module: nn.Module, untried: str | None) -> Finding:
 
 
 def rope_forward(original: Callable) -> Callable:
-    """A copy of ``original`` that calls our function; of a decorated one, its decorators around the copy."""
-    inner, closure, code = getattr(original, "__wrapped__", None), original.__closure__, original.__code__
-    if inner is None:
-        names = original.__globals__
-        names.setdefault(_OURS, _ours(names[NAME]))
-        code = code.replace(co_names=tuple(_OURS if name == NAME else name for name in code.co_names))
-    else:
-        copied = rope_forward(inner)
-        closure = tuple(CellType(copied) if cell.cell_contents is inner else cell for cell in closure or ())
-    forward = FunctionType(code, original.__globals__, original.__name__, original.__defaults__, closure)
-    forward.__kwdefaults__ = original.__kwdefaults__
-    functools.update_wrapper(forward, original)
-    if inner is None:
-        del forward.__wrapped__  # it is no wrapper
-    else:
-        forward.__wrapped__ = copied
-    return forward
+    return exchanged(original, "rope", {NAME: _ours})
 
 
 def _ours(original: Callable) -> Callable:
     @functools.wraps(original)
-    def apply_rotary_pos_emb(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, unsqueeze_dim: int = 1, **kwargs: Any
-    ) -> Any:
-        if cos.dim() == 3 and unsqueeze_dim in (1, 2) and not args and not kwargs:
-            return apply_rope(q, k, cos, sin, unsqueeze_dim)
-        return original(q, k, cos, sin, *args, unsqueeze_dim=unsqueeze_dim, **kwargs)
+    def apply_rotary_pos_emb(*args: Any, **kwargs: Any) -> Any:
+        """Of q, k, cos, sin: other calls (of the queries alone) are theirs."""
+        unsqueeze_dim = kwargs.get("unsqueeze_dim", 1)
+        if len(args) == 4 and kwargs.keys() <= {"unsqueeze_dim"} and unsqueeze_dim in (1, 2) and args[2].dim() == 3:
+            return apply_rope(*args, unsqueeze_dim)
+        return original(*args, **kwargs)
 
     return apply_rotary_pos_emb
 

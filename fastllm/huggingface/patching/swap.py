@@ -13,9 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import is_parametrized
 
 _MADE_OF = "_fastllm_made_of"  # of a patched class: the class before, and the steps
+_FORWARD = "_fastllm_forward"  # and its forward, which a subclass of it may have replaced
+_SHARDING = ("torch.distributed.fsdp.", "deepspeed.")  # their hooks gather and free parameters, and change no result
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class Step:
 
     make: Callable[..., Callable]
     options: tuple[tuple[str, Any], ...] = ()
+    methods: tuple[tuple[str, Callable], ...] = ()  # that the module gets beside it
 
 
 def step(make: Callable[..., Callable], **options: Any) -> Step:
@@ -32,12 +38,19 @@ def step(make: Callable[..., Callable], **options: Any) -> Step:
 
 def taken(module: nn.Module) -> str | None:
     """Why the forward of ``module`` can't be replaced, or None."""
+    if is_parametrized(module):
+        return "it is parametrized (torch.nn.utils.parametrize)"
     return "its forward was replaced by something else (a hook?)" if "forward" in module.__dict__ else None
 
 
 def steps_of(module: nn.Module) -> tuple[Step, ...]:
     """The steps of a patched module; none for any other."""
     return getattr(type(module), _MADE_OF, (None, ()))[1]
+
+
+def patched_class(module: nn.Module) -> type[nn.Module]:
+    """The class that :func:`swap` made, above which others may stand by now."""
+    return next(kind for kind in type(module).__mro__ if _MADE_OF in vars(kind))
 
 
 def swap(module: nn.Module, steps: tuple[Step, ...]) -> None:
@@ -62,9 +75,10 @@ def _patched_class(kind: type[nn.Module], forward: Callable, steps: tuple[Step, 
     for each in steps:
         forward = each.make(forward, **dict(each.options))
     names = {
-        "forward": forward, _MADE_OF: (kind, steps), "__reduce_ex__": _reduce,
+        "forward": forward, _FORWARD: staticmethod(forward), _MADE_OF: (kind, steps), "__reduce_ex__": _reduce,
         "__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__,
     }  # fmt: skip
+    names |= {name: method for each in steps for name, method in each.methods}
     return type(kind)(kind.__name__, (kind,), names)
 
 
@@ -75,3 +89,34 @@ def _reduce(self: nn.Module, protocol: int) -> tuple:
 
 def _rebuilt(kind: type[nn.Module], steps: tuple[Step, ...]) -> nn.Module:
     return object.__new__(_patched_class(kind, kind.forward, steps))
+
+
+# ---- what was done to a module since ----
+
+
+def runs(module: nn.Module, make: Callable[..., Callable]) -> bool:
+    """Whether calling ``module`` runs the forward that ``make`` made: no adapter, subclass or wrapper since."""
+    kind = type(module)
+    made = any(each.make is make for each in steps_of(module))
+    return made and "forward" not in module.__dict__ and kind.forward is getattr(kind, _FORWARD)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody else sees, and may change, what ``module`` gets and gives."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks,
+    )  # fmt: skip
+    if _has_any_global_hook():
+        return True
+    return any(not _sharding(hook) for each in hooks for hook in each.values())
+
+
+def _sharding(hook: Callable) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith(_SHARDING)
+
+
+def plain(tensor: Tensor | None) -> bool:
+    """No subclass that computes in its own way, as a quantized weight is. Shards are gathered by the hooks of FSDP."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor._local_tensor
+    return tensor is None or type(tensor) in (Tensor, nn.Parameter)

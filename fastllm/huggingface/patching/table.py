@@ -168,7 +168,7 @@ idefics2: Idefics2RMSNorm=norm
 idefics3: Idefics3RMSNorm=norm
 ijepa: IJepaAttention=attention
 imagegpt: ImageGPTLayerNorm=norm
-inkling: InklingRMSNorm=norm InklingMLP=mlp
+inkling: InklingRMSNorm=norm
 inkling2: Inkling2RMSNorm=norm Inkling2UnweightedRMSNorm=norm
 inkling2_loop: Inkling2LoopUnweightedRMSNorm=norm Inkling2LoopRMSNorm=norm
 instructblip: InstructBlipAttention=attention InstructBlipQFormerMultiHeadAttention=attention
@@ -367,8 +367,8 @@ LEFT = {
         gemma4.Gemma4TextMLP gemma4_unified.Gemma4UnifiedTextMLP recurrent_gemma.RecurrentGemmaMlp t5gemma.T5GemmaMLP
         t5gemma2.T5Gemma2MLP vaultgemma.VaultGemmaMLP
     """,
-    ("mlp", "it has a norm or more weights between the projections"): """
-        bitnet.BitNetMLP dory.DoryMLP
+    ("mlp", "it has a norm or more weights than the projections"): """
+        bitnet.BitNetMLP dory.DoryMLP inkling.InklingMLP
     """,
     ("rotary", "its rotary function turns other pairs, neighbours for example, or has another form"): """
         blt.BltSelfAttention clvp.ClvpSelfAttention codegen.CodeGenAttention cohere.CohereAttention

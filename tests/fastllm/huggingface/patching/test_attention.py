@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import fastllm
-from fastllm.huggingface.patching.attention import attention_forward, attention_mask
+from fastllm.huggingface.patching.attention import attention_forward, attention_mask, in_our_form
 from tests.fastllm.huggingface.patching.models import VOCAB, make
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3", "gpt2", "gpt-oss"])
@@ -116,21 +116,19 @@ def test_a_mask_of_the_users_own():
 def test_masks_take_the_memory_of_a_line():
     """No mask of all pairs for plain, padded and packed text, causal or in a window."""
     model = make("gemma2").eval()
-    with fastllm.patched(model):
-        config = model.model.config
-        for create in (create_causal_mask, create_sliding_window_causal_mask):
+    for create in (create_causal_mask, create_sliding_window_causal_mask):
 
-            def mask(padding: Tensor | None, positions: Tensor | None = None, create=create) -> Tensor | None:
-                embedded = TOKENS.float().unsqueeze(-1)
-                return create(config, embedded, padding, position_ids=positions, **{CACHE: None})
+        def mask(padding: Tensor | None, positions: Tensor | None = None, create=create) -> Tensor | None:
+            embedded = TOKENS.float().unsqueeze(-1)
+            return in_our_form(create)(model.config, embedded, padding, position_ids=positions, **{CACHE: None})
 
-            assert mask(None) is None
-            assert mask(torch.ones_like(TOKENS)) is None
-            assert mask(PADDED[[1, 1, 2]]) is None, "padding on the right is in the future"
-            assert mask(PADDED)[0, 0].tolist() == [[0, 7, 7, 24, 44, 48, 48, 72], [0, 0, 7, 24, 44, 44, 48, 72]]
-            packed = mask(None, PACKED)
-            assert packed[0, 0].tolist() == [[0, 10, 11, 24, 34, 35, 48, 58, 59, 72]] * 2
-            assert mask(HOLED).shape == (3, 1, 24, 24)
+        assert mask(None) is None
+        assert mask(torch.ones_like(TOKENS)) is None
+        assert mask(PADDED[[1, 1, 2]]) is None, "padding on the right is in the future"
+        assert mask(PADDED)[0, 0].tolist() == [[0, 7, 7, 24, 44, 48, 48, 72], [0, 0, 7, 24, 44, 44, 48, 72]]
+        packed = mask(None, PACKED)
+        assert packed[0, 0].tolist() == [[0, 10, 11, 24, 34, 35, 48, 58, 59, 72]] * 2
+        assert mask(HOLED).shape == (3, 1, 24, 24)
 
 
 def test_padding_becomes_documents():
@@ -138,6 +136,16 @@ def test_padding_becomes_documents():
     mask = attention_mask(2, 4, 6, q_offset=2, attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6]).bool())
     #          padding's queries | its keys | text | second row
     assert mask[0, 0].tolist() == [[0, 1, 1, 4, 8], [0, 0, 3, 6, 12]]
+
+
+def test_a_mask_of_keys_alone():
+    """As FlashAttention's, which generate() makes outside of the model."""
+    module = torch.nn.Module()
+    q, k, v = torch.randn(3, 3, 2, 24, 8).unbind()
+    causal = torch.ones(24, 24, dtype=torch.bool).tril() & PADDED.bool()[:, None, None]
+    expected, _ = attention_forward(module, q, k, v, causal)
+    ours, _ = attention_forward(module, q, k, v, PADDED)
+    torch.testing.assert_close(ours[PADDED.bool()], expected[PADDED.bool()])
 
 
 def test_dropout_raises():
