@@ -85,21 +85,17 @@ def attention_forward(
             return out, None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, is_causal=False)
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    width = v.shape[-1]
-    wide = max(width, q.shape[-1])  # with more columns, of zeros, scores and values are the same
-    q, k, v = (t if t.shape[-1] == wide else F.pad(t, (0, wide - t.shape[-1])) for t in (q, k, v))
     options = {"causal": causal, "scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
     options["window"] = sliding_window if causal else None
     cu_q, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
     if attention_mask is not None:
         cu_q, cu_k = attention_mask[0, 0]
     if cu_q is None:
-        return flash_attention(q, k, v, **options)[..., :width], None
+        return flash_attention(q, k, v, **options), None
     longest = {"max_seqlen_q": q.shape[1], "max_seqlen_k": k.shape[1]}  # no document is longer than a row
     packed = (t.flatten(0, 1) for t in (q, k, v))
     out = flash_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **longest, **options)
-    return out.view(q.shape)[..., :width], None
+    return out.unflatten(0, q.shape[:2]), None
 
 
 def _recorded(module: nn.Module) -> bool:
