@@ -64,7 +64,7 @@ def test_a_new_model_is_not_patched(config, chosen, calls):
 # ---- the attention implementation ----
 
 
-@pytest.mark.parametrize("chosen", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("chosen", ["sdpa", "eager"])
 @torch.no_grad()
 def test_set_attn_implementation(chosen, calls):
     model, tokens = make("llama").eval(), some_text()["input_ids"]
