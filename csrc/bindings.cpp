@@ -91,7 +91,8 @@ Attention attention(const TensorView& q, const TensorView& k, const TensorView& 
   const Dims n = q.sizes(), m = k.sizes();
   const int64_t sequences = cu_q ? cu_q.numel() - 1 : n[0];
   return {q.heads(), k.heads(), v.heads(), sinks.dense<float>(), cu_q.dense<int64_t>(), cu_k.dense<int64_t>(),
-          sequences, n[-3], m[-3], n[-2], m[-2], n[-1], v.sizes()[-1], scale, softcap, bound(left), bound(right), q.dtype()};
+          sequences, n[-3], m[-3], n[-2], m[-2], n[-1], v.sizes()[-1], scale, softcap, bound(left), bound(right),
+          q.dtype()};
 }
 
 AttentionForward attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,

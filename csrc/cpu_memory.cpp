@@ -25,9 +25,8 @@ class OutOfMemory : public std::bad_alloc {  // becomes a MemoryError
 void* allocate(int64_t count, int64_t size) {
   int64_t bytes;
   void* data = nullptr;
-  if (!__builtin_mul_overflow(count, size, &bytes) && !__builtin_add_overflow(bytes, 2 * kCacheLine, &bytes)) {
-    bytes = bytes / kCacheLine * kCacheLine;
-    data = std::aligned_alloc(kCacheLine, bytes);
+  if (!__builtin_mul_overflow(count, size, &bytes) && !__builtin_add_overflow(bytes, kCacheLine, &bytes)) {
+    data = std::malloc(bytes);
   }
   if (!data) throw OutOfMemory(static_cast<double>(count) * static_cast<double>(size));
   expect_large_write(data, bytes);

@@ -81,7 +81,7 @@ void forward(const SoftmaxForward& a) {
   {
     Arena arena = memory.mine();
     float* const held = Scratch(arena, a.cols).held;
-#pragma omp for schedule(guided)
+#pragma omp for schedule(guided) nowait
     for (int64_t r = 0; r < a.rows; ++r) {
       const T* x = row<T>(a.x, r);
       const M* mask = mask_row<M>(a.mask, r);

@@ -17,13 +17,17 @@ namespace fastllm::cpu::FASTLLM_ISA {
 template <typename E>
 class Buffer {
  public:
-  explicit Buffer(int64_t count) : data_(static_cast<E*>(allocate(count, sizeof(E)))) {}
-  ~Buffer() { std::free(data_); }
+  explicit Buffer(int64_t count) : memory_(allocate(count, sizeof(E))) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_);
+    data_ = reinterpret_cast<E*>((at + kCacheLine - 1) / kCacheLine * kCacheLine);
+  }
+  ~Buffer() { std::free(memory_); }
   Buffer(const Buffer&) = delete;
   operator E*() const { return data_; }
 
  private:
-  E* const data_;
+  void* const memory_;
+  E* data_;
 };
 
 // Cuts memory into arrays on cache lines; without memory it only counts their bytes.
