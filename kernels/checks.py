@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import Any
 
@@ -30,6 +31,8 @@ def floating(op: str, name: str, x: Any, *, min_dim: int = 1) -> None:
 def tensor(op: str, name: str, x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, not {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{op}: {name} is a nested tensor; pass its values, and for attention cu_seqlens_q")
     if hasattr(x, "placements"):
         raise TypeError(
             f"{op}: {name} is a DTensor ({x.placements}); kernels take local tensors. With FSDP2, call the op in the "
@@ -90,3 +93,31 @@ def indices(op: str, name: str, x: Any, other_name: str, other: Tensor) -> None:
     on(op, name, x, other_name, other)
     if x.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: {name} must be int64 or int32, not {short(x.dtype)}")
+
+
+def number(op: str, name: str, x: Any) -> float:
+    """An option, which gets no gradient."""
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise TypeError(f"{op}: {name} gets no gradient; pass {name}.item(), or multiply the tensors by it yourself")
+    if isinstance(x, int | float):
+        return float(x)
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} must be a number, not {x!r}") from None
+
+
+def softcap(op: str, x: Any) -> float:
+    cap = number(op, "softcap", x)
+    if not cap >= 0.0:
+        raise ValueError(f"{op}: softcap must be positive, or 0 for none, not {cap}")
+    return cap
+
+
+def integer(op: str, name: str, x: Any) -> int:
+    if isinstance(x, torch.SymInt):
+        return x
+    try:
+        return operator.index(x)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an integer, not {x!r}") from None

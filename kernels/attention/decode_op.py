@@ -88,7 +88,8 @@ def flash_decode(
     chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q, v_cache))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    options = Options(q.shape[-1] ** -0.5 if scale is None else float(scale), left, right, float(softcap))
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("flash_decode", "scale", scale)
+    options = Options(scale, left, right, checks.softcap("flash_decode", softcap))
     if chosen == "torch":
         out, lse = reference.flash_decode(
             q,

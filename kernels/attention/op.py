@@ -13,7 +13,7 @@ from .. import backends, checks
 from ..library import differentiable_once, function, in_torch_func
 from . import reference
 from .operators import attention_backward, attention_forward
-from .options import Options, Window, bounds
+from .options import UNBOUNDED, Options, Window, bounds
 from .packing import Packing, check_packing
 
 LARGEST_HEAD = 256
@@ -82,7 +82,7 @@ def flash_attention(
         window: a query sees the ``window`` latest keys, that at its own position included. ``(left, right)``, as
             FlashAttention's window_size: as many keys before its own position and after it; None or -1 is no bound.
         softcap: c > 0 replaces each scaled score s by ``c·tanh(s/c)`` (Gemma 2, arXiv:2408.00118).
-        sinks: ``[heads]``, a logit per head that adds to the softmax's sum and has no value.
+        sinks: ``[heads]``, finite or -inf, a logit per head that adds to the softmax's sum and has no value.
         cu_seqlens_q, cu_seqlens_k: ``[sequences + 1]`` int32 or int64, where packed sequences start and end,
             from 0 to the number of tokens; q, k, v then have no batch dimension, and sequences don't see each
             other. cu_seqlens_k defaults to cu_seqlens_q.
@@ -101,7 +101,7 @@ def flash_attention(
 
     Under autocast q, k and v are cast to its dtype, as by ``F.scaled_dot_product_attention``. Scores, softmax and sums
     are float32; probabilities are rounded to the dtype before they meet the values. What a query doesn't see does not
-    change its output, NaN and infinity included (on a GPU: in k; a NaN in v may reach the queries of its block). The
+    change its output, NaN and infinity included (in k; in v with the cpu kernels alone: elsewhere 0 · NaN is NaN). The
     kernels take a head_dim up to 256 and differentiate once. Where nothing needs a gradient, a few queries against
     long keys take the kernel of :func:`flash_decode`. The torch backend calls PyTorch's
     ``scaled_dot_product_attention`` for what that can express.
@@ -122,7 +122,8 @@ def flash_attention(
     if causal and not packed and not torch.compiler.is_compiling() and q.shape[1] > k.shape[1] > 0:
         warnings.warn(
             f"flash_attention: causal, with more queries ({q.shape[1]}) than keys ({k.shape[1]}): the first see none "
-            'and give 0. For tensors [batch, heads, seq, head_dim] pass layout="bhsd"',
+            "and give 0"
+            + ('. For tensors [batch, heads, seq, head_dim] pass layout="bhsd"' if layout == "bshd" else ""),
             stacklevel=2,
         )
     if sinks is not None:
@@ -130,6 +131,10 @@ def flash_attention(
     if not packed and cu_seqlens_k is not None:
         raise ValueError("flash_attention: cu_seqlens_k was given without cu_seqlens_q")
     if cu_seqlens_q is not None:
+        if not torch.compiler.is_compiling():
+            for name, most in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+                if most is not None and checks.integer("flash_attention", name, most) < 0:
+                    raise ValueError(f"flash_attention: {name} must be at least the longest sequence, not {most}")
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
         max_seqlen_k = max_seqlen_q if cu_seqlens_k is cu_seqlens_q and max_seqlen_k is None else max_seqlen_k
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
@@ -140,8 +145,8 @@ def flash_attention(
     chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q, v))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    options = Options(scale, left, right, float(softcap))
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("flash_attention", "scale", scale)
+    options = Options(scale, left, right, checks.softcap("flash_attention", softcap))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
     if chosen == "torch":
         out, lse = _torch(q, k, v, sinks, packing, options, return_lse)
@@ -241,10 +246,11 @@ def _torch(
         packing.cu_seqlens_q is None
         and sinks is None
         and backends.transformed() is None
+        and options.scale > 0  # causal, PyTorch gives NaN for others
         and not (return_lse or options.softcap or options.windowed or unseen)
     ):
         return _sdpa(q, k, v, causal, options.scale), None
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not in_torch_func():
         check_packing(q, k, packing)
     return reference.flash_attention(
         q,
@@ -262,13 +268,18 @@ def _torch(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     seq_q, seq_k = q.shape[1], k.shape[1]
-    mask = None
-    if causal and 1 < seq_q < seq_k:
+    mask, square = None, False
+    grouped = True if q.shape[2] != k.shape[2] else False  # noqa: SIM210 (bool() of symbolic sizes stays symbolic)
+    if causal and seq_q == seq_k:
+        square = True
+    elif causal and 1 < seq_q < seq_k and torch.compiler.is_compiling():
+        mask = reference._visible(seq_q, seq_k, UNBOUNDED, 0, q.device)
+    elif causal and 1 < seq_q < seq_k:
         from torch.nn.attention.bias import causal_lower_right  # imports torch._dynamo, which takes a second
 
         mask = causal_lower_right(seq_q, seq_k)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=mask, is_causal=causal and seq_q == seq_k, scale=scale, enable_gqa=q.shape[2] != k.shape[2],
+        attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped,
     )  # fmt: skip
     return out.transpose(1, 2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .. import checks
+
 UNBOUNDED = 2**30  # of a window: farther than any key, and sums of two fit in 32 bits
 
 
@@ -28,16 +30,26 @@ Window = int | tuple[int | None, int | None] | None
 
 def bounds(op: str, causal: bool, window: Window) -> tuple[int, int]:
     """``left`` and ``right`` of the public arguments."""
-    if window is None:
-        window = (None, None)
-    elif isinstance(window, int):
-        if window < 1 or not causal:
+    if isinstance(window, (tuple, list)):
+        if len(window) != 2:
+            raise ValueError(f"{op}: window must be a number of keys or (left, right), not {window}")
+        left, right = window
+    elif window is None:
+        left = right = None
+    else:
+        keys = checks.integer(op, "window", window)
+        if keys < 1 or not causal:
             raise ValueError(
-                f"{op}: window ({window}) must be at least 1, with causal=True; without, pass (left, right), how many "
+                f"{op}: window ({keys}) must be at least 1, with causal=True; without, pass (left, right), how many "
                 "keys before and after its own position a query sees"
             )
-        window = (window - 1, 0)
-    if len(window) != 2:
-        raise ValueError(f"{op}: window must be a number of keys or (left, right), not {window}")
-    left, right = (UNBOUNDED if n is None or n < 0 else min(int(n), UNBOUNDED) for n in window)
+        left, right = keys - 1, 0
+    left, right = (_bound(op, n) for n in (left, right))
     return left, 0 if causal else right
+
+
+def _bound(op: str, keys: int | None) -> int:
+    if keys is None:
+        return UNBOUNDED
+    keys = checks.integer(op, "window", keys)
+    return UNBOUNDED if keys < 0 else min(keys, UNBOUNDED)

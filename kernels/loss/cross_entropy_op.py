@@ -71,8 +71,8 @@ def cross_entropy(
         reduction: ``"mean"`` (over the valid targets' weights), ``"sum"`` or ``"none"``.
         return_lse: also return the log-sum-exp of each row, which may be differentiated too.
         inplace_backward: write the gradient over contiguous logits, which saves their memory once more.
-            Their content is lost; autograd raises where it would still have needed it. Without effect in
-            torch.compile (which plans memory by itself) and on the torch backend.
+            Their content is lost; autograd raises where it would still have needed it. Without effect on a leaf,
+            in torch.compile (which plans memory by itself) and on the torch backend.
         group: the logits are this process's share of the classes, all shares equally large and in the order
             of the group's ranks; target and weight are the same everywhere. The result is that of the whole
             logits. One exchange of two numbers a token. A DTensor sharded over its last dimension (evenly or
@@ -96,21 +96,23 @@ def cross_entropy(
     check_target("cross_entropy", "logits", logits, target, shard.classes)
     check_classes("cross_entropy", shard.classes)
     check_class_weight("cross_entropy", "weight", weight, "logits", logits, shard.classes)
-    check_reduction("cross_entropy", label_smoothing, reduction)
+    check_reduction("cross_entropy", reduction)
     soft = target.is_floating_point()
     if soft and shard.group is not None:
         raise ValueError("cross_entropy: target holds probabilities, which logits spread over a group don't take")
     chosen = backends.select("cross_entropy", logits, backend, lambda _: PROBABILITIES if soft else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    options = Options(
-        ignore_index, float(label_smoothing), float(z_loss), float(softcap), shard.first_class, shard.classes
+    options = check_options(
+        "cross_entropy", ignore_index, label_smoothing, z_loss, softcap, shard.first_class, shard.classes
     )
     if chosen == "torch":
         whole = logits if shard.group is None else sharded.gathered(shard)
-        return torch_loss(whole, target, weight, options, reduction, return_lse)
-    targets, options, z = Targets.of(target, weight), *z_apart(options, weight, reduction)
+        return torch_loss("cross_entropy", whole, target, weight, options, reduction, return_lse)
+    targets, options, z = Targets.of(target, weight, label_smoothing), *z_apart(options, weight, reduction)
     with_lse = return_lse or z != 0
+    base = logits if logits._base is None else logits._base
+    inplace_backward = inplace_backward and not (base.is_leaf and base.requires_grad) and not logits.is_leaf
     loss, lse = _cross_entropy(logits, targets, options, shard.group, inplace_backward, with_lse, chosen)
     loss = reduce(loss, lse, z, targets, options, reduction)
     loss = loss.view(target.shape) if reduction == "none" else loss
@@ -230,7 +232,7 @@ def reduce(loss: Tensor, lse: Tensor, z: float, targets: Targets, options: Optio
 
 
 def torch_loss(
-    logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, reduction: str, return_lse: bool
+    op: str, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, reduction: str, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The torch backend: PyTorch's own cross_entropy for what that can express, else the specification."""
     ignore_index, label_smoothing, z_loss, softcap, *_ = options
@@ -241,6 +243,7 @@ def torch_loss(
             reduction=reduction,
         )  # fmt: skip
         return (loss, lse) if return_lse else loss
+    check_range(op, target, options)
     if return_lse or z_loss or softcap:
         loss, lse = reference.cross_entropy(
             logits, target, weight=weight, z_loss=z_loss, softcap=softcap, reduction=reduction, **given
@@ -249,6 +252,7 @@ def torch_loss(
     wide = logits.reshape(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     weight = None if weight is None else weight.to(wide.dtype)
     index = target.reshape(-1).long()
+    wide = wide.masked_fill((index == ignore_index).unsqueeze(-1), 0.0)  # an ignored row may hold inf or NaN
     loss = F.cross_entropy(wide, index, weight=weight, reduction="none", **given)
     loss = reduce(loss, loss, 0.0, Targets(index, weight, None), options, reduction)
     return loss.view(target.shape) if reduction == "none" else loss
@@ -256,6 +260,8 @@ def torch_loss(
 
 def check_range(op: str, target: Tensor, options: Options) -> None:
     """Raise where a target is no class: always on a CPU; on a GPU, which must be waited for, when debugging."""
+    if torch.compiler.is_compiling() or in_torch_func():
+        return
     if target.device.type == "cpu" or checks.DEBUG:
         out = (target != options.ignore_index) & ((target < 0) | (target >= options.classes))
         if out.any():
@@ -269,6 +275,11 @@ def check_target(op: str, name: str, x: Tensor, target: Tensor, probabilities: i
     """``probabilities``: of how many classes the target may hold them; None: of none."""
     checks.on(op, "target", target, name, x)
     if probabilities is not None and target.is_floating_point():
+        if target.dim() < x.dim():
+            raise TypeError(
+                f"{op}: target must be int64 or int32, not {checks.short(target.dtype)}, or hold the probabilities of "
+                f"the classes, [..., {probabilities}]"
+            )
         checks.not_wider(op, "target", target, name, x)
         checks.sized(op, "target", target, (*x.shape[:-1], probabilities))
         return
@@ -288,8 +299,19 @@ def check_class_weight(op: str, name: str, weight: Tensor | None, x_name: str, x
             raise ValueError(f"{op}: {name} gets no gradient; pass {name}.detach()")
 
 
-def check_reduction(op: str, label_smoothing: float, reduction: str) -> None:
+def check_reduction(op: str, reduction: str) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{op}: reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be between 0 and 1, not {label_smoothing}")
+
+
+def check_options(
+    op: str, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, first_class: int, classes: int
+) -> Options:
+    smoothing = checks.number(op, "label_smoothing", label_smoothing)
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"{op}: label_smoothing must be between 0 and 1, not {smoothing}")
+    z_loss, softcap = checks.number(op, "z_loss", z_loss), checks.softcap(op, softcap)
+    ignore_index = checks.integer(op, "ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index must fit in 64 bits, as target does, it is {ignore_index}")
+    return Options(ignore_index, smoothing, z_loss, softcap, first_class, classes)

@@ -64,6 +64,8 @@ def run_chunks(
     hidden, features, dtype = linear.hidden, linear.hidden.shape[-1], _product_dtype(linear.hidden)
     tokens = len(targets.target)
     rows, head = hidden.reshape(tokens, features).to(dtype), linear.weight.to(hidden.dtype).to(dtype)
+    if dtype == torch.bfloat16 and hidden.device.type == "cpu":
+        rows, head = _close_together(rows), _close_together(head)
     bias = None if linear.bias is None else linear.bias.to(hidden.dtype).to(dtype)
     dhidden, dweight, dbias = grads or (hidden.new_empty(0),) * 3
     weight_sum = _Sum(dweight, torch.float32 if accumulate_float32 else dtype)
@@ -99,6 +101,11 @@ def _product_dtype(hidden: Tensor) -> torch.dtype:
     if hidden.device.type != "cpu" or hidden.dtype == torch.float32:
         return hidden.dtype
     return torch.bfloat16 if hidden.dtype == torch.bfloat16 and multiplies_bfloat16() else torch.float32
+
+
+def _close_together(x: Tensor) -> Tensor:
+    """oneDNN's products of bfloat16 multiply what lies behind an odd row by 0, NaN too."""
+    return x.contiguous() if x.stride(1) == 1 and x.stride(0) != x.shape[1] else x
 
 
 def _product(hidden: Tensor, head: Tensor, bias: Tensor | None, logits: Tensor) -> None:

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function, in_torch_func, operator
+from ..library import differentiable_once, function, operator
 from . import reference
 from .cross_entropy_op import (
     PROBABILITIES,
     check_class_weight,
     check_classes,
+    check_options,
+    check_range,
     check_reduction,
     check_target,
     reduce,
@@ -91,23 +93,25 @@ def linear_cross_entropy(
     ``chunk`` is a fifth of the tokens, but at least 256 and at most 2048 (``linear_chunks.chunk_size``); on CPUs that
     multiply no matrices in that dtype, a float32 chunk and a float32 copy of weight. With reduction "mean" or "sum",
     no return_lse, and a dtype other than float16, the forward computes the gradients of hidden and weight too and
-    holds them for the backward, which only scales them (in new memory, unless the factor is 1 on a CPU, as it is in
-    ``loss.backward()``). Otherwise the backward computes the logits again: one more matrix product, and nothing held.
+    holds them for the backward, which only scales them, in new memory. Otherwise the backward computes the logits
+    again: one more matrix product, and nothing held.
 
     A DTensor (an FSDP2 parameter outside its module's forward) raises: see the message.
     """
     hidden, weight, bias = _linear("linear_cross_entropy", hidden, weight, target, bias, probabilities=True)
     check_classes("linear_cross_entropy", weight.shape[0])
     check_class_weight("linear_cross_entropy", "class_weight", class_weight, "hidden", hidden, weight.shape[0])
-    check_reduction("linear_cross_entropy", label_smoothing, reduction)
+    check_reduction("linear_cross_entropy", reduction)
     soft = target.is_floating_point()
     chosen = backends.select("linear_cross_entropy", hidden, backend, lambda _: PROBABILITIES if soft else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    options = Options(ignore_index, float(label_smoothing), float(z_loss), float(softcap), 0, weight.shape[0])
+    options = check_options("linear_cross_entropy", ignore_index, label_smoothing, z_loss, softcap, 0, weight.shape[0])
     if chosen == "torch":
-        return torch_loss(_logits(hidden, weight, bias), target, class_weight, options, reduction, return_lse)
-    targets, options, z = Targets.of(target, class_weight), *z_apart(options, class_weight, reduction)
+        return torch_loss(
+            "linear_cross_entropy", _logits(hidden, weight, bias), target, class_weight, options, reduction, return_lse
+        )
+    targets, options, z = Targets.of(target, class_weight, label_smoothing), *z_apart(options, class_weight, reduction)
     # float16 gradients without the caller's loss scale would underflow: it must be known first
     if reduction == "none" or return_lse or z or hidden.dtype == torch.float16:
         loss, lse = _per_token(hidden, weight, bias, targets, options, accumulate_float32, chosen)
@@ -159,10 +163,13 @@ def linear_log_prob(
     chosen = backends.select("linear_log_prob", hidden, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
+    options = check_options("linear_log_prob", ignore_index, 0.0, 0.0, softcap, 0, weight.shape[0])
     if chosen == "torch":
-        return reference.log_prob(_logits(hidden, weight, bias), target, softcap=softcap, ignore_index=ignore_index)
-    options = Options(ignore_index, 0.0, 0.0, float(softcap), 0, weight.shape[0])
-    loss, _ = _per_token(hidden, weight, bias, Targets.of(target, None), options, False, chosen)
+        check_range("linear_log_prob", target, options)
+        return reference.log_prob(
+            _logits(hidden, weight, bias), target, softcap=options.softcap, ignore_index=options.ignore_index
+        )
+    loss, _ = _per_token(hidden, weight, bias, Targets.of(target, None, 0.0), options, False, chosen)
     return -loss.view(target.shape)
 
 
@@ -200,12 +207,7 @@ class _Reduced(torch.autograd.Function):
         if by is None:
             return (None,) * 8
         hidden, *grads = ctx.saved_tensors
-        known = (
-            by.device.type == "cpu" and type(by) is Tensor and not (torch.compiler.is_compiling() or in_torch_func())
-        )
-        if not (known and by == 1):
-            grads = [None if g is None else g * by for g in grads]
-        grads = [differentiable_once("linear_cross_entropy", hidden, g) for g in grads]
+        grads = [None if g is None else differentiable_once("linear_cross_entropy", hidden, g * by) for g in grads]
         return *grads, *(None,) * 5
 
 
@@ -364,7 +366,7 @@ def _parameter(op: str, name: str, x: Tensor, hidden: Tensor, shape: tuple[int, 
     if x.dtype not in (hidden.dtype, torch.float32):
         raise TypeError(
             f"{op}: {name} is {checks.short(x.dtype)} but hidden is {checks.short(hidden.dtype)}; cast one to the "
-            "other's dtype, or call it under torch.autocast, which casts both"
+            "other's dtype, or call it under torch.autocast, which casts both, but for float64"
         )
     return x
 

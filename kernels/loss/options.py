@@ -21,20 +21,21 @@ class Options(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The class of each row, ``[rows]`` int64; the weight of each class, ``[classes]`` float32, and their mean."""
+    """The class of each row, ``[rows]`` int64; the weight of each class, ``[classes]`` float32, and their mean, which
+    only label smoothing reads: without it 0, whatever the weights of classes that are no target."""
 
     target: Tensor
     class_weight: Tensor | None
     mean_weight: Tensor | None
 
     @classmethod
-    def of(cls, target: Tensor, class_weight: Tensor | None) -> Targets:
+    def of(cls, target: Tensor, class_weight: Tensor | None, label_smoothing: float) -> Targets:
         """In the dtypes that the kernels read."""
         index = target.reshape(-1).long()
         if class_weight is None:
             return cls(index, None, None)
         class_weight = class_weight.float()
-        return cls(index, class_weight, class_weight.mean())
+        return cls(index, class_weight, class_weight.mean() if label_smoothing else class_weight.new_zeros(()))
 
 
 class Upstream(NamedTuple):

@@ -9,7 +9,9 @@ from torch import Tensor
 def softmax(x: Tensor, *, scale: float = 1.0, causal: bool = False, mask: Tensor | None = None) -> Tensor:
     scores = x.to(torch.promote_types(x.dtype, torch.float32)) * scale
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        scores = (
+            scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+        )
     if causal:
         rows, cols = x.shape[-2:]
         future = torch.ones(rows, cols, dtype=torch.bool, device=x.device).triu(cols - rows + 1)
@@ -30,9 +32,10 @@ def cross_entropy(
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor]:
     """``(loss, lse)``: the loss reduced as asked, and the log-sum-exp of each row."""
-    scores = _capped(logits, softcap)
-    lse = torch.logsumexp(scores, -1)
     valid = target != ignore_index
+    every = torch.logsumexp(_capped(logits, softcap), -1)
+    scores = _capped(logits.masked_fill(~valid.unsqueeze(-1), 0.0), softcap)  # an ignored row may hold inf or NaN
+    lse = torch.logsumexp(scores, -1)
     index = target.masked_fill(~valid, 0).long()
     share = torch.ones_like(lse) if weight is None else weight.to(lse.dtype)[index]
     loss = (lse - scores.gather(-1, index.unsqueeze(-1)).squeeze(-1)) * share
@@ -40,12 +43,11 @@ def cross_entropy(
         nll = lse.unsqueeze(-1) - scores
         smooth = nll.mean(-1) if weight is None else (nll * weight.to(lse.dtype)).sum(-1) / nll.shape[-1]
         loss = (1 - label_smoothing) * loss + label_smoothing * smooth
-    # where, not a product: an ignored row may hold inf or NaN
     loss, z = torch.where(valid, loss, 0.0), z_loss * torch.where(valid, lse, 0.0).square()
     if reduction == "mean":
         norm = normaliser(target, weight, ignore_index, lse.dtype)
-        return loss.sum() / norm + z.sum() / normaliser(target, None, ignore_index, lse.dtype), lse
-    return (loss + z).sum() if reduction == "sum" else loss + z, lse
+        return loss.sum() / norm + z.sum() / normaliser(target, None, ignore_index, lse.dtype), every
+    return (loss + z).sum() if reduction == "sum" else loss + z, every
 
 
 def cross_entropy_of_probabilities(

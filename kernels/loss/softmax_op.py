@@ -54,6 +54,8 @@ def softmax(
         if not fits:
             raise ValueError(f"softmax: mask {list(mask.shape)} does not broadcast to x {list(x.shape)}")
 
+    scale = checks.number("softmax", "scale", scale)
+
     def why_not(backend: str) -> str | None:
         return "mask needs a gradient" if mask is not None and mask.requires_grad else None
 
@@ -62,7 +64,7 @@ def softmax(
         return chosen
     if chosen == "torch":
         return reference.softmax(x, scale=scale, causal=causal, mask=mask)
-    return _softmax(x, mask, float(scale), bool(causal), chosen)
+    return _softmax(x, mask, scale, bool(causal), chosen)
 
 
 class _Softmax(torch.autograd.Function):

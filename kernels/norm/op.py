@@ -78,6 +78,9 @@ def rms_norm(
     if weight is not None and weight.dtype not in (x.dtype, torch.float32):
         weight = weight.float()
 
+    eps = checks.number("rms_norm", "eps", eps)
+    weight_offset = checks.number("rms_norm", "weight_offset", weight_offset)
+
     def why_not(backend: str) -> str | None:
         two = residual is not None and residual.dtype != x.dtype and backend == "cuda"
         return "its kernel takes a residual in the dtype of x" if two else None
@@ -87,7 +90,7 @@ def rms_norm(
         return chosen
     if chosen == "torch":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
-    y, h, _ = _rms_norm(x, weight, residual, float(eps), float(weight_offset), chosen)
+    y, h, _ = _rms_norm(x, weight, residual, eps, weight_offset, chosen)
     return y if residual is None else (y, h)
 
 

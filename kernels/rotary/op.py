@@ -11,6 +11,7 @@ from .. import backends, checks
 from ..library import function, in_torch_func, launchers, operator
 from ..native import as_rows
 from . import reference
+from .inplace import changes_alone, check_inplace
 
 
 @backends.op("cuda", "triton", "cpu")
@@ -65,7 +66,7 @@ def rope(
     checks.parameter("rope", "cos", cos, "q", q, tuple(cos.shape))
     checks.parameter("rope", "sin", sin, "q", q, tuple(cos.shape))
     if inplace:
-        _check_inplace(q, k)
+        check_inplace(q, k)
     if positions is not None:
         checks.indices("rope", "positions", positions, "q", q)
         checks.sized("rope", "positions", positions, tuple(q.shape[:-2]))
@@ -79,73 +80,23 @@ def rope(
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
+        if positions is not None:
+            _check_positions(positions, cos.shape[0])
         turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
-    elif inplace and _changes_alone(q, k) and not (torch.compiler.is_compiling() or in_torch_func()):
+    elif inplace and changes_alone(q, k) and not (torch.compiler.is_compiling() or in_torch_func()):
         return tuple(_rope(x, cos, sin, positions, interleaved, False, True, chosen) for x in (q, k))
     else:
         turned = tuple(_rope(x, cos, sin, positions, interleaved, False, False, chosen) for x in (q, k))
     return (q.copy_(turned[0]), k.copy_(turned[1])) if inplace else turned
 
 
-def _changes_alone(*tensors: Tensor) -> bool:
-    """Whether a kernel may write first, and autograd be told afterwards: no view of what it follows.
-
-    On such a view ``Tensor.copy_`` does both, and refuses before it writes.
-    """
-    return not torch.is_grad_enabled() or all(x._base is None or not x._base.requires_grad for x in tensors)
-
-
-def _check_inplace(q: Tensor, k: Tensor) -> None:
-    """Raise where autograd allows no change, or an element would be turned twice: before anything is written."""
-    if torch.compiler.is_compiling() or in_torch_func():  # no addresses to be had
+def _check_positions(positions: Tensor, rows: int) -> None:
+    """As the native kernels: on a CPU alone. Elsewhere the specification gives NaN."""
+    if positions.device.type != "cpu" or torch.compiler.is_compiling() or in_torch_func():
         return
-    for name, x in (("q", q), ("k", k)):
-        base = x if x._base is None else x._base
-        if torch.is_grad_enabled() and base.is_leaf and base.requires_grad:
-            view = "" if base is x else "a view of "
-            raise RuntimeError(f"rope: {name} is {view}a leaf Variable that requires grad, which inplace can't change")
-        if not _dense_steps(x) and _same_address(x):
-            raise ValueError(
-                f"rope: elements of {name} share memory, which inplace would turn twice; pass {name}.clone()"
-            )
-    shared = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
-    if shared and not _side_by_side(q, k) and _same_address(q, k):
-        raise ValueError("rope: q and k share memory, which inplace would turn twice; pass k.clone()")
-
-
-def _extent(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    return 1 + sum((n - 1) * step for n, step in zip(sizes, strides, strict=True))
-
-
-def _dense_steps(x: Tensor) -> bool:
-    """Whether each dimension steps over all that is inside it."""
-    reach = 0
-    for step, n in sorted(zip(x.stride(), x.shape, strict=True)):
-        if n > 1 and step <= reach:
-            return False
-        reach += (n - 1) * step
-    return True
-
-
-def _side_by_side(q: Tensor, k: Tensor) -> bool:
-    """Whether the heads of a token lie side by side, as in a fused projection."""
-    if q.stride()[:-2] != k.stride()[:-2]:
-        return False
-    token = min((step for step, n in zip(q.stride()[:-2], q.shape, strict=False) if n > 1), default=None)
-    first, second = sorted((q, k), key=Tensor.storage_offset)
-    gap = second.storage_offset() - first.storage_offset()
-    inner, last = (_extent(x.shape[-2:], x.stride()[-2:]) for x in (first, second))
-    return gap >= inner and (token is None or gap + last <= token)
-
-
-def _same_address(*tensors: Tensor) -> bool:
-    """Whether two elements have one address, by a list of all: for rare layouts."""
-    start = min(x.storage_offset() for x in tensors)
-    count = max(x.storage_offset() - start + _extent(x.shape, x.stride()) for x in tensors if x.numel())
-    places = torch.arange(int(count))
-    listed = [places.as_strided(x.shape, x.stride(), x.storage_offset() - start).flatten() for x in tensors]
-    every = torch.cat(listed)
-    return every.unique().numel() < every.numel()
+    outside = (positions < 0) | (positions >= rows)
+    if outside.any():
+        raise IndexError(f"rope: positions holds {positions[outside][0].item()}, cos and sin hold {rows} positions")
 
 
 class _Rope(torch.autograd.Function):

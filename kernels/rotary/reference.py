@@ -9,8 +9,13 @@ from torch import Tensor
 def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    rows = slice(q.shape[-3]) if positions is None else positions.long()
-    cos, sin = cos[rows].unsqueeze(-2), sin[rows].unsqueeze(-2)
+    if positions is None:
+        cos, sin = cos[: q.shape[-3]], sin[: q.shape[-3]]
+    else:
+        outside = ((positions < 0) | (positions >= len(cos))).unsqueeze(-1)
+        rows = positions.long().clamp(0, max(0, len(cos) - 1))
+        cos, sin = (table[rows].masked_fill(outside, float("nan")) for table in (cos, sin))
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
     return _rotated(q, cos, sin, interleaved), _rotated(k, cos, sin, interleaved)
 
 
@@ -21,4 +26,4 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     cos, sin = cos.to(wide), sin.to(wide)
     pair = a * cos - b * sin, b * cos + a * sin
     out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat([out.to(x.dtype), x[..., out.shape[-1] :]], -1)
+    return torch.cat([out, x[..., out.shape[-1] :].to(wide)], -1).to(x.dtype)

@@ -207,7 +207,7 @@ BAD = {
     "scalar": (lambda x, w: rms_norm(x[0, 0], w), ValueError, "at least 1 dimension"),
     "no columns": (lambda x, w: rms_norm(x[:, :0], None), ValueError, "at least one column"),
     "weight too short": (lambda x, w: rms_norm(x, w[:-1]), ValueError, r"weight must have shape \[16\], it has \[15\]"),
-    "weight's dtype": (lambda x, w: rms_norm(x, w.half()), TypeError, "weight must be float32"),
+    "weight's dtype": (lambda x, w: rms_norm(x, w.double()), TypeError, "weight is float64 but x is float32"),
     "weight elsewhere": (lambda x, w: rms_norm(x, w.to("meta")), ValueError, "weight is on meta but x is on cpu"),
     "residual's shape": (lambda x, w: rms_norm(x, w, residual=x[:1]), ValueError, "residual must have shape"),
     "residual's dtype": (lambda x, w: rms_norm(x, w, residual=x.double()), TypeError, "residual is float64"),
