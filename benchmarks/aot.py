@@ -339,13 +339,14 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
     new = {"compilers": compilers(), "triton": triton_table(), "cuda": cuda_table()}
-    if isinstance(new["cuda"], str):
-        print(f"CUDA C++: left out: {new['cuda']}")
-        if arguments.write:
-            return 1
-    if arguments.write:
-        TABLE.write_text(json.dumps(new, indent=1) + "\n")
     old = json.loads(TABLE.read_text())
+    if isinstance(new["cuda"], str):
+        print(f"CUDA C++: left as it is: {new['cuda']}")
+    if arguments.write:
+        if isinstance(new["cuda"], str):
+            new["cuda"], new["compilers"]["cuda"] = old["cuda"], old["compilers"]["cuda"]
+        TABLE.write_text(json.dumps(new, indent=1) + "\n")
+        old = new
     found = []
     for kind in ("triton", "cuda"):
         if not isinstance(new[kind], str):

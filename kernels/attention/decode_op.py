@@ -74,7 +74,8 @@ def flash_decode(
             a gradient, or a ``backend`` that can't run this call.
     """
     q, k_cache, v_cache = check_heads("flash_decode", q, k_cache, v_cache, ("k_cache", "v_cache"), 4)
-    left, right = bounds("flash_decode", causal, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("flash_decode", "scale", scale)
+    options = Options(scale, *bounds("flash_decode", causal, window), checks.softcap("flash_decode", softcap))
     if cache_seqlens is not None:
         checks.indices("flash_decode", "cache_seqlens", cache_seqlens, "q", q)
         checks.sized("flash_decode", "cache_seqlens", cache_seqlens, (q.shape[0],))
@@ -88,8 +89,6 @@ def flash_decode(
     chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q, v_cache))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("flash_decode", "scale", scale)
-    options = Options(scale, left, right, checks.softcap("flash_decode", softcap))
     if chosen == "torch":
         out, lse = reference.flash_decode(
             q,
@@ -98,8 +97,8 @@ def flash_decode(
             cache_seqlens,
             causal=False,
             scale=options.scale,
-            window=(left, right),
-            softcap=softcap,
+            window=(options.left, options.right),
+            softcap=options.softcap,
             sinks=sinks,
         )
     else:

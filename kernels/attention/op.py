@@ -118,7 +118,8 @@ def flash_attention(
             checks.floating("flash_attention", name, t, min_dim=4)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = check_heads("flash_attention", q, k, v, ("k", "v"), 3 if packed else 4)
-    left, right = bounds("flash_attention", causal, window)
+    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("flash_attention", "scale", scale)
+    options = Options(scale, *bounds("flash_attention", causal, window), checks.softcap("flash_attention", softcap))
     if causal and not packed and not torch.compiler.is_compiling() and q.shape[1] > k.shape[1] > 0:
         warnings.warn(
             f"flash_attention: causal, with more queries ({q.shape[1]}) than keys ({k.shape[1]}): the first see none "
@@ -145,8 +146,6 @@ def flash_attention(
     chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q, v))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    scale = q.shape[-1] ** -0.5 if scale is None else checks.number("flash_attention", "scale", scale)
-    options = Options(scale, left, right, checks.softcap("flash_attention", softcap))
     packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
     if chosen == "torch":
         out, lse = _torch(q, k, v, sinks, packing, options, return_lse)

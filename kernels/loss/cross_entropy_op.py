@@ -97,15 +97,15 @@ def cross_entropy(
     check_classes("cross_entropy", shard.classes)
     check_class_weight("cross_entropy", "weight", weight, "logits", logits, shard.classes)
     check_reduction("cross_entropy", reduction)
+    options = check_options(
+        "cross_entropy", ignore_index, label_smoothing, z_loss, softcap, shard.first_class, shard.classes
+    )
     soft = target.is_floating_point()
     if soft and shard.group is not None:
         raise ValueError("cross_entropy: target holds probabilities, which logits spread over a group don't take")
     chosen = backends.select("cross_entropy", logits, backend, lambda _: PROBABILITIES if soft else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    options = check_options(
-        "cross_entropy", ignore_index, label_smoothing, z_loss, softcap, shard.first_class, shard.classes
-    )
     if chosen == "torch":
         whole = logits if shard.group is None else sharded.gathered(shard)
         return torch_loss("cross_entropy", whole, target, weight, options, reduction, return_lse)

@@ -102,11 +102,11 @@ def linear_cross_entropy(
     check_classes("linear_cross_entropy", weight.shape[0])
     check_class_weight("linear_cross_entropy", "class_weight", class_weight, "hidden", hidden, weight.shape[0])
     check_reduction("linear_cross_entropy", reduction)
+    options = check_options("linear_cross_entropy", ignore_index, label_smoothing, z_loss, softcap, 0, weight.shape[0])
     soft = target.is_floating_point()
     chosen = backends.select("linear_cross_entropy", hidden, backend, lambda _: PROBABILITIES if soft else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    options = check_options("linear_cross_entropy", ignore_index, label_smoothing, z_loss, softcap, 0, weight.shape[0])
     if chosen == "torch":
         return torch_loss(
             "linear_cross_entropy", _logits(hidden, weight, bias), target, class_weight, options, reduction, return_lse
@@ -160,10 +160,10 @@ def linear_log_prob(
     """
     hidden, weight, bias = _linear("linear_log_prob", hidden, weight, target, bias)
     check_classes("linear_log_prob", weight.shape[0])
+    options = check_options("linear_log_prob", ignore_index, 0.0, 0.0, softcap, 0, weight.shape[0])
     chosen = backends.select("linear_log_prob", hidden, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    options = check_options("linear_log_prob", ignore_index, 0.0, 0.0, softcap, 0, weight.shape[0])
     if chosen == "torch":
         check_range("linear_log_prob", target, options)
         return reference.log_prob(
