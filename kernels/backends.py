@@ -26,6 +26,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import native
+from .library import in_torch_func
 from .measured import MEASURED_FASTER
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
@@ -154,7 +155,7 @@ def transformed() -> str | None:
     """Why no kernel can serve inside the transforms of torch.func and forward-mode differentiation that are on."""
     if forward_ad._current_level >= 0:
         return "its kernels have no forward-mode derivative"
-    if torch._C._are_functorch_transforms_active():
+    if in_torch_func():
         levels = torch._C._functorch.get_interpreter_stack() or []
         if any(level.key() != torch._C._functorch.TransformType.Grad for level in levels):
             return "its kernels take no part in vmap and the like"

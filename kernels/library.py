@@ -141,6 +141,11 @@ def in_torch_func() -> bool:
 in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as backends.transformed
 
 
+def has_values() -> bool:
+    """Whether tensors can be asked for their values and addresses: neither while traced nor in a transform."""
+    return not (torch.compiler.is_compiling() or in_torch_func())
+
+
 def function(differentiable: type[torch.autograd.Function]) -> Callable[..., Any]:
     """The call of an autograd Function that has ``forward``, ``setup_context`` and ``backward``.
 

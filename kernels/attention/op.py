@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function, in_torch_func
+from ..library import differentiable_once, function, has_values, in_torch_func
 from . import reference
 from .operators import attention_backward, attention_forward
 from .options import UNBOUNDED, Options, Window, bounds
@@ -249,7 +249,7 @@ def _torch(
         and not (return_lse or options.softcap or options.windowed or unseen)
     ):
         return _sdpa(q, k, v, causal, options.scale), None
-    if not torch.compiler.is_compiling() and not in_torch_func():
+    if has_values():
         check_packing(q, k, packing)
     return reference.flash_attention(
         q,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function, in_torch_func, launchers, operator
+from ..library import differentiable_once, function, has_values, launchers, operator
 from . import reference, sharded
 from .options import Options, Targets, Upstream
 
@@ -152,7 +152,7 @@ class _CrossEntropy(torch.autograd.Function):
             return (None,) * 7
         logits, lse, *targets = ctx.saved_tensors
         arguments = (logits, Targets(*targets), lse, Upstream(dloss, dlse), ctx.options, ctx.backend)
-        if ctx.inplace and logits.is_contiguous() and not (torch.compiler.is_compiling() or in_torch_func()):
+        if ctx.inplace and logits.is_contiguous() and has_values():
             cross_entropy_backward_(*arguments)
             torch.autograd.graph.increment_version(logits)
             dlogits = logits.detach()
@@ -260,9 +260,7 @@ def torch_loss(
 
 def check_range(op: str, target: Tensor, options: Options) -> None:
     """Raise where a target is no class: always on a CPU; on a GPU, which must be waited for, when debugging."""
-    if torch.compiler.is_compiling() or in_torch_func():
-        return
-    if target.device.type == "cpu" or checks.DEBUG:
+    if has_values() and (target.device.type == "cpu" or checks.DEBUG):
         out = (target != options.ignore_index) & ((target < 0) | (target >= options.classes))
         if out.any():
             raise IndexError(

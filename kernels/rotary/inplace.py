@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..library import in_torch_func
+from ..library import has_values
 
 
 def check_inplace(q: Tensor, k: Tensor) -> None:
     """Raise RuntimeError where PyTorch changes no such tensor, ValueError where an element would be turned twice."""
-    if torch.compiler.is_compiling() or in_torch_func() or not all(_has_memory(x) for x in (q, k)):
+    if not has_values() or not all(_has_memory(x) for x in (q, k)):
         return
     for name, x in (("q", q), ("k", k)):
         if not _steps_over_itself(x) and _share_an_address(x):

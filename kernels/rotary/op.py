@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import function, in_torch_func, launchers, operator
+from ..library import function, has_values, launchers, operator
 from ..native import as_rows
 from . import reference
 from .inplace import changes_alone, check_inplace
@@ -65,8 +65,6 @@ def rope(
         )
     checks.parameter("rope", "cos", cos, "q", q, tuple(cos.shape))
     checks.parameter("rope", "sin", sin, "q", q, tuple(cos.shape))
-    if inplace:
-        check_inplace(q, k)
     if positions is not None:
         checks.indices("rope", "positions", positions, "q", q)
         checks.sized("rope", "positions", positions, tuple(q.shape[:-2]))
@@ -79,11 +77,13 @@ def rope(
     chosen = backends.select("rope", q, backend, why_not)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
+    if inplace:
+        check_inplace(q, k)
     if chosen == "torch":
         if positions is not None:
             _check_positions(positions, cos.shape[0])
         turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
-    elif inplace and changes_alone(q, k) and not (torch.compiler.is_compiling() or in_torch_func()):
+    elif inplace and changes_alone(q, k) and has_values():
         return tuple(_rope(x, cos, sin, positions, interleaved, False, True, chosen) for x in (q, k))
     else:
         turned = tuple(_rope(x, cos, sin, positions, interleaved, False, False, chosen) for x in (q, k))
@@ -92,7 +92,7 @@ def rope(
 
 def _check_positions(positions: Tensor, rows: int) -> None:
     """As the native kernels: on a CPU alone. Elsewhere the specification gives NaN."""
-    if positions.device.type != "cpu" or torch.compiler.is_compiling() or in_torch_func():
+    if positions.device.type != "cpu" or not has_values():
         return
     outside = (positions < 0) | (positions >= rows)
     if outside.any():
