@@ -159,15 +159,16 @@ SpikePolicy = Literal["skip", "rollback", "stop"]
 
 @dataclass(frozen=True)
 class SpikeConfig:
-    """What happens when loss or gradient norm is not finite, or far above the latest ones."""
+    """What happens when loss or gradient norm is not finite, or (on request) both are far above the latest ones."""
 
     policy: SpikePolicy = "skip"  # at a spike: skip the update, return to the last checkpoint (rollback), or stop
-    sigma: float = 6.0  # standard deviations above the mean of the window
-    window: int = 128  # steps
+    sigma: float = 0.0  # a spike too: loss and norm so many deviations above the median (try 6); 0: not finite only
+    window: int = 128  # the latest steps, to which they are compared
     limit: int = 10  # spikes in a window that end the run
 
     def __post_init__(self) -> None:
-        _check_positive("spikes", self, "sigma", "window", "limit")
+        _check(self.sigma >= 0, f"spikes.sigma must not be negative, it is {self.sigma}")
+        _check_positive("spikes", self, "window", "limit")
         _check_choice("spikes", self, "policy", SpikePolicy)
 
 

@@ -67,14 +67,14 @@ class MeanMetrics:
         self.sums = torch.zeros(1 + len(self.names), device=device)  # and how many steps they are of
         self.grad_norm = torch.zeros((), device=device)  # of the latest step
 
-    def add(self, loss: Tensor, others: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """One step: loss 0-d, ``others`` ``[names]``. A step whose update is ``skipped`` (1, else 0) adds nothing."""
+    def add(self, loss: Tensor, others: Tensor, grad_norm: Tensor) -> None:
+        """One step: loss 0-d, ``others`` ``[names]``. Those that are not finite can't be in a mean: they add nothing."""
         step = torch.cat((loss[None], others, torch.ones_like(loss)[None]))
-        self.sums += torch.where(skipped > 0, 0.0, step)
+        self.sums += torch.where(step.isfinite().all(), step, 0.0)
         self.grad_norm = grad_norm
 
     def pop(self) -> dict[str, float | None]:
-        """The means (None where every step was skipped) and the latest gradient norm. Waits for the device."""
+        """The means (None where no step's numbers were finite) and the latest gradient norm. Waits for the device."""
         *sums, count, grad_norm = torch.cat((self.sums, self.grad_norm[None])).tolist()
         self.sums.zero_()
         means = {name: value / count if count else None for name, value in zip(self.names, sums, strict=True)}

@@ -105,7 +105,7 @@ class Trainer:
         self.lr = optim.learning_rate(config.optim, state.progress + 0.5 / config.train.steps)
         grad_scale = (grad_norm / config.optim.max_grad_norm).clamp(min=1.0) * count
         optim.step(self.optimizers, self.lr, grad_scale=grad_scale, found_inf=found_inf)
-        self.metrics.add(loss, sums[3:] / count, grad_norm, skipped=found_inf)
+        self.metrics.add(loss, sums[3:] / count, grad_norm)
         state.step += 1
         state.items += config.sequences
         state.progress = max(state.step / config.train.steps, state.progress + self._progress_per_step)
