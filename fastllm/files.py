@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import UserError
 
@@ -17,7 +20,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; some libraries make files that only their owner reads
         yield part
+        part.chmod(mode)
         to_disk(part)
         os.replace(part, path)
     except OSError as error:
@@ -48,10 +54,21 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
+        mode = part.stat().st_mode & 0o666
         for file in part.iterdir():
+            file.chmod(mode)
             to_disk(file)
         os.replace(part, path)
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file (or a link to one) for reading; OSError for a pipe or device, which might never end."""
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return os.fdopen(number, "rb")

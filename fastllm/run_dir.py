@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from . import config as configs
 from .data.tokenizer import Tokenizer
 from .errors import UserError
-from .files import atomic, write_atomic
+from .files import atomic, open_regular, write_atomic
 from .model.gpt import GPT
 from .model.weights import load_weights
 
@@ -43,12 +44,23 @@ def save_tokens(folder: Path, tokens: dict[str, np.ndarray]) -> None:
             np.save(file, array, allow_pickle=False)
 
 
-def load_tokens(folder: Path) -> dict[str, np.ndarray]:
-    """What :func:`save_tokens` wrote, memory-mapped."""
+def load_tokens(folder: Path, vocab_size: int) -> dict[str, np.ndarray]:
+    """What :func:`save_tokens` wrote, memory-mapped. Raises UserError where it is something else."""
+    return {name: _load_ids(folder / file, vocab_size) for name, file in TOKENS.items()}
+
+
+def _load_ids(path: Path, vocab_size: int) -> np.ndarray:
     try:
-        return {name: np.load(folder / file, mmap_mode="r", allow_pickle=False) for name, file in TOKENS.items()}
-    except (OSError, ValueError) as error:
-        raise UserError(f"can't read the encoded data of {folder}: {error}") from None
+        with open_regular(path):
+            ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise UserError(f"can't read the encoded data {path}: {error}") from None
+    if not isinstance(ids, np.ndarray) or ids.dtype not in (np.uint16, np.uint32) or ids.ndim != 1 or not ids.size:
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"
+        raise UserError(f"{path} must hold a row of token ids (uint16 or uint32), not {found}")
+    if ids.max() >= vocab_size:
+        raise UserError(f"{path}: the token id {ids.max()} is out of range: the tokenizer has {vocab_size} tokens")
+    return ids
 
 
 def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
@@ -70,9 +82,16 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tok
 
 def require_empty(folder: Path) -> None:
     """Raise UserError unless ``folder`` is new or empty: nothing in a run folder is ever overwritten."""
-    if folder.exists() and not folder.is_dir():
+    try:
+        is_folder = stat.S_ISDIR(folder.stat().st_mode)
+        is_empty = not is_folder or not any(folder.iterdir())
+    except FileNotFoundError:
+        return
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"can't use the run folder {folder}: {error.strerror}") from None
+    if not is_folder:
         raise UserError(f"{folder} is a file; --out names a new folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if not is_empty:
         what = "already holds a run" if (folder / METADATA).exists() else "is not empty"
         raise UserError(f"{folder} {what}; choose another folder with --out")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ..config import ParallelConfig
 from ..errors import UserError
+from .heartbeat import Heartbeat, heartbeat
 
 T = TypeVar("T")
 
@@ -24,25 +26,41 @@ _LOST_RANK_ERRORS = ("connection closed", "connection reset", "broken pipe", "nc
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group(device: torch.device) -> Iterator[Heartbeat]:
     """The default process group: of torchrun's ranks, or of this process alone (then no port is opened).
 
-    All ranks leave together: a rank that left while another still communicates would abort that one.
+    All ranks leave together: a rank that left while another still communicates would abort that one. Raises UserError
+    where the variables that torchrun sets make no sense, or the ranks don't find each other.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+            rank_variable(name)
+        try:
+            dist.init_process_group(backend)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"the ranks don't find each other ({reason}); start them with torchrun") from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield
-        dist.barrier()
+        with heartbeat(run_on_rank0(lambda: secrets.token_hex(8))) as thread:
+            yield thread
+            dist.barrier()
     except BaseException:
         if dist.get_world_size() > 1:  # the others may be gone; the end of this process closes its connections
             raise
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def rank_variable(name: str, default: int | None = None) -> int:
+    """A number that torchrun puts into the environment; UserError where it is none."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise UserError(f"the environment variable {name} must be a number, as torchrun sets it; it is {text!r}")
+    return int(text)
 
 
 @contextmanager
@@ -86,7 +104,7 @@ def local_device() -> torch.device:
     """The GPU of this rank, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(rank_variable("LOCAL_RANK", 0))
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import sys
 import time
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,16 +23,25 @@ from ..data import loader, sources
 from ..data.loader import EvalDataset, TokenDataset
 from ..data.tokenizer import Tokenizer
 from ..distributed.gradients import full_state_dict
-from ..distributed.mesh import ParallelDims, local_device, lost_ranks, process_group, run_on_rank0
+from ..distributed.mesh import (
+    ParallelDims,
+    abort_all_ranks,
+    local_device,
+    lost_ranks,
+    process_group,
+    rank_variable,
+    run_on_rank0,
+)
 from ..distributed.parallelize import build_model
 from ..errors import UserError
 from ..files import write_atomic
 from ..inference.generate import generate
 from ..kernels.native import multiplies_bfloat16
 from ..model.flops import count_parameters
-from ..model.weights import save_weights
+from ..run_lock import run_lock
 from . import metrics
 from .evaluation import Evaluator
+from .final_weights import WeightsRecord, load_final, read_record, save_final
 from .objectives import NextTokenPrediction
 from .plot import plot
 from .signals import StopSignals
@@ -49,7 +59,7 @@ class Run(NamedTuple):
     metadata: dict[str, Any]
 
 
-def train(config: Config, output_dir: Path | None = None, resume: bool = False) -> int:
+def train(config: Config, output_dir: Path | None = None, resume: bool = False, from_weights: bool = False) -> int:
     """Train a GPT as ``config`` says.
 
     Args:
@@ -57,15 +67,18 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False) 
         output_dir: the run folder, new or empty; None: a new one under runs/.
         resume: ``output_dir`` holds a run that ended early, or that ``config`` makes longer: continue it from its
             last checkpoint.
+        from_weights: with ``resume``, of a run whose checkpoints are gone: continue from its weights instead, with a
+            fresh optimizer.
 
     Returns:
         The exit code: 0, or 128 + the number of the signal that stopped the run.
 
     Raises:
-        UserError: the data, the folder or the configuration can't be used, or the loss spikes too often.
+        UserError: the data, the folder or the configuration can't be used, another process trains in the folder, or
+            the loss spikes too often.
     """
     began = time.perf_counter()
-    rank0 = os.environ.get("RANK", "0") == "0"
+    rank0 = rank_variable("RANK", 0) == 0
     console.console.quiet = not rank0
     if rank0 and output_dir is not None and not resume:
         run_dir.require_empty(output_dir)
@@ -75,9 +88,10 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False) 
     precision = pick_precision(config.train.precision, device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
 
-    with process_group(device):
+    with process_group(device) as heartbeat, ExitStack() as lock:
         dims = ParallelDims.from_config(config.parallel, device.type)
-        run, tokens = start(config, output_dir, resume)
+        run, tokens = start(config, output_dir, resume, lock)
+        heartbeat.advice = f"fastllm train --resume {run.folder} continues from the last checkpoint"
         config, metadata = run.config, run.metadata
         metadata |= {
             "status": "training",
@@ -107,44 +121,47 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False) 
                 signals=signals,
             )
             if resume:
-                if trainer.checkpoints.steps():  # else it ended before the first one
-                    trainer.restore()
-                console.say("resumed", f"from step {trainer.state.step} of {config.train.steps}")
+                continue_run(trainer, run.folder, from_weights)
             if rank0:
+                write_atomic(run.folder / run_dir.CONFIG, configs.dump(config).encode())
                 run_dir.save_metadata(run.folder, metadata)
             saved = trainer.run()
             weights = full_state_dict(trainer.model)
             if rank0:
-                save_weights(run.folder / run_dir.WEIGHTS, weights)
+                record = WeightsRecord(not trainer.stopped_by, asdict(trainer.state))
+                save_final(run.folder, weights, record, {"tokenizer": metadata["tokenizer"]})
             dist.barrier()
-    if rank0:
-        metadata |= results(trainer.state, config, interrupted=bool(trainer.stopped_by))
-        metadata["seconds"] = round(time.perf_counter() - began, 1)
-        run_dir.save_metadata(run.folder, metadata)
-        conclude(run, device)
-        if not saved:
-            raise UserError(
-                "the weights are saved, but the last checkpoint is not: --resume would start from the one before"
-            )
+        if rank0:
+            metadata |= results(trainer.state, interrupted=bool(trainer.stopped_by))
+            metadata["seconds"] = round(time.perf_counter() - began, 1)
+            run_dir.save_metadata(run.folder, metadata)
+            conclude(run, device)
+            if not saved:
+                raise UserError(
+                    "the weights are saved, but the last checkpoint is not: --resume would start from the one before"
+                )
     return 128 + trainer.stopped_by if trainer.stopped_by else 0
 
 
-def start(config: Config, output_dir: Path | None, resume: bool) -> tuple[Run, Tokens]:
-    """The run and its tokens on every rank. Rank 0 makes or checks the folder; the others read the tokens from it."""
+def start(config: Config, output_dir: Path | None, resume: bool, lock: ExitStack) -> tuple[Run, Tokens]:
+    """The run and its tokens on every rank. Rank 0 makes or checks the folder; the others read the tokens from it.
+
+    The folder's lock is entered into ``lock``.
+    """
     tokens: Tokens = {}
 
     def on_rank0() -> Run:
         if resume and output_dir is not None:
-            return resume_run(config, output_dir)
-        run, encoded = prepare(config, output_dir)
+            return resume_run(config, output_dir, lock)
+        run, encoded = prepare(config, output_dir, lock)
         tokens.update(encoded)
         return run
 
     run = run_on_rank0(on_rank0)
-    return run, tokens or run_dir.load_tokens(run.folder)
+    return run, tokens or run_dir.load_tokens(run.folder, run.config.model.vocab_size)
 
 
-def prepare(config: Config, output_dir: Path | None) -> tuple[Run, Tokens]:
+def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[Run, Tokens]:
     """Make the run folder: the tokenizer, the encoded data, and the configuration with the tokenizer's size."""
     corpus = sources.load_corpus(config.data.paths, config.data.validation)
     console.say("data", f"{corpus.name}: {len(corpus.train)} documents, {corpus.size / 1e6:.1f}M characters")
@@ -170,6 +187,7 @@ def prepare(config: Config, output_dir: Path | None) -> tuple[Run, Tokens]:
     console.say("tokenizer", f"{tokenizer.vocab_size:,} tokens; {sizes}")
 
     folder = run_dir.create(output_dir)
+    lock.enter_context(run_lock(folder))
     write_atomic(folder / run_dir.CONFIG, configs.dump(config).encode())
     tokenizer.save(folder / run_dir.TOKENIZER)
     run_dir.save_tokens(folder, tokens)
@@ -178,24 +196,66 @@ def prepare(config: Config, output_dir: Path | None) -> tuple[Run, Tokens]:
         "step": 0,
         "steps": config.train.steps,
         "parameters": count_parameters(config.model)["total"],
+        "tokenizer": tokenizer.fingerprint,
         **baseline(tokenizer, tokens, config),
     }
     run_dir.save_metadata(folder, metadata)
     return Run(folder, config, metadata), tokens
 
 
-def resume_run(config: Config, folder: Path) -> Run:
-    """Check that ``config`` continues the run in ``folder``, and write it there."""
+def resume_run(config: Config, folder: Path, lock: ExitStack) -> Run:
+    """Check that ``config`` continues the run in ``folder``, which is not changed yet."""
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}")
+    lock.enter_context(run_lock(folder))
     before = configs.load(folder / run_dir.CONFIG)
     if config.model != before.model or config.data != before.data:
         raise UserError("--resume continues with the model and the data of the run: leave out --model and --data")
-    if (config.optim.optimizer, config.spikes.window) != (before.optim.optimizer, before.spikes.window):
-        raise UserError("--resume continues with --optim.optimizer and --spikes.window of the run: leave them out")
+    for name in ("optim.optimizer", "spikes.window", "train.seed"):
+        if attrgetter(name)(config) != attrgetter(name)(before):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"--resume continues with {option} {attrgetter(name)(before)} of the run: leave it out")
     metadata = run_dir.load_metadata(folder)
-    if metadata.get("step") == config.train.steps:
-        raise UserError(f"{folder} has all its {config.train.steps} steps; for more give a larger --train.steps")
-    write_atomic(folder / run_dir.CONFIG, configs.dump(config).encode())
-    return Run(folder, config, metadata)
+    tokenizer = Tokenizer.load(folder / run_dir.TOKENIZER)
+    if tokenizer.fingerprint != metadata.get("tokenizer"):
+        raise UserError(f"{folder / run_dir.TOKENIZER} is not the tokenizer that the run began with")
+    tokens = run_dir.load_tokens(folder, config.model.vocab_size)
+    return Run(folder, config, metadata | baseline(tokenizer, tokens, config))
+
+
+def continue_run(trainer: Trainer, folder: Path, from_weights: bool) -> None:
+    """Bring the trainer to where the run ended: to its last intact checkpoint or, where asked, to its weights."""
+    checkpoints, settings = trainer.checkpoints, trainer.config.train
+    record = run_on_rank0(lambda: read_record(folder))
+    if from_weights:
+        if checkpoints.steps():
+            abort_all_ranks(f"{checkpoints.folder} has checkpoints: leave out --from-weights, or move that folder away")
+        if record is None:
+            abort_all_ranks(f"{folder} has no weights that say how far they were trained")
+        load_final(folder, trainer.model)
+        trainer.restore_state(record.state)
+        console.say("resumed", f"from the weights of step {record.step}, with a fresh optimizer")
+    else:
+        step = trainer.restore()
+        if step is not None:
+            console.say("resumed", f"from step {step} of {settings.steps}")
+        elif checkpoints.steps() or (folder / run_dir.WEIGHTS).exists():
+            found = "no intact checkpoint" if checkpoints.steps() else "no checkpoint"
+            weights = (
+                f"move {checkpoints.folder} away and add --from-weights" if checkpoints.steps() else "--from-weights"
+            )
+            advice = f"; to go on from its weights, with a fresh optimizer: {weights}" if record else ""
+            abort_all_ranks(f"{folder} has {found}{advice}")
+        else:
+            console.say("resumed", f"from step 0 of {settings.steps}: there is no checkpoint yet")
+    state = trainer.state
+    if state.step >= settings.steps:
+        abort_all_ranks(f"{folder} has all its {settings.steps} steps; for more give a larger --train.steps")
+    if settings.seconds and state.seconds >= settings.seconds:
+        spent = f"{state.seconds:.0f} s of training are spent"
+        abort_all_ranks(f"{spent}, --train.seconds is {settings.seconds:g}: give more")
+    if run_on_rank0(lambda: configs.load(folder / run_dir.CONFIG)).train.eval_tokens != settings.eval_tokens:
+        state.validation_loss = None  # of another evaluation
 
 
 def baseline(tokenizer: Tokenizer, tokens: Tokens, config: Config) -> dict[str, float]:
@@ -208,14 +268,13 @@ def baseline(tokenizer: Tokenizer, tokens: Tokens, config: Config) -> dict[str, 
     }
 
 
-def results(state: TrainState, config: Config, interrupted: bool) -> dict[str, Any]:
+def results(state: TrainState, interrupted: bool) -> dict[str, Any]:
     """What run.json says of a run that has ended."""
-    tokens_per_step = config.train.global_batch_tokens
     return {
         "status": "interrupted" if interrupted else "finished",
         "step": state.step,
-        "tokens": state.step * tokens_per_step,
-        "tokens_per_second": state.tokens_per_second(tokens_per_step),
+        "tokens": state.tokens,
+        "tokens_per_second": state.tokens_per_second(),
         "validation_loss": state.validation_loss,
         "spikes": state.spikes,
         "seconds_training": round(state.seconds, 2),

@@ -14,19 +14,20 @@ class TrainState:
 
     step: int = 0  # optimizer steps taken
     items: int = 0  # items of the data source read; a rollback does not take them back
+    tokens: int = 0  # trained on, in the steps taken
     progress: float = 0.0  # through the run, from 0 to 1
     seconds: float = 0.0  # of training; evaluation and checkpoints are counted below
     seconds_evaluating: float = 0.0
     seconds_saving: float = 0.0
-    logged_step: int = 0
+    logged_tokens: int = 0
     logged_seconds: float = 0.0
     spikes: int = 0
     rollbacks: int = 0
     validation_loss: float | None = None  # nats per token, the latest
 
-    def tokens_per_second(self, tokens_per_step: int) -> int:
+    def tokens_per_second(self) -> int:
         """Over the whole run."""
-        return round(self.step * tokens_per_step / self.seconds) if self.seconds else 0
+        return round(self.tokens / self.seconds) if self.seconds else 0
 
 
 class Stopwatch:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from ..hardware import peak_flops, peak_memory
 from ..model.flops import flops_per_token
 from ..model.gpt import GPT
 from . import optim
-from .checkpoint import Checkpointer, rng_state, set_rng_state
+from .checkpoint import Checkpointer, DamagedCheckpoint, rng_state, set_rng_state
 from .evaluation import Evaluator
 from .metrics import MeanMetrics, RunLog
 from .micro_batches import micro_batches
@@ -108,6 +109,7 @@ class Trainer:
         self.metrics.add(loss, sums[3:] / count, grad_norm)
         state.step += 1
         state.items += config.sequences
+        state.tokens += config.train.global_batch_tokens
         state.progress = max(state.step / config.train.steps, state.progress + self._progress_per_step)
 
     def _micro_batches(self) -> Iterator[Batch]:
@@ -171,13 +173,12 @@ class Trainer:
 
     def write_log(self) -> None:
         """A line of the log: the means since the last one."""
-        state, tokens = self.state, self.config.train.global_batch_tokens
-        seconds = max(state.seconds - state.logged_seconds, 1e-9)
-        speed = (state.step - state.logged_step) * tokens / seconds
+        state = self.state
+        speed = (state.tokens - state.logged_tokens) / max(state.seconds - state.logged_seconds, 1e-9)
         means = self.metrics.pop()
         record = {
             "step": state.step,
-            "tokens": state.step * tokens,
+            "tokens": state.tokens,
             "seconds": round(state.seconds, 2),
             "loss": means.pop("loss"),
             "lr": self.lr,
@@ -188,7 +189,7 @@ class Trainer:
             **means,
         }
         self.log.trained(record, seconds_left=state.seconds * max(0.0, 1 / state.progress - 1))
-        state.logged_step, state.logged_seconds = state.step, state.seconds
+        state.logged_tokens, state.logged_seconds = state.tokens, state.seconds
 
     def evaluate(self) -> None:
         """The validation loss, into the state and the log."""
@@ -236,7 +237,8 @@ class Trainer:
         kept |= {"rollbacks": state.rollbacks + 1, "logged_seconds": state.seconds}
         self.checkpoints.wait()
         with self.stopwatch.counted_as(None), self.spikes.keep_counts():
-            self.restore()
+            if self.restore() is None:
+                abort_all_ranks(f"can't roll back: there is no intact checkpoint in {self.checkpoints.folder}")
         vars(state).update(kept)
 
     # ---- checkpoints ----
@@ -265,33 +267,41 @@ class Trainer:
             console.say("warning", f"{problem}; training continues")
             self.log.write({"step": self.state.step, "problem": problem})
 
-    def restore(self) -> None:
-        """Continue from the last intact checkpoint."""
-        tensors = self.tensors()
+    def restore(self) -> int | None:
+        """Continue from the last intact checkpoint. Returns its step; None: there is none, and nothing has changed.
+
+        Raises UserError where the checkpoint is of another model or other data, or of another version.
+        """
         for step in reversed(self.checkpoints.steps()):
-            metadata = self.checkpoints.metadata(step)
-            self._check_same_run(step, metadata)
-            own = rng_state(self.device) if metadata["world_size"] == dist.get_world_size() else {}
-            problem = self.checkpoints.load(step, tensors | own)
-            if problem:
-                console.say("warning", f"{problem}; using the one before it")
+            try:
+                manifest = self.checkpoints.manifest(step)
+                self._check_same_run(step, manifest)
+                tensors = self.tensors()
+                own = rng_state(self.device) if manifest["world_size"] == dist.get_world_size() else {}
+                self.checkpoints.load(manifest, tensors | own)
+            except DamagedCheckpoint as damage:
+                console.say("warning", f"{damage}; using the one before it")
                 continue
             if own:
                 set_rng_state(self.device, own)
-            vars(self.state).update(metadata["state"])
-            self._update_progress()
-            return
-        abort_all_ranks(f"there is no intact checkpoint in {self.checkpoints.folder}")
+            self.restore_state(manifest["state"])
+            return step
+        return None
 
-    def _check_same_run(self, step: int, metadata: dict) -> None:
-        missing = {"state", "data", "model", "world_size"} - metadata.keys()
-        if missing:
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state``, of a checkpoint or of final weights, says."""
+        vars(self.state).update(state)
+        self._update_progress()
+
+    def _check_same_run(self, step: int, manifest: dict[str, Any]) -> None:
+        missing = {"state", "data", "model", "world_size"} - manifest.keys()
+        if missing or manifest["state"].keys() != vars(self.state).keys():
             abort_all_ranks(f"the checkpoint of step {step} was written by another version of fastllm")
         model = asdict(self.config.model)
-        changed = [key for key, value in model.items() if metadata["model"].get(key) != value]
+        changed = [key for key, value in model.items() if manifest["model"].get(key) != value]
         if changed:
             abort_all_ranks(f"the checkpoint of step {step} has another model.{', model.'.join(changed)}")
         try:
-            self.data.load_state_dict(metadata["data"])
+            self.data.load_state_dict(manifest["data"])
         except UserError as error:
             abort_all_ranks(f"step {step}: {error}")
