@@ -16,7 +16,7 @@ from .data.tokenizer import Tokenizer
 from .errors import UserError
 from .files import atomic, open_regular, write_atomic
 from .model.gpt import GPT
-from .model.weights import load_weights
+from .model.weights import load_weights, read_weights_metadata
 
 CONFIG, TOKENIZER, WEIGHTS, METADATA = "config.toml", "tokenizer.json", "model.safetensors", "run.json"
 TOKENS = {"train": "data/train.npy", "validation": "data/validation.npy"}
@@ -76,8 +76,16 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tok
             f"{folder}: {TOKENIZER} has {tokenizer.vocab_size} tokens, "
             f"but model.vocab_size in {CONFIG} is {config.model.vocab_size}"
         )
+    check_tokenizer(tokenizer, folder / TOKENIZER, folder / WEIGHTS)
     model = load_weights(config.model, folder / WEIGHTS)
     return model.to(device).eval(), tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, path: Path, *weights: Path) -> None:
+    """Raise UserError where files of weights say that they were trained on another tokenizer than that at ``path``."""
+    for file in weights:
+        if read_weights_metadata(file).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise UserError(f"the weights {file} were trained with another tokenizer than {path}")
 
 
 def require_empty(folder: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +70,17 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         write_atomic(path, self.backend.to_str(pretty=True).encode())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of vocabulary and merges, in hexadecimal: the tokens that a model was trained on.
+
+        Other settings and the form of the file don't change it.
+        """
+        merges = json.loads(self.backend.to_str())["model"].get("merges", [])
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]  # older files: "a b"
+        vocabulary = sorted(self.backend.get_vocab().items())
+        return hashlib.sha256(json.dumps([vocabulary, pairs]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text).ids

@@ -62,7 +62,8 @@ def export(
         for name, content in ((CONFIG, config), (GENERATION, special), ("tokenizer_config.json", described)):
             (part / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         (part / TOKENIZER).write_text(tokenizer.backend.to_str(pretty=True), "utf-8")
-        save_torch_state_dict(model.state_dict(), part, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        metadata = {"format": "pt", "tokenizer": tokenizer.fingerprint}
+        save_torch_state_dict(model.state_dict(), part, max_shard_size=max_shard_size, metadata=metadata)
     return out
 
 

@@ -19,6 +19,7 @@ from ..errors import UserError
 from ..model.gpt import GPT
 from ..model.rope import attention_factor
 from ..model.weights import load_weights
+from ..run_dir import check_tokenizer
 
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
@@ -70,6 +71,7 @@ def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer]:
     found = [_json(path / name).get("eos_token_id") for name in (GENERATION, CONFIG) if (path / name).is_file()]
     eos: int | list[int] = next((e for e in found if e is not None), [])
     tokenizer = Tokenizer.load(path / TOKENIZER, eos_ids=(eos,) if isinstance(eos, int) else tuple(eos))
+    check_tokenizer(tokenizer, path / TOKENIZER, *_weight_files(path))
     model = from_pretrained(path, device=device)
     if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: models round their vocabulary up
         raise UserError(

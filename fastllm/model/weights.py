@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,16 +14,25 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..files import atomic
 from .gpt import GPT
+from .safetensors_header import read_header
 
 
-def save_weights(path: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Write ``tensors``. A tied head is the embedding and has no entry of its own."""
+def save_weights(path: str | Path, tensors: dict[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write ``tensors``. A tied head is the embedding and has no entry of its own.
+
+    ``metadata``: what else the file says, such as the fingerprint of its tokenizer as ``"tokenizer"``.
+    """
     tensors = {name: t.detach().contiguous().cpu() for name, t in tensors.items()}
     with atomic(path) as part:
         try:
-            save_file(tensors, part, metadata={"format": "pt"})
+            save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(str(error)) from None
+
+
+def read_weights_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file; UserError where it can't be read."""
+    return read_header(path).metadata
 
 
 def load_weights(config: ModelConfig, *paths: str | Path, dtype: torch.dtype | None = None) -> GPT:

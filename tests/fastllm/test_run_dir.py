@@ -13,7 +13,7 @@ from fastllm.data.tokenizer import Tokenizer
 from fastllm.errors import UserError
 from fastllm.files import atomic, write_atomic
 from fastllm.model.gpt import GPT
-from fastllm.model.weights import load_weights, save_weights
+from fastllm.model.weights import load_weights, read_weights_metadata, save_weights
 
 TOKENIZER = Tokenizer.train(["some text " * 10], 270)
 SMALL = ModelConfig(vocab_size=TOKENIZER.vocab_size, max_seq_len=32, dim=32, layers=2, heads=2, kv_heads=1, ffn_dim=48)
@@ -92,3 +92,21 @@ def test_a_write_that_fails_changes_nothing(error, tmp_path):
 def test_a_write_to_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match="can't write"):
         write_atomic(tmp_path / "none" / "file", b"")
+
+
+def test_weights_of_another_tokenizer(tmp_path):
+    """Of the same size; weights that name none are taken at their word."""
+    other = Tokenizer.train(["more words " * 10], TOKENIZER.vocab_size)
+    assert other.vocab_size == TOKENIZER.vocab_size
+    (tmp_path / "config.toml").write_text(dump(Config(model=SMALL)))
+    run_dir.save_metadata(tmp_path, {"status": "finished"})
+    weights, path = tmp_path / "model.safetensors", tmp_path / "tokenizer.json"
+    save_weights(weights, GPT(SMALL).state_dict(), {"tokenizer": TOKENIZER.fingerprint, "step": "7"})
+    assert read_weights_metadata(weights) == {"format": "pt", "tokenizer": TOKENIZER.fingerprint, "step": "7"}
+    TOKENIZER.save(path)
+    run_dir.load_run(tmp_path)
+    other.save(path)
+    with pytest.raises(UserError, match=rf"{weights} were trained with another tokenizer than {path}"):
+        run_dir.load_run(tmp_path)
+    save_weights(weights, GPT(SMALL).state_dict())
+    run_dir.load_run(tmp_path)
