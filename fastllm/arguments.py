@@ -32,6 +32,7 @@ class TrainArguments(configs.Config):
     preset: str = "default"  # where the settings start from: default, or 15m to 70b (see fastllm plan)
     out: Path | None = None  # the run folder, new or empty; none: a new one under runs/
     resume: Path | None = None  # continue the run in this folder from its last checkpoint
+    from_weights: bool = False  # with --resume, where the checkpoints are gone: from the weights, a fresh optimizer
 
 
 @dataclass(frozen=True)

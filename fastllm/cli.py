@@ -59,8 +59,11 @@ def train(argv: list[str]) -> int:
 
     from .training.pretrain import train
 
+    if chosen.from_weights and not chosen.resume:
+        raise UserError("--from-weights goes with --resume RUN")
     config = configs.Config(**_fields(chosen))
-    return train(config, chosen.resume or chosen.out, resume=chosen.resume is not None)
+    resume = chosen.resume is not None
+    return train(config, chosen.resume or chosen.out, resume=resume, from_weights=chosen.from_weights)
 
 
 def _fields(config: configs.Config) -> dict[str, Any]:

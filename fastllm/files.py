@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from .errors import UserError
 
@@ -63,12 +60,3 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file (or a link to one) for reading; OSError for a pipe or device, which might never end."""
-    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(number).st_mode):
-        os.close(number)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(number, "rb")

@@ -14,7 +14,8 @@ import torch
 from . import config as configs
 from .data.tokenizer import Tokenizer
 from .errors import UserError
-from .files import atomic, open_regular, write_atomic
+from .files import atomic, write_atomic
+from .input_files import open_regular
 from .model.gpt import GPT
 from .model.weights import load_weights, read_weights_metadata
 
@@ -51,7 +52,7 @@ def load_tokens(folder: Path, vocab_size: int) -> dict[str, np.ndarray]:
 
 def _load_ids(path: Path, vocab_size: int) -> np.ndarray:
     try:
-        with open_regular(path):
+        with open_regular(path):  # a pipe would be waited for
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise UserError(f"can't read the encoded data {path}: {error}") from None

@@ -21,13 +21,14 @@ ALLOWED: dict[str, set[str]] = {
     "hardware": {"kernels"},
     "info": {"kernels", "errors", "__init__"},
     "dtensor": set(),
+    "run_lock": {"console", "errors"},
     "model": BASE,
     "data": BASE,
     "distributed": BASE | {"model"},
     "run_dir": BASE | {"model", "data"},
     "huggingface": BASE | {"model", "data", "run_dir"},
     "inference": BASE | {"model", "data", "run_dir", "huggingface"},
-    "training": BASE | {"model", "data", "run_dir", "distributed", "inference", "__init__"},  # the version
+    "training": BASE | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "__init__"},  # the version
     "planning": BASE | {"model", "distributed", "training"},
 }
 ALLOWED["cli"] = BASE | {*ALLOWED, "benchmarks", "__init__"}

@@ -29,7 +29,8 @@ from torch.futures import Future
 
 from ..distributed.mesh import run_on_rank0
 from ..errors import UserError
-from ..files import open_regular, to_disk, write_atomic
+from ..files import to_disk, write_atomic
+from ..input_files import open_regular, read_json
 
 MANIFEST = "checkpoint.json"
 CHECKSUM = "sha256"  # the manifest's key of the SHA-256 of all its other keys
@@ -236,14 +237,11 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     """The verified manifest; DamagedCheckpoint where it is not what was written."""
-    path = folder / MANIFEST
     try:
-        with open_regular(path) as file:
-            content = file.read(MAX_MANIFEST_BYTES + 1)
-        manifest = json.loads(content) if len(content) <= MAX_MANIFEST_BYTES else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{folder} is damaged: can't read {MANIFEST}: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get(CHECKSUM) != _checksum(manifest):
+        manifest = read_json(folder / MANIFEST, MAX_MANIFEST_BYTES)
+    except UserError as error:
+        raise DamagedCheckpoint(f"{folder} is damaged: {error}") from None
+    if manifest.get(CHECKSUM) != _checksum(manifest):
         raise DamagedCheckpoint(f"{folder} is damaged: {MANIFEST} is not what was written")
     files, step = manifest.get("files"), manifest.get("step")
     if not isinstance(files, dict) or not files or not all(_is_entry(*item) for item in files.items()):
@@ -274,7 +272,7 @@ def _entry(path: Path) -> dict[str, Any]:
 def _is_intact(path: Path, entry: dict[str, Any]) -> bool:
     try:
         return path.stat().st_size == entry["bytes"] and _entry(path) == entry
-    except OSError:
+    except (OSError, UserError):
         return False
 
 

@@ -18,23 +18,21 @@ from ..console import console, say
 from ..errors import UserError, pip_install
 
 LOG = "log.jsonl"  # in a run folder: JSON lines
-
-
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+BAR_WIDTH = 12  # characters
 
 
 class Progress:
-    """Live progress on a terminal; elsewhere a line every few seconds."""
+    """Live progress on a terminal, as much of it as the width has room for; elsewhere a line every few seconds."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self._printed = 0.0
-        columns = (
-            bars.TextColumn("step {task.completed}/{task.total}"),
-            bars.BarColumn(bar_width=20),
-            bars.TextColumn("{task.fields[line]}"),
-        )
-        self._bar = bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        columns = (bars.TextColumn("step {task.completed}/{task.total}"), bars.BarColumn(bar_width=BAR_WIDTH))
+        self._bar = bars.Progress(
+            *columns, bars.TextColumn("{task.fields[line]}"), console=console, transient=True,
+            disable=not console.is_terminal,
+        )  # fmt: skip
         self._task = self._bar.add_task("", total=steps, line="")
 
     def __enter__(self) -> Self:
@@ -46,17 +44,36 @@ class Progress:
 
     def update(self, record: dict[str, Any], seconds_left: float) -> None:
         """``record``: a line of the log."""
-        loss = math.nan if record["loss"] is None else record["loss"]
-        line = (
-            f"loss {loss:.3f}  lr {record['lr']:.1e}  grad norm {record['grad_norm']:.2f}  "
-            f"{record['tokens_per_second']:,} tokens/s  {record['mfu']:.0%} MFU  "
-            f"{record['memory'] / 2**30:.1f} GiB  {timedelta(seconds=int(seconds_left))} left"
-        )
-        step = record["step"]
-        self._bar.update(self._task, completed=step, line=line)
+        parts = progress_parts(record, seconds_left)
+        room = console.width - len(f"step {record['step']}/{self.steps}") - BAR_WIDTH - 3
+        self._bar.update(self._task, completed=record["step"], line=fitting(parts, room))
         if not console.is_terminal and time.monotonic() - self._printed >= PLAIN_EVERY:
             self._printed = time.monotonic()
-            say("train", f"step {step}/{self.steps}  {line}")
+            say("train", f"step {record['step']}/{self.steps}  {'  '.join(parts)}")
+
+
+def progress_parts(record: dict[str, Any], seconds_left: float) -> list[str]:
+    """What progress shows of a line of the log, the most wanted first."""
+    loss = math.nan if record["loss"] is None else record["loss"]
+    return [
+        f"loss {loss:.3f}",
+        f"{timedelta(seconds=int(min(seconds_left, 1e9)))} left",
+        f"{record['tokens_per_second']:,} tokens/s",
+        f"lr {record['lr']:.1e}",
+        f"grad norm {record['grad_norm']:.2f}",
+        f"{record['mfu']:.0%} MFU",
+        f"{record['memory'] / 2**30:.1f} GiB",
+    ]
+
+
+def fitting(parts: Sequence[str], room: int) -> str:
+    """The first of ``parts`` that fit into a line of ``room`` characters, two spaces between them."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > room:
+            break
+        line += f"  {part}"
+    return line
 
 
 class MeanMetrics:
@@ -68,7 +85,7 @@ class MeanMetrics:
         self.grad_norm = torch.zeros((), device=device)  # of the latest step
 
     def add(self, loss: Tensor, others: Tensor, grad_norm: Tensor) -> None:
-        """One step: loss 0-d, ``others`` ``[names]``. Those that are not finite can't be in a mean: they add nothing."""
+        """One step: loss 0-d, ``others`` ``[names]``. Where one isn't finite, none adds to the means."""
         step = torch.cat((loss[None], others, torch.ones_like(loss)[None]))
         self.sums += torch.where(step.isfinite().all(), step, 0.0)
         self.grad_norm = grad_norm
@@ -104,7 +121,10 @@ class RunLog:
             self.board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def __enter__(self) -> Self:
-        self._file = open(self.path, "a+b", buffering=0) if self.enabled else None
+        try:
+            self._file = open(self.path, "a+b", buffering=0) if self.enabled else None
+        except OSError as error:
+            raise UserError(f"can't write {self.path}: {error.strerror}") from None
         if self._file and self._file.tell():
             self._file.seek(-1, 2)
             if self._file.read(1) != b"\n":  # the line that a killed process was writing
@@ -146,13 +166,18 @@ class RunLog:
         say("validation", f"step {step}/{self.progress.steps}  loss {loss:.3f}")
 
 
-def read_log(log: Path) -> list[dict[str, float]]:
-    """The records of a log. Of a step that was trained twice, after a crash or a rollback, the last ones."""
-    kept: list[dict[str, float]] = []
-    for line in log.read_text("utf-8").splitlines():
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """The records of a log. Of a step that was trained twice, after a crash or a rollback, the last ones.
+
+    Lines that are no records, such as one that was cut off when the process was killed, are passed over.
+    """
+    kept: list[dict[str, Any]] = []
+    for line in log.read_bytes().splitlines():
         try:
             record = json.loads(line)
-        except ValueError:  # cut off when the process was killed
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
             continue
         same_step = []
         while kept and kept[-1]["step"] >= record["step"]:

@@ -22,7 +22,7 @@ def plot(log: Path, path: Path, unigram_loss: float) -> None:
         (speed, "tokens_per_second", "tokens/s", "-"),
     )
     for axes, key, label, style in curves:
-        points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.5)
     spikes = [r["step"] for r in records if "spikes" in r]

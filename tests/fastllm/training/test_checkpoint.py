@@ -271,10 +271,10 @@ def save_and_save(rank: int, world: int, port: int, folder: str, said: str) -> N
         first = 0
         if checkpoints.steps():
             first = checkpoints.steps()[-1]
-            problem = checkpoints.load(first, tensors)
-            whole = all(bool((t == first).all()) for t in parts.values())
-            if problem or not whole or checkpoints.metadata(first)["number"] != first:
-                Path(said).write_text(f"damaged: {problem}")
+            manifest = checkpoints.manifest(first)
+            checkpoints.load(manifest, tensors)
+            if manifest["number"] != first or not all(bool((t == first).all()) for t in parts.values()):
+                Path(said).write_text("damaged")
                 return
         for step in range(first + 1, first + 10_000):
             for part in parts.values():

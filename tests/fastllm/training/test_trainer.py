@@ -98,7 +98,7 @@ def test_a_save_costs_the_loop_a_copy(tmp_path, monkeypatch):
         kept = {}
         for step in (2, 3):
             tensors = {name: torch.empty_like(t) for name, t in trainer.tensors().items()}
-            assert trainer.checkpoints.load(step, tensors) is None
+            trainer.checkpoints.load(trainer.checkpoints.manifest(step), tensors)
             kept[step] = tensors
         for name, tensor in trainer.tensors().items():
             assert torch.equal(to_full(kept[3][name]).nan_to_num(-1), to_full(tensor).nan_to_num(-1)), name
