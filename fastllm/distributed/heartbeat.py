@@ -69,18 +69,20 @@ class Heartbeat(threading.Thread):
         try:
             self.store.set(str(self.rank), f"{self._beats} {self._me}")
             known = [rank for rank in self.watched if rank in self._last or self.store.check([str(rank)])]
-            values = self.store.multi_get([str(rank) for rank in known]) if known else []
+            values = dict(zip(known, self.store.multi_get([str(rank) for rank in known]) if known else [], strict=True))
         except (RuntimeError, ValueError):
             return []  # the launcher, which has the store, is stopped or gone: this says nothing about the ranks
-        for rank, value in zip(known, values, strict=True):
-            self._silent[rank] = self._silent[rank] + passed if self._last.get(rank) == value else 0.0
-            self._last[rank] = value
-        return [rank for rank in known if self._silent[rank] > SILENCE]
+        for rank in self.watched:
+            heard = rank in values and self._last.get(rank) != values[rank]
+            self._silent[rank] = 0.0 if heard else self._silent[rank] + passed
+        self._last |= values
+        return [rank for rank in self.watched if self._silent[rank] > SILENCE]
 
     def _give_up(self, lost: list[int]) -> None:
         """The main thread waits for the lost ranks within a collective, which nothing interrupts: end the process."""
         if self.rank < 2:  # the others would only repeat it
-            names = ", ".join(f"rank {rank} ({self._last[rank].decode().partition(' ')[2]})" for rank in lost)
+            who = {rank: value.decode().partition(" ")[2] for rank, value in self._last.items()}
+            names = ", ".join(f"rank {rank} ({who.get(rank, 'never heard of')})" for rank in lost)
             hung = "has" if len(lost) == 1 else "have"
             what = f"{names} {hung} not answered for {SILENCE:.0f} s: stopped, hung, or its machine is gone"
             print(f"fastllm: error: {what}. {self.advice}", file=sys.stderr, flush=True)

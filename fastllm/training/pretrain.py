@@ -38,7 +38,7 @@ from ..files import write_atomic
 from ..inference.generate import generate
 from ..kernels.native import multiplies_bfloat16
 from ..model.flops import count_parameters
-from ..run_lock import run_lock
+from ..run_lock import LOCK, run_lock
 from . import metrics
 from .evaluation import Evaluator
 from .final_weights import WeightsRecord, load_final, read_record, save_final
@@ -300,7 +300,7 @@ def conclude(run: Run, device: torch.device) -> None:
         console.say("validation", f"loss {loss:.3f} nats per token ({loss / per_byte:.3f} bits per byte)")
         console.say("", f"     {metadata['unigram_loss']:.3f} a unigram model of the same tokens")
         console.say("speed", f"{metadata['tokens_per_second']:,} tokens/s; {metadata['seconds']:.0f} s in total")
-    console.say("files", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
+    console.say("files", f"{folder}: {', '.join(sorted(p.name for p in folder.iterdir() if p.name != LOCK))}")
     console.say("try", f"fastllm generate {folder}" + (f' --prompt "{prompt}"' if prompt else ""))
 
 
