@@ -85,10 +85,10 @@ def _is_alive(owner: dict[str, Any], number: int, locks_known: bool) -> bool:
     if locks_known:
         return False
     try:
-        os.kill(int(owner["pid"]), 0)
+        os.kill(owner["pid"], 0)
     except PermissionError:
         return True
-    except (OSError, KeyError, TypeError, ValueError, OverflowError):
+    except (OSError, OverflowError):
         return False
     return True
 
@@ -106,11 +106,12 @@ def _read(number: int) -> dict[str, Any]:
         owner = json.loads(os.pread(number, 4096, 0))
     except (OSError, ValueError, RecursionError):
         return {}
-    return owner if isinstance(owner, dict) else {}
+    whole = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and isinstance(owner.get("host"), str)
+    return owner if whole else {}
 
 
 def _name(owner: dict[str, Any]) -> str:
-    if not owner:
+    if not owner:  # it has just locked the file
         return "another process"
     return f"process {owner.get('pid')} on {owner.get('host')} (since {owner.get('started')})"
 

@@ -240,12 +240,9 @@ def continue_run(trainer: Trainer, folder: Path, from_weights: bool) -> None:
         if step is not None:
             console.say("resumed", f"from step {step} of {settings.steps}")
         elif checkpoints.steps() or (folder / run_dir.WEIGHTS).exists():
-            found = "no intact checkpoint" if checkpoints.steps() else "no checkpoint"
-            weights = (
-                f"move {checkpoints.folder} away and add --from-weights" if checkpoints.steps() else "--from-weights"
-            )
-            advice = f"; to go on from its weights, with a fresh optimizer: {weights}" if record else ""
-            abort_all_ranks(f"{folder} has {found}{advice}")
+            found, first = ("no intact", f"move {checkpoints.folder} away and ") if checkpoints.steps() else ("no", "")
+            advice = f"; to go on from its weights, with a fresh optimizer: {first}add --from-weights" if record else ""
+            abort_all_ranks(f"{folder} has {found} checkpoint{advice}")
         else:
             console.say("resumed", f"from step 0 of {settings.steps}: there is no checkpoint yet")
     state = trainer.state

@@ -1,0 +1,330 @@
+"""A resumed run loses nothing, and says what is true."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastllm import run_lock
+from fastllm.cli import main
+from fastllm.config import load
+from fastllm.data.loader import EvalDataset
+from fastllm.data.tokenizer import Tokenizer
+from fastllm.run_dir import load_metadata, load_run
+from fastllm.training import trainer
+from fastllm.training.final_weights import read_record
+
+TINY = """
+[model]
+vocab_size = 300
+max_seq_len = 32
+dim = 32
+layers = 1
+ffn_dim = 48
+[optim]
+lr = 1e-2
+[train]
+global_batch_tokens = 128
+steps = 20
+log_every = 5
+eval_every = 10
+eval_tokens = 512
+[checkpoint]
+every = 10
+keep = 9
+"""
+
+
+class Ended(Exception):
+    """A command failed, with this on stderr."""
+
+
+@pytest.fixture
+def train(tmp_path, capsys, monkeypatch) -> Callable[..., str]:
+    """``fastllm train`` in this process, in ``tmp_path``; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(*words: object) -> str:
+        capsys.readouterr()
+        code = main(["train", *map(str, words)])
+        printed, errors = capsys.readouterr()
+        if code == 2:
+            raise Ended(errors)
+        assert code in (0, 130), errors
+        return printed
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.toml").write_text(TINY)
+    (folder / "text.txt").write_text("".join(f"{i} times {i} is {i * i}\n" for i in range(3000)))
+    run = folder / "run"
+    assert main(["train", str(folder / "tiny.toml"), "--data", str(folder / "text.txt"), "--out", str(run)]) == 0
+    return run
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of a finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def cut(run: Path) -> None:
+    """As if it had been killed after step 10."""
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def interrupt_at(step: int, monkeypatch) -> None:
+    one = trainer.Trainer.train_step
+
+    def train_step(self: trainer.Trainer) -> None:
+        one(self)
+        if self.state.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+
+
+# ---- what is said of it ----
+
+
+def test_tokens_are_counted_as_they_were_trained_on(run, train):
+    cut(run)
+    train("--resume", run, "--train.global-batch-tokens", 256)
+    assert load_metadata(run)["tokens"] == 10 * 128 + 10 * 256
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines if "loss" in line][-2:] == [10 * 128 + 5 * 256, 10 * 128 + 10 * 256]
+
+
+def test_bits_per_byte_are_those_of_the_evaluation(run, train):
+    cut(run)
+    printed = train("--resume", run, "--train.eval-tokens", 96)
+    _, tokenizer = load_run(run)
+    dataset = EvalDataset(np.load(run / "data" / "validation.npy"), 32, 96)
+    targets = dataset.batch(0, len(dataset))["targets"].numpy()
+    bytes_per_token = tokenizer.byte_lengths()[targets].mean()
+    loss = load_metadata(run)["validation_loss"]
+    assert f"({loss / math.log(2) / bytes_per_token:.3f} bits per byte)" in printed
+    assert load_metadata(run)["bytes_per_token"] == bytes_per_token
+
+
+def test_a_loss_of_another_evaluation_is_not_kept(run, train, monkeypatch):
+    cut(run)
+    interrupt_at(11, monkeypatch)
+    train("--resume", run, "--train.eval-tokens", 96)
+    assert load_metadata(run)["validation_loss"] is None
+
+
+# ---- what can't go on changes nothing ----
+
+REFUSED = {
+    "seed": (("--train.seed", 1), "--resume continues with --train.seed 0 of the run: leave it out"),
+    "steps done": ((), "has all its 20 steps; for more give a larger --train.steps"),
+    "fewer steps": (("--train.steps", 5), "has all its 5 steps; for more give a larger --train.steps"),
+    "seconds spent": (
+        ("--train.steps", 30, "--train.seconds", 1e-3),
+        "of training are spent, --train.seconds is 0.001",
+    ),
+    "weights asked for": (("--train.steps", 30, "--from-weights"), "has checkpoints: leave out --from-weights"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused(name, run, train):
+    words, message = REFUSED[name]
+    before = contents(run)
+    with pytest.raises(Ended, match=message):
+        train("--resume", run, *words)
+    assert contents(run) == before
+
+
+def test_another_tokenizer_of_the_same_size(run, train):
+    size = load(run / "config.toml").model.vocab_size
+    other = Tokenizer.train([" ".join(f"{word}{word[::-1]}" for word in sorted(dir(os)))], size)
+    assert other.vocab_size == size
+    other.save(run / "tokenizer.json")
+    with pytest.raises(Ended, match=r"tokenizer\.json is not the tokenizer that the run began with"):
+        train("--resume", run, "--train.steps", 30)
+
+
+IDS = {
+    "empty": (np.empty(0, np.uint16), r"must hold a row of token ids \(uint16 or uint32\), not uint16 \[0\]"),
+    "floats": (np.ones(4000, np.float32), r"not float32 \[4000\]"),
+    "a matrix": (np.ones((40, 40), np.uint16), r"not uint16 \[40, 40\]"),
+    "out of range": (np.full(4000, 300, np.uint16), "the token id 300 is out of range: the tokenizer has 300 tokens"),
+    "objects": (np.array([{}] * 9), "can't read the encoded data"),
+}
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_token_ids_that_are_none(name, run, train):
+    ids, message = IDS[name]
+    np.save(run / "data" / "train.npy", ids, allow_pickle=True)
+    with pytest.raises(Ended, match=message):
+        train("--resume", run, "--train.steps", 30)
+
+
+def test_an_empty_file_of_token_ids(run, train):
+    (run / "data" / "train.npy").write_bytes(b"")
+    with pytest.raises(Ended, match="can't read the encoded data"):
+        train("--resume", run, "--train.steps", 30)
+
+
+# ---- the weights ----
+
+
+def test_without_checkpoints_the_weights_stay(run, train):
+    shutil.rmtree(run / "checkpoints")
+    before = contents(run)
+    with pytest.raises(Ended, match=r"run has no checkpoint; to go on from its weights, .*: add --from-weights"):
+        train("--resume", run, "--train.steps", 30)
+    assert contents(run) == before
+
+
+def test_with_none_intact_the_weights_stay(run, train):
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "checkpoint.json").write_text("{}")
+    before = contents(run)
+    with pytest.raises(Ended, match=r"has no intact checkpoint; .*: move .*checkpoints away and add --from-weights"):
+        train("--resume", run, "--train.steps", 30)
+    assert contents(run) == before
+
+
+def test_to_go_on_from_the_weights(run, train):
+    shutil.rmtree(run / "checkpoints")
+    before = load_metadata(run)
+    printed = train("--resume", run, "--train.steps", 40, "--from-weights")
+    assert "from the weights of step 20, with a fresh optimizer" in printed
+    after = load_metadata(run)
+    assert (after["step"], after["tokens"]) == (40, 40 * 128)
+    assert after["validation_loss"] < before["validation_loss"]
+    assert read_record(run).finished
+
+
+def test_an_early_end_does_not_replace_the_weights_of_a_finished_run(run, train, monkeypatch):
+    before = (run / "model.safetensors").read_bytes()
+    interrupt_at(21, monkeypatch)
+    printed = train("--resume", run, "--train.steps", 400)
+    assert "model.safetensors stays that of step 20, of the finished run; the checkpoint has 21" in printed
+    assert (run / "model.safetensors").read_bytes() == before
+    assert load_metadata(run)["status"] == "interrupted"
+    assert "from step 21 of 400" in train("--resume", run, "--train.steps", 400, "--train.seconds", 1)
+
+
+def test_nor_those_of_a_later_step(run, train, monkeypatch):
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+    with monkeypatch.context() as patched:
+        interrupt_at(16, patched)
+        train("--resume", run, "--train.steps", 40)
+    record = read_record(run)
+    assert (record.finished, record.step) == (True, 20)
+
+
+def test_finished_weights_that_are_worse_are_put_beside(run, train):
+    before = (run / "model.safetensors").read_bytes()
+    printed = train("--resume", run, "--train.steps", 24, "--optim.lr", 1.0, "--optim.schedule", "linear")
+    assert "those from before are in model-step-00000020.safetensors" in printed
+    assert (run / "model-step-00000020.safetensors").read_bytes() == before
+    assert read_record(run).step == 24
+
+
+def test_better_ones_replace_them(run, train):
+    train("--resume", run, "--train.steps", 60)
+    assert read_record(run).step == 60
+    assert not list(run.glob("model-*"))
+
+
+def test_weights_are_as_readable_as_other_files(run):
+    before = os.umask(0o022)
+    try:
+        for path in run.rglob("*"):
+            if path.is_file():
+                assert oct(path.stat().st_mode & 0o777) == "0o644", path
+    finally:
+        os.umask(before)
+
+
+def test_the_record_of_the_weights(run):
+    record, metadata = read_record(run), load_metadata(run)
+    assert (record.finished, record.step) == (True, 20)
+    assert record.validation_loss == metadata["validation_loss"]
+    assert all(bool(t.isfinite().all()) for t in load_file(run / "model.safetensors").values())
+    assert torch.is_tensor(load_run(run)[0].head_weight)
+
+
+# ---- the lock ----
+
+
+def test_a_run_that_is_in_training(run, train):
+    before = contents(run)
+    with run_lock.run_lock(run), pytest.raises(Ended, match=rf"is in training by process {os.getpid()} on "):
+        train("--resume", run, "--train.steps", 30)
+    assert contents(run) == before
+
+
+def test_the_lock_goes_with_the_run(run, train):
+    train("--resume", run, "--train.steps", 24)
+    assert not (run / run_lock.LOCK).exists()
+
+
+def test_a_stale_lock_is_said(run, train):
+    (run / run_lock.LOCK).write_text(json.dumps({"pid": 1, "host": run_lock.socket.gethostname(), "started": "then"}))
+    printed = train("--resume", run, "--train.steps", 24)
+    assert "by process 1 on" in printed
+    assert "(since then), ended without a word" in printed
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b'{"pid": "x"}', b'{"pid": 1e400}'])
+def test_a_lock_that_says_nothing(content, run, train):
+    (run / run_lock.LOCK).write_bytes(content)
+    train("--resume", run, "--train.steps", 24)
+
+
+def test_another_host(run, train):
+    """Whose locks are not seen here: the file's time decides."""
+    lock = run / run_lock.LOCK
+    lock.write_text(json.dumps({"pid": os.getpid(), "host": "elsewhere", "started": "then"}))
+    with pytest.raises(Ended, match=r"by process \d+ on elsewhere"):
+        train("--resume", run, "--train.steps", 24)
+    os.utime(lock, (1, lock.stat().st_mtime - run_lock.STALE_AFTER))
+    train("--resume", run, "--train.steps", 24)
+
+
+def test_a_file_system_without_locks(run, train, monkeypatch):
+    def flock(number: int, how: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(run_lock.fcntl, "flock", flock)
+    with run_lock.run_lock(run), pytest.raises(Ended, match="is in training by process"):
+        train("--resume", run, "--train.steps", 24)
+    train("--resume", run, "--train.steps", 24)
+
+
+def test_a_folder_that_can_not_be_written_to(run, train, monkeypatch):
+    real = os.open
+
+    def read_only(path, flags, *rest, **kwargs):
+        if flags & os.O_CREAT:
+            raise OSError(30, "Read-only file system", str(path))
+        return real(path, flags, *rest, **kwargs)
+
+    monkeypatch.setattr(run_lock.os, "open", read_only)
+    with pytest.raises(Ended, match=r"can't train in .*run: run\.lock: Read-only file system"):
+        train("--resume", run, "--train.steps", 24)
