@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import traceback
 
 import numpy as np
@@ -14,7 +15,8 @@ from fastllm.data.loader import IGNORE_INDEX
 from fastllm.distributed.mesh import process_group
 from fastllm.dtensor import to_full
 from fastllm.training.checkpoint import Checkpointer
-from fastllm.training.metrics import LOG, RunLog, read_log
+from fastllm.training.metrics import LOG, MeanMetrics, RunLog, fitting, progress_parts, read_log
+from fastllm.training.plot import plot
 from tests.fastllm import small_run
 
 
@@ -80,6 +82,46 @@ def test_the_loss_is_the_mean_over_the_tokens_that_count(tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for name, gradient in gradients[1].items():
         torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_a_skipped_step_counts_in_the_logged_loss(tmp_path, monkeypatch):
+    """The weights stay as they were; the loss was what it was."""
+    with process_group(small_run.CPU):
+        trainer = small_run.make(small_run.config(), tmp_path)
+        before = [to_full(p).clone() for p in trainer.model.parameters()]
+        monkeypatch.setattr(trainer.spikes, "step", lambda step, loss, norm: torch.ones(()))
+        trainer.train_step()
+        assert all(torch.equal(to_full(p), old) for p, old in zip(trainer.model.parameters(), before, strict=True))
+        assert trainer.metrics.pop()["loss"] == pytest.approx(math.log(259), rel=0.2)
+
+
+def test_a_loss_that_is_not_finite_is_in_no_mean():
+    metrics = MeanMetrics(("other",), small_run.CPU)
+    for loss in (2.0, math.nan, 4.0, math.inf):
+        metrics.add(torch.tensor(loss), torch.tensor([1.0]), torch.tensor(0.5))
+    assert metrics.pop() == {"loss": 3.0, "other": 1.0, "grad_norm": 0.5}
+    assert metrics.pop()["loss"] is None
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_progress_fits_the_terminal(width):
+    """The most wanted first, and nothing cut."""
+    record = {"loss": 3.4567, "lr": 4e-3, "grad_norm": 1.23, "tokens_per_second": 12_345, "mfu": 0.4, "memory": 2**32}
+    parts = progress_parts(record, 3661)
+    line = fitting(parts, width - 30)
+    assert len(line) <= width - 30
+    assert line.startswith("loss 3.457  1:01:01 left")
+    assert line == "  ".join(parts[: line.count("  ") + 1])
+    assert (line.count("  ") + 1 == len(parts)) == (width == 160)
+
+
+def test_garbage_in_a_log_is_passed_over(tmp_path):
+    lines = [b'{"step": 1, "loss": 2.0}', b"\xff\xfe", b"[1]", b"null", b'{"step": "x"}', b'{"loss": 1}', b"[" * 10**5]
+    lines += [b'{"step": 2, "loss": "text"}', b'{"step": 3, "loss": NaN}']
+    (tmp_path / LOG).write_bytes(b"\n".join(lines))
+    assert [record["step"] for record in read_log(tmp_path / LOG)] == [1, 2, 3]
+    plot(tmp_path / LOG, tmp_path / "loss.png", 5.0)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
 def test_a_save_costs_the_loop_a_copy(tmp_path, monkeypatch):
