@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -39,17 +40,11 @@ class WeightsRecord:
 
 
 def read_record(folder: Path) -> WeightsRecord | None:
-    """The record in the run's weights; None where there are no weights, or no record in them.
-
-    Raises UserError where the weights can't be read.
-    """
-    if not (folder / WEIGHTS).exists():
-        return None
-    text = read_weights_metadata(folder / WEIGHTS).get(RECORD, "")
+    """The record in the run's weights; None where there are no weights, none that can be read, or no record in them."""
     try:
-        record = WeightsRecord(**json.loads(text))
+        record = WeightsRecord(**json.loads(read_weights_metadata(folder / WEIGHTS)[RECORD]))
         return record if record.step >= 0 else None
-    except (ValueError, TypeError, KeyError):
+    except (UserError, ValueError, TypeError, KeyError):
         return None
 
 
@@ -69,12 +64,17 @@ def save_final(folder: Path, weights: dict[str, Tensor], record: WeightsRecord, 
     if not path.exists() or (before is not None and (not before.finished or _is_better(record, before))):
         save_weights(path, weights, metadata)
         return
-    kept = path.with_name(f"model-step-{before.step:08d}.safetensors" if before else "model-before.safetensors")
+    kept = _free_name(folder, f"model-step-{before.step:08d}" if before else "model-before")
     new = path.with_name("model-new.safetensors")
     save_weights(new, weights, metadata)
     os.replace(path, kept)
     os.replace(new, path)
     console.say("weights", f"those from before are in {kept.name}: by the validation loss the new ones are not better")
+
+
+def _free_name(folder: Path, stem: str) -> Path:
+    names = (f"{stem}{suffix}.safetensors" for suffix in itertools.chain([""], (f"-{n}" for n in itertools.count(2))))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _is_better(new: WeightsRecord, old: WeightsRecord) -> bool:

@@ -245,6 +245,17 @@ def test_finished_weights_that_are_worse_are_put_beside(run, train):
     assert read_record(run).step == 24
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff" * 1000])
+def test_damaged_weights_do_no_harm(content, run, train):
+    """Neither to what goes on from a checkpoint, nor to the weights at its end; nothing is overwritten."""
+    (run / "model.safetensors").write_bytes(content)
+    (run / "model-before.safetensors").write_bytes(b"others")
+    train("--resume", run, "--train.steps", 24)
+    assert read_record(run).step == 24
+    assert (run / "model-before.safetensors").read_bytes() == b"others"
+    assert (run / "model-before-2.safetensors").read_bytes() == content
+
+
 def test_better_ones_replace_them(run, train):
     train("--resume", run, "--train.steps", 60)
     assert read_record(run).step == 60
