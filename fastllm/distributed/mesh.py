@@ -57,9 +57,12 @@ def process_group(device: torch.device) -> Iterator[Heartbeat]:
 
 def rank_variable(name: str, default: int | None = None) -> int:
     """A number that torchrun puts into the environment; UserError where it is none."""
-    text = os.environ.get(name, "" if default is None else str(default))
-    if not text.isdecimal():
-        raise UserError(f"the environment variable {name} must be a number, as torchrun sets it; it is {text!r}")
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not (text.isascii() and text.isdecimal() and len(text) < 10):
+        what = "not set" if text is None else repr(text)
+        raise UserError(f"the environment variable {name} must be a number, as torchrun sets it; it is {what}")
     return int(text)
 
 
