@@ -12,7 +12,8 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..files import atomic_folder
 from ..run_dir import load_run
-from .load import CONFIG, GENERATION, ROPE_FIXED, TOKENIZER
+from .load import CONFIG, GENERATION, TOKENIZER
+from .model_config import ROPE_FIXED
 
 
 def export(

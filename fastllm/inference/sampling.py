@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LEAST_TEMPERATURE = 1e-30  # a lower one would be 0 in float32
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -22,6 +24,6 @@ def sample_token(logits: Tensor, params: SamplingParams, generator: torch.Genera
     if params.temperature == 0:
         return int(logits.argmax())
     values, tokens = logits.topk(min(params.top_k or len(logits), len(logits)))  # sorted
-    probs = torch.softmax(values / params.temperature, -1)
+    probs = torch.softmax((values - values[0]) / max(params.temperature, LEAST_TEMPERATURE), -1)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= params.top_p, 0.0)  # the most likely one always stays
     return int(tokens[torch.multinomial(probs, 1, generator=generator)])

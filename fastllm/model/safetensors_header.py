@@ -23,6 +23,11 @@ class Entry(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 class Header(NamedTuple):
     """A header: its tensors by name, and the metadata."""
@@ -33,7 +38,7 @@ class Header(NamedTuple):
 
 def read_header(path: str | Path) -> Header:
     """The header of a safetensors file whose tensors fill the file exactly; UserError for any other file."""
-    with open_regular(path) as file:
+    with open_regular(path, "the weights ") as file:
         try:
             available = os.fstat(file.fileno()).st_size - 8
             size = int.from_bytes(file.read(8), "little")
@@ -45,7 +50,7 @@ def read_header(path: str | Path) -> Header:
             content = file.read(size)
         except OSError as error:
             raise UserError(f"can't read the weights {path}: {error.strerror}") from None
-    values = parse_json(content, f"the header of {path}")
+    values = parse_json(content, f"can't read the weights {path}: its header")
     metadata = values.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"can't read the weights {path}: __metadata__ must map strings to strings")

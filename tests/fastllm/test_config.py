@@ -82,7 +82,7 @@ def test_unknown_preset_names_the_near_ones():
         (lambda: ModelConfig(heads=4, kv_heads=3), "model.heads .* multiple of model.kv_heads"),
         (lambda: ModelConfig(dim=100, heads=3, kv_heads=3), "model.dim"),
         (lambda: ModelConfig(dim=1024, heads=2), "at most 256"),
-        (lambda: ModelConfig(vocab_size=100), "at least 257"),
+        (lambda: Config(model=ModelConfig(vocab_size=256)), "at least 257"),
         (lambda: ModelConfig(attention_dim=130, heads=4), r"model\.attention_dim \(130\) must be a multiple"),
         (lambda: ModelConfig(window=-1), r"model\.window must not be negative"),
         (lambda: ModelConfig(rope_scaling="dynamic"), "rope_scaling must be one of none, linear"),
