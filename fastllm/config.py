@@ -64,7 +64,7 @@ class ModelConfig:
         for name in ("rope_theta", "rope_factor", "norm_eps"):
             value = getattr(self, name)
             _check(math.isfinite(value), f"model.{name} must be finite, it is {value}")
-        _check(self.norm_eps >= 0, f"model.norm_eps must not be negative, it is {self.norm_eps}")
+        _check(0 <= self.norm_eps <= 1, f"model.norm_eps must be between 0 and 1, it is {self.norm_eps}")
         _check(
             self.heads % self.kv_heads == 0,
             f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})",

@@ -104,13 +104,16 @@ class Keys:
             raise self.wrong(key, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(
+        self, key: str, default: float | None = None, *, least: float = -math.inf, most: float = math.inf
+    ) -> float:
         """A finite number."""
         value = self.values.get(key, default)
         if type(value) is int and abs(value) < 2**63:
             value = float(value)
-        if type(value) is not float or not math.isfinite(value):
-            raise self.wrong(key, "a finite number")
+        if type(value) is not float or not math.isfinite(value) or not least <= value <= most:
+            limits = f" of at least {least:g}" * (least > -math.inf) + f" and at most {most:g}" * (most < math.inf)
+            raise self.wrong(key, f"a finite number{limits}")
         return value
 
     def boolean(self, key: str, default: bool = False) -> bool:

@@ -31,7 +31,9 @@ def read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
         bpe = isinstance(backend.model, models.BPE)
         if bpe:
             backend.model.dropout = None  # a text has one encoding
-        backend.encode("a b")
+        used, known = backend.encode("a b").ids, backend.get_vocab().values()
+        if max(used, default=0) > max(known, default=0):
+            raise UserError(f"it encodes a text with the unknown token {max(used)}")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain Exception, and where it panics BaseException

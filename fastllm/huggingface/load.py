@@ -88,9 +88,13 @@ def _weight_files(path: Path) -> list[Path]:
     if os.path.lexists(path / INDEX):
         files = Keys(path / INDEX, read_json(path / INDEX)).table("weight_map").values.values()
         names = sorted({name if isinstance(name, str) else "" for name in files})
-        if not names or any(Path(name).name != name or name in ("", "..") for name in names):
+        if not names or not all(map(_is_file_name, names)):
             raise UserError(f"{path / INDEX}: weight_map names no files beside it")
         return [path / name for name in names]
     pickled = any(path.glob("pytorch_model*.bin"))
     hint = "; its weights are pickled: have transformers load and save_pretrained them first" if pickled else ""
     raise UserError(f"{path} has no {WEIGHTS}{hint}")
+
+
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name not in ("", "..") and name.isprintable() and len(name) <= 255

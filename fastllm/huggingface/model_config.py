@@ -46,6 +46,8 @@ def model_config(path: Path) -> ModelConfig:
         raise UserError(f"{path} must say how large these are: {', '.join(missing)}")
     vocab_size, dim, ffn_dim, layers, heads, max_seq_len = map(keys.integer, needed)
     head_dim = keys.integer("head_dim", max(dim // heads, 1))
+    if heads * head_dim > MAX_SIZE:
+        raise UserError(f"{path}: num_attention_heads ({heads}) times head_dim ({head_dim}) is more than {MAX_SIZE}")
     return built(
         path,
         ModelConfig,
@@ -58,7 +60,7 @@ def model_config(path: Path) -> ModelConfig:
         attention_dim=0 if head_dim * heads == dim else head_dim * heads,
         ffn_dim=ffn_dim,
         window=_window(keys, kind, layers),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        norm_eps=keys.number("rms_norm_eps", 1e-6, least=0, most=1),
         qk_norm=kind == "qwen3",
         qkv_bias=kind == "qwen2",
         tie_embeddings=keys.boolean("tie_word_embeddings"),
@@ -102,7 +104,7 @@ def _rope(keys: Keys, max_seq_len: int) -> dict[str, Any]:
     """
     path, older = keys.path, keys.table("rope_scaling")
     rope = older if older.values else keys.table("rope_parameters")
-    theta = rope.number("rope_theta") if "rope_theta" in rope.values else keys.number("rope_theta", 10_000.0)
+    theta = (rope if "rope_theta" in rope.values else keys).number("rope_theta", 10_000.0, least=1)
     kind = rope.string("rope_type" if "rope_type" in rope.values else "type", "default")
     if kind not in ROPE_FIXED:
         raise UserError(f"{path}: rope_type is {shown(kind)}; fastllm's GPT has {', '.join(ROPE_FIXED)}")
