@@ -46,8 +46,8 @@ def export(
         raise UserError(f"{out} is no name for a new folder")
     try:
         taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be read
-        raise UserError(f"can't write {out}: {getattr(error, 'strerror', error)}") from None
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"can't write {out}: {error.strerror}") from None
     if taken:
         raise UserError(f"{out} is there already and not empty; choose another folder")
     if os.path.isfile(Path(run) / CONFIG):

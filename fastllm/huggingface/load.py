@@ -7,8 +7,10 @@ and keys, a window).
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..input_files import Keys, read_json, shown
 from ..model.gpt import GPT
-from ..model.weights import load_weights
+from ..model.weights import load_weights, read_weights_metadata
 from ..run_dir import check_tokenizer
 from .model_config import model_config
 
@@ -65,7 +67,8 @@ def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer]:
         raise UserError(
             f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens, but vocab_size in {CONFIG} is {vocab_size}"
         )
-    check_tokenizer(tokenizer, path / TOKENIZER, *_weight_files(path))
+    for file, metadata in _weights_metadata(path):
+        check_tokenizer(tokenizer, path / TOKENIZER, file, metadata.get("tokenizer"))
     return from_pretrained(path, device=device), tokenizer
 
 
@@ -94,6 +97,14 @@ def _weight_files(path: Path) -> list[Path]:
     pickled = any(path.glob("pytorch_model*.bin"))
     hint = "; its weights are pickled: have transformers load and save_pretrained them first" if pickled else ""
     raise UserError(f"{path} has no {WEIGHTS}{hint}")
+
+
+def _weights_metadata(path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """What the files of weights say of themselves, and the index of several."""
+    for file in _weight_files(path):
+        yield file, read_weights_metadata(file)
+    if not os.path.lexists(path / WEIGHTS):
+        yield path / INDEX, Keys(path / INDEX, read_json(path / INDEX)).table("metadata").values
 
 
 def _is_file_name(name: str) -> bool:

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import UserError
-from ..input_files import one_line, open_regular, parse_json, shown
+from ..input_files import JSON_LIMIT, one_line, open_regular, parse_json, shown
 
-HEADER_LIMIT = 100_000_000  # bytes; the format's own
 # The dtypes that a GPT can have.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -42,7 +41,7 @@ def read_header(path: str | Path) -> Header:
         try:
             available = os.fstat(file.fileno()).st_size - 8
             size = int.from_bytes(file.read(8), "little")
-            if size > min(available, HEADER_LIMIT):
+            if size > min(available, JSON_LIMIT):
                 raise UserError(
                     f"can't read the weights {path}: its header would have {size:,} bytes; "
                     "is it a whole safetensors file?"

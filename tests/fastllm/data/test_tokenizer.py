@@ -139,12 +139,15 @@ UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], [EOS_TOKEN, -2
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"post_processor": TEMPLATE}, "its post_processor adds the unknown token 'x'"),
+        ({"post_processor": TEMPLATE}, "is not a tokenizer: no entry found for key"),
         (
             {"post_processor": TEMPLATE | {"special_tokens": {"x": {"id": "x", "ids": [999], "tokens": ["x"]}}}},
             "it encodes a text with the unknown token 999",
         ),
-        ({"normalizer": {"type": "Prepend", "prepend": ""}}, "its normalizer prepends nothing"),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+            "is not a tokenizer: index out of bounds",
+        ),
         ({"model__continuing_subword_prefix": "##"}, "its continuing_subword_prefix is '##'"),
         ({"model__vocab": {"a": 10**9}}, "the id of a token is 1000000000"),
         ({"model": UNIGRAM}, "no byte-level BPE"),
@@ -152,8 +155,9 @@ UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], [EOS_TOKEN, -2
         ({"decoder": None}, "no byte-level BPE"),
     ],
 )
-def test_files_that_the_library_takes(changes, words, tokenizer, tmp_path):
+def test_files_that_the_library_takes(changes, words, tokenizer, tmp_path, capfd):
     """And that would make it abort, panic or encode to tokens that are not there."""
     with pytest.raises(UserError, match=words) as error:
         Tokenizer.load(saved(tokenizer, tmp_path / "t.json", **changes))
     assert str(tmp_path / "t.json") in str(error.value)
+    assert capfd.readouterr().err == ""
