@@ -248,9 +248,12 @@ def usage() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command. The exit code: 0, 2 for an error that the message explains, 128 + n if signal n ended it."""
     try:
-        code = _run(sys.argv[1:] if argv is None else argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv)
+        except SystemExit:  # of tyro and argparse, after what they printed
+            _flush()
+            raise
+        _flush()
         return code
     except UserError as error:
         return _fail(f"error: {error}")
@@ -296,11 +299,15 @@ def _check_backend() -> None:
             raise UserError(str(error)) from None
 
 
+def _flush() -> None:
+    if sys.stdout is not None:  # it is None where the shell closed it
+        sys.stdout.flush()
+
+
 def _fail(message: str, code: int = 2) -> int:
     """Write a line to stderr, whatever state the output is in."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        _flush()
     except (OSError, ValueError):
         _discard_output()
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.splitlines()))

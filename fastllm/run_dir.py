@@ -71,7 +71,7 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tok
 
 
 def check_tokenizer(tokenizer: Tokenizer, path: Path, weights: Path, fingerprint: Any) -> None:
-    """Raise UserError unless the fingerprint that a file of weights has, if any, is that of the tokenizer at ``path``."""
+    """Raise UserError where a file of weights has the fingerprint of another tokenizer than that at ``path``."""
     if fingerprint is not None and fingerprint != tokenizer.fingerprint:
         raise UserError(f"the weights {weights} were trained with another tokenizer than {path}")
 

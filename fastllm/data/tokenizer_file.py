@@ -16,7 +16,7 @@ from ..errors import UserError
 from ..input_files import one_line, parse_json, read_bytes, shown
 
 FILE_LIMIT = 256 * 2**20  # bytes; files of 250,000 tokens have 35 million
-PROBE = "a bc  é 日本\n\t1234 👩‍👩‍👧 x"  # a text that every tokenizer encodes
+PROBES = ("", "a", " ", "def add(a, b):  \n", "\t1234 é 日本 👩‍👩‍👧 x")  # texts that every tokenizer encodes
 MOST_TOKENS = 2**22  # the library allocates memory for the largest id
 
 
@@ -36,7 +36,8 @@ def read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
             bpe = isinstance(backend.model, models.BPE)
             if bpe:
                 backend.model.dropout = None  # a text has one encoding
-            used, known = backend.encode(PROBE).ids, backend.get_vocab().values()
+            used = [token for text in PROBES for token in backend.encode(text).ids]
+            known = backend.get_vocab().values()
         if max(used, default=0) > max(known, default=0):
             raise UserError(f"it encodes a text with the unknown token {max(used)}")
     except (KeyboardInterrupt, SystemExit):

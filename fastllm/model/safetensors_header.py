@@ -77,7 +77,9 @@ def _entry(value: Any) -> tuple[Entry, tuple[int, int]]:
     """A tensor's entry, and where its bytes begin and end."""
     if not isinstance(value, dict):
         raise ValueError(f"{shown(value)} describes no tensor")
-    dtype, shape, span = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    dtype: Any = value.get("dtype")
+    shape: Any = value.get("shape")
+    span: Any = value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}; fastllm's GPT reads {', '.join(DTYPES)}")
     for key, numbers in (("shape", shape), ("data_offsets", span)):

@@ -207,6 +207,10 @@ def weight_changes() -> Iterator[tuple[str, Change]]:
     for kind, value in ODD.items():
         yield f"{INDEX}: is {kind}", sharded(value)
         yield f"{INDEX}: weight_map is {kind}", sharded({"weight_map": value})
+        yield (
+            f"{INDEX}: metadata is {kind}",
+            sharded({"weight_map": {"a": "one.safetensors"}, "metadata": value}),
+        )
         yield f"{INDEX}: a name is {kind}", sharded({"weight_map": {"a": "one.safetensors", "b": value}})
     for name in ("..", ".", "/etc/passwd", "a/../one.safetensors", "\x00", "none.safetensors", "\ud800", ""):
         yield f"{INDEX}: names {name!r}", sharded({"weight_map": {"a": "one.safetensors", "b": name}})
