@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -105,22 +107,27 @@ def generate(argv: list[str]) -> int:
     import torch
 
     from . import run_dir
-    from .inference.generate import generate
+    from .inference.generate import encode_prompt, generate
     from .inference.load import load
 
     model, tokenizer = load(chosen.model, "cuda" if torch.cuda.is_available() else "cpu")
+    prompt_tokens = len(encode_prompt(tokenizer, chosen.prompt))
     metadata = run_dir.load_metadata(chosen.model) if (chosen.model / run_dir.METADATA).is_file() else {}
     if metadata.get("status", "finished") != "finished":
         early = f"ended early, at step {metadata.get('step')} of {metadata.get('steps')}"
         print(f"fastllm: note: this run {early}", file=sys.stderr)
-    if len(tokenizer.encode(chosen.prompt)) > model.config.max_seq_len:
+    if prompt_tokens > model.config.max_seq_len:
         seen = f"the last {model.config.max_seq_len} tokens of the prompt"
         print(f"fastllm: note: the model sees {seen}", file=sys.stderr)
     print(chosen.prompt, end="", flush=True)
     options = {name: getattr(chosen, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
-    for text in generate(model, tokenizer, chosen.prompt, **options):
-        print(text, end="", flush=True)
-    print()
+    try:
+        for text in generate(model, tokenizer, chosen.prompt, **options):
+            print(text, end="", flush=True)
+    except UserError as error:
+        raise UserError(f"{chosen.model}: {error}") from None
+    finally:
+        print()
     return 0
 
 
@@ -243,27 +250,76 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. The exit code: 0, 2 for an error that the message explains, 128 + n if signal n ended it."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            code = _run(sys.argv[1:] if argv is None else argv)
+        except SystemExit:  # of tyro and argparse, after what they printed
+            _flush()
+            raise
+        _flush()
+        return code
+    except UserError as error:
+        return _fail(f"error: {error}")
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        _discard_output()
+        return 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else "can't write to standard output: "
+        known = error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
+        return _fail(f"error: {where if known else ''}{error.strerror or error}")
+    except UnicodeEncodeError as error:
+        return _fail(f"error: standard output can't show the text in {error.encoding}; set PYTHONIOENCODING=utf-8")
+    except MemoryError:
+        return _fail("error: not enough memory")
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
     if argv[0] in ("-V", "--version"):
         print(f"fastllm {__version__}")
         return 0
+    if argv[0] not in COMMANDS:
+        raise UserError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
+    command = COMMANDS[argv[0]]
+    missing = [name for name in EXTRAS["train"] if importlib.util.find_spec(name) is None]
+    if command.extra and missing:
+        raise UserError(f"{', '.join(missing)} not installed: {pip_install('train')}")
+    if command.extra:  # fastllm info says so in its report
+        _check_backend()
+    return command.run(argv[1:])
+
+
+def _check_backend() -> None:
+    """Raise UserError where FASTLLM_BACKEND names no backend, which would fail the import of the kernels."""
+    if os.environ.get("FASTLLM_BACKEND") and importlib.util.find_spec("torch") is not None:
+        try:
+            from . import kernels  # noqa: F401
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def _flush() -> None:
+    if sys.stdout is not None:  # it is None where the shell closed it
+        sys.stdout.flush()
+
+
+def _fail(message: str, code: int = 2) -> int:
+    """Write a line to stderr, whatever state the output is in."""
     try:
-        if argv[0] not in COMMANDS:
-            raise UserError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
-        command = COMMANDS[argv[0]]
-        missing = [name for name in EXTRAS["train"] if importlib.util.find_spec(name) is None]
-        if command.extra and missing:
-            raise UserError(f"{', '.join(missing)} not installed: {pip_install('train')}")
-        return command.run(argv[1:])
-    except UserError as error:
-        print(f"fastllm: error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        _flush()
+    except (OSError, ValueError):
+        _discard_output()
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.splitlines()))
+    with suppress(OSError):
+        print(f"fastllm: {line}", file=sys.stderr)
+    return code
+
+
+def _discard_output() -> None:
+    """Send what is left of our output nowhere: Python writes it once more at its end."""
+    with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except KeyboardInterrupt:
-        print("fastllm: interrupted", file=sys.stderr)
-        return 130

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from .errors import UserError, did_you_mean
+from .input_files import MAX_SIZE, one_line, read_bytes, shown
 
 
 def _check(ok: bool, message: str) -> None:
@@ -54,12 +56,15 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head shares the embedding's weight
 
     def __post_init__(self) -> None:
-        _check_positive(
-            "model", self, "vocab_size", "max_seq_len", "dim", "layers", "heads", "kv_heads", "ffn_dim", "rope_theta"
-        )
-        _check(
-            self.vocab_size >= 257, f"model.vocab_size must be at least 257 (256 bytes and 1), it is {self.vocab_size}"
-        )
+        sizes = ("vocab_size", "max_seq_len", "dim", "layers", "heads", "kv_heads", "ffn_dim")
+        _check_positive("model", self, *sizes, "rope_theta")
+        for name in (*sizes, "attention_dim", "window", "rope_original_max_seq_len"):
+            value = getattr(self, name)
+            _check(value <= MAX_SIZE, f"model.{name} must be at most {MAX_SIZE:,}, it is {shown(value)}")
+        for name in ("rope_theta", "rope_factor", "norm_eps"):
+            value = getattr(self, name)
+            _check(math.isfinite(value), f"model.{name} must be finite, it is {value}")
+        _check(0 <= self.norm_eps <= 1, f"model.norm_eps must be between 0 and 1, it is {self.norm_eps}")
         _check(
             self.heads % self.kv_heads == 0,
             f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})",
@@ -76,6 +81,10 @@ class ModelConfig:
         _check(self.rope_factor >= 1, f"model.rope_factor must be at least 1, it is {self.rope_factor}")
         _check(
             self.rope_scaling != "none" or self.rope_factor == 1, "model.rope_scaling 'none' has no model.rope_factor"
+        )
+        _check(self.rope_theta >= 1, f"model.rope_theta must be at least 1, it is {self.rope_theta}")
+        _check(
+            self.rope_scaling != "yarn" or self.rope_theta > 1, "model.rope_scaling 'yarn' needs a rope_theta above 1"
         )
         stretched = self.rope_scaling in ("llama3", "yarn")
         _check(
@@ -224,6 +233,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
+        vocab_size = self.model.vocab_size  # a tokenizer is trained, and all bytes are tokens
+        _check(vocab_size >= 257, f"model.vocab_size must be at least 257 (256 bytes and 1), it is {vocab_size}")
         seq_len, tokens = self.model.max_seq_len, self.train.global_batch_tokens
         _check(
             tokens % seq_len == 0,
@@ -260,13 +271,13 @@ RENAMED_SECTIONS = {"guard": "spikes"}
 def load(path: str | Path, base: Config | None = None) -> Config:
     """The configuration in a TOML file; keys that the file does not set come from ``base`` (None: the defaults)."""
     try:
-        tables = tomllib.loads(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise UserError(f"can't read the configuration {path}: {error.strerror}") from None
+        tables = tomllib.loads(read_bytes(path, what="the configuration ").decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); is it a TOML file?") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not valid TOML: it is nested too deeply") from None
+    except ValueError as error:  # also of whole numbers of thousands of digits
+        raise UserError(f"{path} is not valid TOML: {one_line(error)}") from None
     return _merged(base or Config(), tables, path)
 
 
@@ -276,7 +287,7 @@ def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
         if section in RENAMED_SECTIONS:
             raise UserError(f"{path}: [{section}] is now called [{RENAMED_SECTIONS[section]}]")
         if section not in {f.name for f in dataclasses.fields(Config)}:
-            raise UserError(f"{path}: unknown key {section!r}{did_you_mean(section, get_type_hints(Config))}")
+            raise UserError(f"{path}: unknown key {shown(section)}{did_you_mean(section, get_type_hints(Config))}")
         if not isinstance(values, dict):
             raise UserError(f"{path}: {section} must be a table: write [{section}] above its keys")
         old = getattr(base, section)
@@ -285,7 +296,7 @@ def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
             if f"{section}.{key}" in RENAMED:
                 raise UserError(f"{path}: {key!r} in [{section}] is now called {RENAMED[f'{section}.{key}']!r}")
             if key not in hints:
-                raise UserError(f"{path}: unknown key {key!r} in [{section}]{did_you_mean(key, hints)}")
+                raise UserError(f"{path}: unknown key {shown(key)} in [{section}]{did_you_mean(key, hints)}")
             values[key] = _typed(value, hints[key], f"{path}: {section}.{key}")
         sections[section] = built(path, replace, old, **values)
     return built(path, replace, base, **sections)
@@ -303,14 +314,16 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
     """``value`` as TOML gave it, checked against the field's type."""
     if hint == tuple[str, ...]:
         if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
-            raise UserError(f'{what} must be a list of strings, ["a", "b"], not {value!r}')
+            raise UserError(f'{what} must be a list of strings, ["a", "b"], not {shown(value)}')
         return tuple(value)
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{what} must be a number of 64 bits, not {shown(value)}")
     if hint is float and type(value) is int:
         return float(value)
     wanted = hint if isinstance(hint, type) else str
     if type(value) is not wanted:  # exactly: True is no number here
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        raise UserError(f"{what} must be {names[wanted]}, not {value!r}")
+        raise UserError(f"{what} must be {names[wanted]}, not {shown(value)}")
     return value
 
 

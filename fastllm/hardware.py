@@ -60,9 +60,14 @@ def this_machine() -> Gpu:
         device, name, memory = torch.device("cuda", 0), properties.name, float(properties.total_memory)
     else:
         device, name = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
-        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        memory = float(host_memory())
     dtype = torch.bfloat16 if device.type == "cuda" or multiplies_bfloat16() else torch.float32
     return Gpu(name, memory, math.nan, peak_flops(device, dtype), 0.0)
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, without its GPUs."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -13,32 +13,35 @@ from typing import Any, BinaryIO
 from .errors import UserError
 
 JSON_LIMIT = 16 * 2**20  # bytes; the largest index of a Hugging Face model has 9 million
-MAX_SIZE = 2**31 - 1  # of any one size in a configuration: products of two still fit into 64 bits
+MAX_SIZE = 2**30  # of any one size in a configuration: the bytes of a matrix still fit into 64 bits
 
 
-def open_regular(path: str | Path) -> BinaryIO:
-    """The file at ``path``, opened for reading; UserError for pipes, devices and folders, without waiting for them."""
+def open_regular(path: str | Path, what: str = "") -> BinaryIO:
+    """The file at ``path``, opened for reading; UserError for pipes, devices and folders, without waiting for them.
+
+    ``what``: words for errors that go before the path, with a space at the end.
+    """
     try:
         number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise UserError(f"can't read {path}: {_reason(error)}") from None
+        raise UserError(f"can't read {what}{path}: {_reason(error)}") from None
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
         os.close(number)
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise UserError(f"can't read {path}: it is {kind}, not a file")
+        raise UserError(f"can't read {what}{path}: it is {kind}, not a file")
     return open(number, "rb")
 
 
-def read_bytes(path: str | Path, limit: int = JSON_LIMIT) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes; UserError otherwise."""
-    with open_regular(path) as file:
+def read_bytes(path: str | Path, limit: int = JSON_LIMIT, what: str = "") -> bytes:
+    """The content of a regular file of at most ``limit`` bytes; UserError otherwise. ``what``: see open_regular."""
+    with open_regular(path, what) as file:
         try:
             content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
         except OSError as error:
-            raise UserError(f"can't read {path}: {_reason(error)}") from None
+            raise UserError(f"can't read {what}{path}: {_reason(error)}") from None
     if content is None or len(content) > limit:
-        raise UserError(f"{path} is too large: more than {limit:,} bytes")
+        raise UserError(f"can't read {what}{path}: it is too large: more than {limit:,} bytes")
     return content
 
 
@@ -101,13 +104,16 @@ class Keys:
             raise self.wrong(key, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(
+        self, key: str, default: float | None = None, *, least: float = -math.inf, most: float = math.inf
+    ) -> float:
         """A finite number."""
         value = self.values.get(key, default)
         if type(value) is int and abs(value) < 2**63:
             value = float(value)
-        if type(value) is not float or not math.isfinite(value):
-            raise self.wrong(key, "a finite number")
+        if type(value) is not float or not math.isfinite(value) or not least <= value <= most:
+            limits = f" of at least {least:g}" * (least > -math.inf) + f" and at most {most:g}" * (most < math.inf)
+            raise self.wrong(key, f"a finite number{limits}")
         return value
 
     def boolean(self, key: str, default: bool = False) -> bool:

@@ -77,16 +77,16 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tok
             f"{folder}: {TOKENIZER} has {tokenizer.vocab_size} tokens, "
             f"but model.vocab_size in {CONFIG} is {config.model.vocab_size}"
         )
-    check_tokenizer(tokenizer, folder / TOKENIZER, folder / WEIGHTS)
+    trained_with = read_weights_metadata(folder / WEIGHTS).get("tokenizer")
+    check_tokenizer(tokenizer, folder / TOKENIZER, folder / WEIGHTS, trained_with)
     model = load_weights(config.model, folder / WEIGHTS)
     return model.to(device).eval(), tokenizer
 
 
-def check_tokenizer(tokenizer: Tokenizer, path: Path, *weights: Path) -> None:
-    """Raise UserError where files of weights say that they were trained on another tokenizer than that at ``path``."""
-    for file in weights:
-        if read_weights_metadata(file).get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-            raise UserError(f"the weights {file} were trained with another tokenizer than {path}")
+def check_tokenizer(tokenizer: Tokenizer, path: Path, weights: Path, fingerprint: Any) -> None:
+    """Raise UserError where a file of weights has the fingerprint of another tokenizer than that at ``path``."""
+    if fingerprint is not None and fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the weights {weights} were trained with another tokenizer than {path}")
 
 
 def require_empty(folder: Path) -> None:

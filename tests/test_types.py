@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = (
     "fastllm/__init__.py", "fastllm/config.py", "fastllm/data/", "fastllm/inference/", "fastllm/model/",
     "fastllm/distributed/", "fastllm/training/", "fastllm/planning/", "fastllm/huggingface/load.py",
+    "fastllm/huggingface/model_config.py", "fastllm/input_files.py",
     "fastllm/huggingface/export.py", "fastllm/run_dir.py", "fastllm/arguments.py", "fastllm/info.py",
     "fastllm/kernels/__init__.py", "fastllm/kernels/modules.py", "fastllm/kernels/backends.py",
     "fastllm/kernels/activation/op.py", "fastllm/kernels/attention/op.py", "fastllm/kernels/attention/decode_op.py",

@@ -14,6 +14,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from ..errors import UserError
 from ..files import write_atomic
+from ..input_files import one_line
+from .tokenizer_file import read_tokenizer
 
 EOS_TOKEN = "<|endoftext|>"  # before each document, and where generation stops
 
@@ -33,7 +35,7 @@ class Tokenizer:
         self.backend.encode_special_tokens = True  # "<|endoftext|>" in a text is text
         self.eos_ids: tuple[int, ...] = eos_ids or (_id_of(backend, EOS_TOKEN),)
         self.eos_id: int = self.eos_ids[0]
-        self.vocab_size: int = backend.get_vocab_size()
+        self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1  # some leave ids out
         self._special = {t: added.content.encode() for t, added in backend.get_added_tokens_decoder().items()}
 
     @classmethod
@@ -56,16 +58,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, eos_ids: tuple[int, ...] = ()) -> Tokenizer:
-        try:
-            backend = tokenizers.Tokenizer.from_str(Path(path).read_text("utf-8"))
-        except OSError as error:
-            raise UserError(f"can't read the tokenizer {path}: {error.strerror}") from None
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{path} is not a tokenizer: {error}") from None
+        """The tokenizer in a tokenizer.json. Truncation, padding and dropout that the file asks for stay off.
+
+        ``eos_ids``: see :class:`Tokenizer`; the file must have EOS_TOKEN where there are none.
+        """
+        backend = read_tokenizer(path)
         if not eos_ids and backend.token_to_id(EOS_TOKEN) is None:
             raise UserError(f"the tokenizer {path} has no token {EOS_TOKEN}")
-        if "ByteLevel" not in str(backend.decoder):
-            raise UserError(f"the tokenizer {path} is no byte-level BPE, as GPT-2's, Llama 3's and Qwen's are")
         return cls(backend, eos_ids)
 
     def save(self, path: str | Path) -> None:
@@ -83,7 +82,13 @@ class Tokenizer:
         return hashlib.sha256(json.dumps([vocabulary, pairs]).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
+        """The ids of ``text``, with those that the tokenizer's post-processor adds; TypeError for a lone surrogate."""
+        try:
+            return self.backend.encode(text).ids
+        except (TypeError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # where the library panics
+            raise UserError(f"the tokenizer can't encode the text: {one_line(error)}") from None
 
     def encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
         """The ids of each text, on all cores."""
@@ -99,7 +104,11 @@ class Tokenizer:
         """The bytes of a token; none for an id without a token, because models round their vocabulary up."""
         if token in self._special:
             return self._special[token]
-        return bytes(BYTE_OF[c] for c in self.backend.id_to_token(token) or "")
+        text = self.backend.id_to_token(token) or ""
+        try:
+            return bytes(BYTE_OF[c] for c in text)
+        except KeyError:  # the library's decoder takes such a token for plain text
+            return text.encode()
 
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text of each token, int64 ``[vocab_size]``; 0 for the end-of-text token."""

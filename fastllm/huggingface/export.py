@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from ..config import ModelConfig
 from ..errors import UserError
 from ..files import atomic_folder
 from ..run_dir import load_run
-from .load import CONFIG, GENERATION, ROPE_FIXED, TOKENIZER
+from .load import CONFIG, GENERATION, TOKENIZER
+from .model_config import ROPE_FIXED
 
 
 def export(
@@ -42,11 +44,15 @@ def export(
     out = Path(out)
     if not out.name:
         raise UserError(f"{out} is no name for a new folder")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise UserError(f"can't write {out}: {error.strerror}") from None
+    if taken:
         raise UserError(f"{out} is there already and not empty; choose another folder")
-    if (Path(run) / CONFIG).is_file():
+    if os.path.isfile(Path(run) / CONFIG):
         raise UserError(f"{run} is a Hugging Face folder already")
-    if not Path(run).is_dir():
+    if not os.path.isdir(run):
         raise UserError(f"there is no run folder {run}")
     model, tokenizer = load_run(Path(run))
     model = model if dtype is None else model.to(dtype)

@@ -6,30 +6,24 @@ and keys, a window).
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..config import ModelConfig, built
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
+from ..input_files import Keys, read_json, shown
 from ..model.gpt import GPT
-from ..model.rope import attention_factor
-from ..model.weights import load_weights
+from ..model.weights import load_weights, read_weights_metadata
 from ..run_dir import check_tokenizer
+from .model_config import model_config
 
 CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
 TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
-# The layouts, and transformers' defaults for keys that config.json may omit, where the layouts differ.
-DEFAULTS: dict[str, dict[str, int]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096},
-    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
-}
 
 
 def from_pretrained(
@@ -43,17 +37,16 @@ def from_pretrained(
 
     Args:
         path: a folder with config.json and safetensors, in one file or several, of a Llama, Mistral, Qwen2 or Qwen3.
-        max_seq_len: tokens that the model sees at once, which sets the size of rotary tables and key/value caches;
-            None: what its configuration says, which is also the most.
+        max_seq_len: tokens that the model sees at once; None: what its configuration says, which is also the most.
         dtype: of the weights; None: that of the files.
         device: where the model is placed.
 
     Raises:
         UserError: there is no such folder, its configuration has something that the GPT does not have, or the weights
-            don't fit the configuration. Pickled weights are not read.
+            don't fit the configuration or are not finite. Pickled weights are not read.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"there is no folder {path} (hf download NAME --local-dir FOLDER gets a model from the Hub)")
     config = model_config(path / CONFIG)
     if max_seq_len is not None:
@@ -66,145 +59,53 @@ def from_pretrained(
 
 def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer]:
     """The model in eval mode, and its tokenizer."""
-    if not (path / TOKENIZER).is_file():
+    if not os.path.lexists(path / TOKENIZER):
         raise UserError(f"{path} has no {TOKENIZER}")
-    found = [_json(path / name).get("eos_token_id") for name in (GENERATION, CONFIG) if (path / name).is_file()]
-    eos: int | list[int] = next((e for e in found if e is not None), [])
-    tokenizer = Tokenizer.load(path / TOKENIZER, eos_ids=(eos,) if isinstance(eos, int) else tuple(eos))
-    check_tokenizer(tokenizer, path / TOKENIZER, *_weight_files(path))
-    model = from_pretrained(path, device=device)
-    if tokenizer.vocab_size > model.config.vocab_size:  # fewer is fine: models round their vocabulary up
+    vocab_size = model_config(path / CONFIG).vocab_size
+    tokenizer = Tokenizer.load(path / TOKENIZER, eos_ids=_eos_ids(path, vocab_size))
+    if tokenizer.vocab_size > vocab_size:  # fewer is fine: models round their vocabulary up
         raise UserError(
-            f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens, "
-            f"but vocab_size in {CONFIG} is {model.config.vocab_size}"
+            f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens, but vocab_size in {CONFIG} is {vocab_size}"
         )
-    return model, tokenizer
+    for file, metadata in _weights_metadata(path):
+        check_tokenizer(tokenizer, path / TOKENIZER, file, metadata.get("tokenizer"))
+    return from_pretrained(path, device=device), tokenizer
+
+
+def _eos_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
+    """The tokens that end a text, of the first file that names any."""
+    for file in (path / GENERATION, path / CONFIG):
+        value = read_json(file).get("eos_token_id") if os.path.lexists(file) else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+            wanted = f"tokens from 0 to {vocab_size - 1}"
+            raise UserError(f"{file}: eos_token_id must be one or several {wanted}, it is {shown(value)}")
+        if ids:
+            return tuple(ids)
+    return ()
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if (path / WEIGHTS).is_file():
+    if os.path.lexists(path / WEIGHTS):
         return [path / WEIGHTS]
-    if (path / INDEX).is_file():
-        names = sorted(set(_json(path / INDEX).get("weight_map", {}).values()))
-        outside = [name for name in names if Path(name).name != name]
-        if not names or outside:
-            raise UserError(f"{path / INDEX} names no files beside it")
+    if os.path.lexists(path / INDEX):
+        files = Keys(path / INDEX, read_json(path / INDEX)).table("weight_map").values.values()
+        names = sorted({name if isinstance(name, str) else "" for name in files})
+        if not names or not all(map(_is_file_name, names)):
+            raise UserError(f"{path / INDEX}: weight_map names no files beside it")
         return [path / name for name in names]
     pickled = any(path.glob("pytorch_model*.bin"))
     hint = "; its weights are pickled: have transformers load and save_pretrained them first" if pickled else ""
     raise UserError(f"{path} has no {WEIGHTS}{hint}")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return content
+def _weights_metadata(path: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """What the files of weights say of themselves, and the index of several."""
+    for file in _weight_files(path):
+        yield file, read_weights_metadata(file)
+    if not os.path.lexists(path / WEIGHTS):
+        yield path / INDEX, Keys(path / INDEX, read_json(path / INDEX)).table("metadata").values
 
 
-# ---- the configuration, in ----
-
-
-def model_config(path: Path) -> ModelConfig:
-    """The GPT's configuration for a config.json, of transformers 5 or older; UserError where there is none."""
-    content = _json(path)
-    kind = content.get("model_type")
-    if kind not in DEFAULTS:
-        raise UserError(f"{path}: model_type is {kind!r}; fastllm's GPT reads {', '.join(DEFAULTS)}")
-    given = {key: value for key, value in {**DEFAULTS[kind], **content}.items() if value is not None}
-
-    def must(key: str, *allowed: Any) -> None:
-        if given.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{path}: {key} is {given[key]!r}, which fastllm's GPT does not have")
-
-    must("hidden_act", "silu")
-    for key in ("attention_bias", "mlp_bias", "quantization_config"):
-        must(key, False)
-    must("partial_rotary_factor", 1.0)
-    needed = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "max_position_embeddings",
-    )  # fmt: skip
-    missing = [key for key in needed if type(given.get(key)) is not int or given[key] < 1]
-    if missing:
-        raise UserError(f"{path} must say how large these are: {', '.join(missing)}")
-    heads, dim = given["num_attention_heads"], given["hidden_size"]
-    head_dim = given.get("head_dim", dim // heads)
-    return built(
-        path,
-        ModelConfig,
-        vocab_size=given["vocab_size"],
-        max_seq_len=given["max_position_embeddings"],
-        dim=dim,
-        layers=given["num_hidden_layers"],
-        heads=heads,
-        kv_heads=given.get("num_key_value_heads", heads),
-        attention_dim=0 if head_dim * heads == dim else head_dim * heads,
-        ffn_dim=given["intermediate_size"],
-        window=_window(path, kind, given),
-        norm_eps=given.get("rms_norm_eps", 1e-6),
-        qk_norm=kind == "qwen3",
-        qkv_bias=kind == "qwen2",
-        tie_embeddings=given.get("tie_word_embeddings", False),
-        **_rope(path, given),
-    )
-
-
-def _window(path: Path, kind: str, given: dict[str, Any]) -> int:
-    if kind == "llama":
-        return 0
-    window = given.get("sliding_window", 0)
-    if kind == "mistral":
-        return window
-    layers, first = given["num_hidden_layers"], given.get("max_window_layers", 28)
-    types = given.get("layer_types") or ["full_attention"] * min(first, layers) + ["sliding_attention"] * (
-        layers - first
-    )
-    if not given.get("use_sliding_window", False) or not window or set(types) == {"full_attention"}:
-        return 0
-    if set(types) != {"sliding_attention"}:
-        raise UserError(f"{path}: some layers have a window and some have none; fastllm's GPT has one kind of layer")
-    return window
-
-
-# Further keys of each kind of scaling, and the only values that the GPT has.
-ROPE_FIXED = {
-    "default": {},
-    "linear": {},
-    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    "yarn": {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
-}
-
-
-def _rope(path: Path, given: dict[str, Any]) -> dict[str, Any]:
-    """The rotary fields, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``.
-
-    Where both are present, transformers reads the older ones.
-    """
-    rope = {k: v for k, v in (given.get("rope_scaling") or given.get("rope_parameters") or {}).items() if v is not None}
-    theta, kind = rope.pop("rope_theta", given.get("rope_theta", 10_000.0)), rope.pop("rope_type", rope.get("type"))
-    rope.pop("type", None)
-    kind = kind or "default"
-    if kind not in ROPE_FIXED:
-        raise UserError(f"{path}: rope_type is {kind!r}; fastllm's GPT has {', '.join(ROPE_FIXED)}")
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{path}: partial_rotary_factor is not 1, which fastllm's GPT does not have")
-    fields, fixed = {"rope_theta": theta}, dict(ROPE_FIXED[kind])
-    if kind != "default":
-        if "factor" not in rope:
-            raise UserError(f"{path}: rope scaling {kind!r} lacks its factor")
-        fields |= {"rope_scaling": kind, "rope_factor": rope.pop("factor")}
-    if kind in ("llama3", "yarn"):
-        original = rope.pop("original_max_position_embeddings", given["max_position_embeddings"])
-        fields["rope_original_max_seq_len"] = given.get("original_max_position_embeddings", original)
-    if kind == "yarn":
-        fixed["attention_factor"] = attention_factor(built(path, ModelConfig, **fields))
-    for key, value in rope.items():
-        if key not in fixed or abs(value - fixed[key]) > 1e-6:
-            raise UserError(f"{path}: {key} of rope scaling {kind!r} is {value}, which fastllm's GPT does not have")
-    return fields
+def _is_file_name(name: str) -> bool:
+    return Path(name).name == name and name not in ("", "..") and name.isprintable() and len(name) <= 255

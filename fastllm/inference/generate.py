@@ -9,6 +9,7 @@ import torch
 
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
+from ..input_files import shown
 from ..model.gpt import GPT
 from ..model.kv_cache import KVCache
 from .sampling import SamplingParams, sample_token
@@ -36,32 +37,42 @@ def generate(
         seed: the same seed gives the same text.
 
     Raises:
-        UserError: the prompt is not valid Unicode text.
+        UserError: the prompt is not valid Unicode text, the tokenizer is not the model's, or the logits are not finite.
     """
-    try:
-        ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-    except TypeError:  # a lone surrogate, which Python makes of bytes that are not UTF-8
-        raise UserError("the prompt is not valid UTF-8 text") from None
+    if not 0 <= seed < 2**64:
+        raise UserError(f"the seed must be from 0 to 2**64 - 1, it is {shown(seed)}")
+    ids = encode_prompt(tokenizer, prompt) or [tokenizer.eos_id]
     generator = torch.Generator(model.head_weight.device).manual_seed(seed)
     params = SamplingParams(temperature, top_k, top_p)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    ids, prefix = heal_prompt(tokenizer, ids)
-    allowed = tokens_with_prefix(tokenizer, prefix) if prefix else None
+    ids, allowed = heal_prompt(tokenizer, ids)
+    skip = 0 if allowed is None else 1  # the space that the prompt has already
     for token in generate_tokens(model, ids, max_tokens, params, generator, first_token=allowed):
         if token in tokenizer.eos_ids:
             break
-        text, prefix = tokenizer.token_bytes(token)[len(prefix) :], b""
+        text, skip = tokenizer.token_bytes(token)[skip:], 0
         yield decoder.decode(text)
     yield decoder.decode(b"", final=True)
 
 
-def heal_prompt(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], bytes]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    try:
+        return tokenizer.encode(prompt)
+    except TypeError:  # a lone surrogate, which Python makes of bytes that are not UTF-8
+        raise UserError("the prompt is not valid UTF-8 text") from None
+
+
+def heal_prompt(tokenizer: Tokenizer, ids: list[int]) -> tuple[list[int], list[int] | None]:
     """Token healing: take a final space off the prompt, because tokens begin with their space.
 
-    Returns the shorter prompt and the bytes with which the first generated token must begin.
+    Returns the shorter prompt and the tokens from which the first one is chosen: those that begin with a space and are
+    longer. Where there are none, or no final space, the prompt as it is and None.
     """
-    last = tokenizer.token_bytes(ids[-1])
-    return (ids[:-1], last) if len(ids) > 1 and last == b" " else (ids, b"")
+    if len(ids) > 1 and tokenizer.token_bytes(ids[-1]) == b" ":
+        allowed = tokens_with_prefix(tokenizer, b" ")
+        if allowed:
+            return ids[:-1], allowed
+    return ids, None
 
 
 def tokens_with_prefix(tokenizer: Tokenizer, prefix: bytes) -> list[int]:
@@ -80,7 +91,10 @@ def generate_tokens(
     first_token: list[int] | None = None,
 ) -> Iterator[int]:
     """Up to ``max_tokens`` token ids after ``ids``; the first is one of ``first_token`` (None: any)."""
-    max_seq_len, device = model.config.max_seq_len, model.head_weight.device
+    max_seq_len, vocab_size, device = model.config.max_seq_len, model.config.vocab_size, model.head_weight.device
+    wrong = [token for token in (*ids, *(first_token or ())) if not 0 <= token < vocab_size]
+    if wrong:
+        raise UserError(f"the tokenizer is not the model's: token {wrong[0]} is not one of its {vocab_size}")
     new = ids[-max_seq_len:]
     size = min(max_seq_len, len(new) + max_tokens)
     cache = KVCache(model, size=size)
@@ -88,6 +102,8 @@ def generate_tokens(
         if cache.length + len(new) > size:  # full: continue with the latest half
             cache, new = KVCache(model), ids[-max(max_seq_len // 2, 1) :]
         logits = model.next_logits(torch.tensor([new], device=device), cache)[0].float()
+        if not logits.isfinite().all():
+            raise UserError("the model's logits are not finite: its weights are damaged, or its training diverged")
         if first_token is not None:
             mask = torch.full_like(logits, float("-inf"))
             mask[first_token] = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[GPT, Tok
         UserError: there is no such folder, files are missing or damaged, or the model is of another kind.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise UserError(f"there is no run folder {path}")
-    return huggingface.load(path, device) if (path / huggingface.CONFIG).is_file() else run_dir.load_run(path, device)
+    is_theirs = os.path.lexists(path / huggingface.CONFIG)
+    return huggingface.load(path, device) if is_theirs else run_dir.load_run(path, device)

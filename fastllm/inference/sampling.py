@@ -22,6 +22,7 @@ def sample_token(logits: Tensor, params: SamplingParams, generator: torch.Genera
     if params.temperature == 0:
         return int(logits.argmax())
     values, tokens = logits.topk(min(params.top_k or len(logits), len(logits)))  # sorted
-    probs = torch.softmax(values / params.temperature, -1)
+    temperature = min(max(params.temperature, 1e-30), 1e30)  # beyond, float32 would make it 0 or infinite
+    probs = torch.softmax((values - values[0]) / temperature, -1)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= params.top_p, 0.0)  # the most likely one always stays
     return int(tokens[torch.multinomial(probs, 1, generator=generator)])

@@ -47,6 +47,9 @@ class Block(nn.Module):
         return self.mlp(x), residual
 
 
+TABLE_LENGTH = 2**16  # positions of the rotary tables at first; they grow where a sequence is longer
+
+
 class Decoder(nn.Module):
     """Embedding, blocks and last norm: all but the head. The GPT calls it ``model``, as Hugging Face's Llama does."""
 
@@ -55,24 +58,31 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        cos, sin = rotary_tables(config)
+        cos, sin = rotary_tables(config, min(config.max_seq_len, TABLE_LENGTH))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """``tokens`` ``[batch, seq]`` to hidden states ``[batch, seq, dim]``."""
         start = cache.length if cache else 0
-        end, max_seq_len = start + tokens.shape[1], self.cos.shape[0]
+        end, max_seq_len = start + tokens.shape[1], self.config.max_seq_len
         if end > max_seq_len:
             raise ValueError(f"GPT: {end} tokens are more than max_seq_len ({max_seq_len})")
+        if end > self.cos.shape[0]:
+            self._grow_tables(end)
         positions = torch.arange(start, end, device=tokens.device).expand_as(tokens) if cache else None
         x, residual = self.embed_tokens(tokens), None
         for i, layer in enumerate(self.layers):
             x, residual = layer(x, residual, self.cos, self.sin, positions, cache.layers[i] if cache else None)
         return self.norm(x, residual)[0]
+
+    def _grow_tables(self, length: int) -> None:
+        tables = rotary_tables(self.config, min(self.config.max_seq_len, max(length, 2 * self.cos.shape[0])))
+        self.cos, self.sin = (table.to(self.cos) for table in tables)
 
 
 class GPT(nn.Module):
@@ -98,7 +108,8 @@ class GPT(nn.Module):
 
         A shard gets its part of what the full parameter would be.
         """
-        for table, values in zip((self.model.cos, self.model.sin), rotary_tables(self.config), strict=True):
+        tables = self.model.cos, self.model.sin
+        for table, values in zip(tables, rotary_tables(self.config, len(self.model.cos)), strict=True):
             table.copy_(values)
         for name, p in self.named_parameters():
             if p.dim() < 2:

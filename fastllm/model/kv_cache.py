@@ -20,19 +20,35 @@ class CachedModel(Protocol):
         ...
 
 
+FIRST_SIZE = 4096  # tokens that a cache has memory for at first
+
+
 class LayerCache:
-    """The keys and values of one layer, ``[batch, size, kv_heads, head_dim]``, filled from the start."""
+    """The keys and values of one layer, ``[batch, size, kv_heads, head_dim]``, filled from the start.
+
+    Its memory grows with the tokens that it holds, up to ``size`` of each sequence.
+    """
 
     def __init__(self, config: ModelConfig, batch: int, size: int, like: Tensor) -> None:
-        shape = (batch, size, config.kv_heads, config.head_dim)
+        shape = (batch, min(size, FIRST_SIZE), config.kv_heads, config.head_dim)
         self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.length = 0
+        self.length, self.size = 0, size
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         start, self.length = self.length, self.length + k.shape[1]
+        if self.length > self.k.shape[1]:
+            size = min(self.size, max(self.length, 2 * self.k.shape[1]))
+            self.k, self.v = (_grown(t, start, size) for t in (self.k, self.v))
         self.k[:, start : self.length] = k
         self.v[:, start : self.length] = v
         return self.k[:, : self.length], self.v[:, : self.length]
+
+
+def _grown(t: Tensor, length: int, size: int) -> Tensor:
+    """``t`` with memory for ``size`` tokens, of which it holds the first ``length``."""
+    larger = t.new_empty(t.shape[0], size, *t.shape[2:])
+    larger[:, :length] = t[:, :length]
+    return larger
 
 
 class KVCache:

@@ -10,11 +10,11 @@ from torch import Tensor
 from ..config import ModelConfig
 
 
-def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """``cos, sin`` ``[max_seq_len, head_dim / 2]``, float32, of angles in float64, on the CPU."""
+def rotary_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor, Tensor]:
+    """``cos, sin`` ``[length, head_dim / 2]``, float32, of angles in float64, on the CPU; None: of max_seq_len."""
     with torch.device("cpu"):  # also where the model is built on the meta device
         frequencies = _scaled_frequencies(config)
-        angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float64), frequencies)
+        angles = torch.outer(torch.arange(length or config.max_seq_len, dtype=torch.float64), frequencies)
         size = attention_factor(config)
         return (size * angles.cos()).float(), (size * angles.sin()).float()
 

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import UserError
-from ..input_files import one_line, open_regular, parse_json, shown
+from ..input_files import JSON_LIMIT, one_line, open_regular, parse_json, shown
 
-HEADER_LIMIT = 100_000_000  # bytes; the format's own
 # The dtypes that a GPT can have.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -22,6 +21,11 @@ class Entry(NamedTuple):
 
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Header(NamedTuple):
@@ -33,11 +37,11 @@ class Header(NamedTuple):
 
 def read_header(path: str | Path) -> Header:
     """The header of a safetensors file whose tensors fill the file exactly; UserError for any other file."""
-    with open_regular(path) as file:
+    with open_regular(path, "the weights ") as file:
         try:
             available = os.fstat(file.fileno()).st_size - 8
             size = int.from_bytes(file.read(8), "little")
-            if size > min(available, HEADER_LIMIT):
+            if size > min(available, JSON_LIMIT):
                 raise UserError(
                     f"can't read the weights {path}: its header would have {size:,} bytes; "
                     "is it a whole safetensors file?"
@@ -45,7 +49,7 @@ def read_header(path: str | Path) -> Header:
             content = file.read(size)
         except OSError as error:
             raise UserError(f"can't read the weights {path}: {error.strerror}") from None
-    values = parse_json(content, f"the header of {path}")
+    values = parse_json(content, f"can't read the weights {path}: its header")
     metadata = values.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise UserError(f"can't read the weights {path}: __metadata__ must map strings to strings")
@@ -73,7 +77,9 @@ def _entry(value: Any) -> tuple[Entry, tuple[int, int]]:
     """A tensor's entry, and where its bytes begin and end."""
     if not isinstance(value, dict):
         raise ValueError(f"{shown(value)} describes no tensor")
-    dtype, shape, span = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    dtype: Any = value.get("dtype")
+    shape: Any = value.get("shape")
+    span: Any = value.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"dtype is {shown(dtype)}; fastllm's GPT reads {', '.join(DTYPES)}")
     for key, numbers in (("shape", shape), ("data_offsets", span)):

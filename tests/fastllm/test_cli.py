@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fastllm import __version__
 from fastllm.cli import main
 from fastllm.config import Config
+from fastllm.data.tokenizer import Tokenizer
+from fastllm.model.weights import save_weights
 from fastllm.planning.presets import PRESETS
 from fastllm.run_dir import load_metadata
 from fastllm.training.metrics import read_log
@@ -200,6 +203,115 @@ def test_generate(trained, run):
     assert "note" not in first.stderr
     long = run("generate", "runs/one", "--prompt", "def add_1(value):\n" * 20, "--max-tokens", 5)
     assert "the last 32 tokens" in long.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--prompt", "caf\udce9"), "the prompt is not valid UTF-8 text"),
+        (("--seed", 2**64), "the seed must be from 0 to 2**64 - 1"),
+        (("--temperature", "nan"), "--temperature must"),
+        (("--top-p", "nan"), "--top-p must"),
+    ],
+)
+def test_odd_options_of_generate(words, message, trained, run):
+    assert message in error_of(run("generate", "runs/one", *words))
+
+
+def test_odd_prompts(trained, run):
+    for words in (("--prompt", ""), ("--prompt", " "), ("--prompt", "日本 "), ("--top-k", 10**30)):
+        for temperature in (0, 1e-320, "inf"):
+            done = run("generate", "runs/one", *words, "--max-tokens", 5, "--temperature", temperature)
+            assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_that_diverged(temperature, trained, work, run):
+    """Weights that are not finite, and finite ones whose logits are not."""
+    folder = work / "runs" / f"diverged-{temperature}"
+    shutil.copytree(trained[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    for value, message in ((float("nan"), "are not finite: model.norm.weight"), (3e38, "logits are not finite")):
+        tensors["model.norm.weight"].fill_(value)
+        save_file(tensors, folder / "model.safetensors")
+        error = error_of(run("generate", folder, "--prompt", "def", "--temperature", temperature))
+        assert message in error
+        assert str(folder) in error
+
+
+def test_a_run_with_the_tokenizer_of_another(trained, work, run):
+    folder = work / "runs" / "swapped"
+    shutil.copytree(trained[0], folder)
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    save_weights(folder / "model.safetensors", load_file(folder / "model.safetensors"), {"tokenizer": "another"})
+    assert "trained with another tokenizer" in error_of(run("generate", folder))
+    assert "trained with another tokenizer" in error_of(run("export", folder, work / "swapped-hf"))
+    metadata = {"tokenizer": tokenizer.fingerprint}
+    save_weights(folder / "model.safetensors", load_file(folder / "model.safetensors"), metadata)
+    assert run("generate", folder, "--max-tokens", 2).returncode == 0
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize(
+    "words",
+    [("--help",), ("--version",), ("train", "--help"), ("plan",), ("plan", "124m"), ("info",),
+     ("generate", "runs/one", "--max-tokens", 2), ("export", "runs/one", "full-hf")],
+    ids=lambda words: " ".join(map(str, words[:2])),
+)  # fmt: skip
+def test_output_that_can_not_be_written(words, trained, work):
+    command = [sys.executable, "-m", "fastllm", *map(str, words)]
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            command,
+            cwd=work,
+            env=ENVIRONMENT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=HANG,
+            check=False,
+        )
+        assert done.stderr == "fastllm: error: can't write to standard output: No space left on device\n"
+        assert done.returncode == 2
+        shutil.rmtree(work / "full-hf", ignore_errors=True)
+        assert subprocess.run(
+            command, cwd=work, env=ENVIRONMENT, stdout=full, stderr=full, timeout=HANG, check=False
+        ).returncode == 2  # fmt: skip
+
+
+def test_a_reader_that_leaves(work):
+    process = start("--help", cwd=work)
+    process.stdout.close()
+    process.wait(HANG)
+    assert process.returncode == 141
+    assert process.stderr.read() == ""
+
+
+def test_an_encoding_that_lacks_the_text(trained, work, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "ascii")
+    error = error_of(finish(start("generate", "runs/one", "--prompt", "日本", cwd=work)))
+    assert "set PYTHONIOENCODING=utf-8" in error
+
+
+@pytest.mark.parametrize("words", [("train", "--out", "runs/none"), ("generate", "runs/one"), ("plan",)])
+def test_a_backend_that_is_none(words, work, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "FASTLLM_BACKEND", "x")
+    error = error_of(finish(start(*words, cwd=work)))
+    assert "FASTLLM_BACKEND: unknown backend 'x'; choose one of 'cuda', 'triton', 'cpu', 'torch'" in error
+    assert not (work / "runs/none").exists()
+
+
+@pytest.mark.parametrize("command", [("generate",), ("export",), ("train",), ("train", "--resume")])
+def test_names_that_are_too_long(command, run):
+    name = "x" * 300
+    assert name in error_of(run(*command, name, *(["out"] if command == ("export",) else [])))
+
+
+def test_an_output_name_that_is_too_long(trained, run):
+    assert "File name too long" in error_of(run("export", "runs/one", "x" * 300))
 
 
 def test_the_same_command_gives_the_same_weights(trained, work, run):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -49,6 +50,15 @@ def test_toml_is_laid_over_the_base(tmp_path):
         ("[model]\nkv_heads = 5", ["model.heads", "model.kv_heads", "multiple"]),
         ("train = 3", ["[train]"]),
         ("[model", ["not valid TOML"]),
+        ("\ufeff[model]", ["not valid TOML"]),
+        ("a = " + "[" * 100_000, ["nested too deeply"]),
+        ("[model]\nlayers = 1" + 5000 * "0", ["not valid TOML"]),
+        ("[model]\nlayers = 0x" + 5000 * "f", ["model.layers", "64 bits"]),
+        ("[model]\nrope_theta = 1" + 400 * "0", ["model.rope_theta", "64 bits"]),
+        ("[model]\nrope_theta = nan", ["model.rope_theta"]),
+        ("[model]\nlayers = 1_000_000_000_000", ["model.layers", "at most"]),
+        ("[model]\nlayers = 2020-01-01", ["model.layers", "whole number"]),
+        ("[model]\n" + 5000 * "x" + " = 1", ["unknown key 'xxx"]),
     ],
 )
 def test_a_wrong_file_is_named_with_what_is_wrong(toml, words, tmp_path):
@@ -67,6 +77,15 @@ def test_a_missing_or_binary_file(tmp_path):
     (tmp_path / "binary.toml").write_bytes(b"a = \xff")
     with pytest.raises(UserError, match="not UTF-8"):
         configs.load(tmp_path / "binary.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match=r"can't read the configuration .*pipe\.toml: it is a pipe or a device"):
+        configs.load(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match="it is a folder"):
+        configs.load(tmp_path)
+    (tmp_path / "large.toml").touch()
+    os.truncate(tmp_path / "large.toml", 2**40)
+    with pytest.raises(UserError, match="it is too large"):
+        configs.load(tmp_path / "large.toml")
 
 
 def test_unknown_preset_names_the_near_ones():
@@ -82,7 +101,14 @@ def test_unknown_preset_names_the_near_ones():
         (lambda: ModelConfig(heads=4, kv_heads=3), "model.heads .* multiple of model.kv_heads"),
         (lambda: ModelConfig(dim=100, heads=3, kv_heads=3), "model.dim"),
         (lambda: ModelConfig(dim=1024, heads=2), "at most 256"),
-        (lambda: ModelConfig(vocab_size=100), "at least 257"),
+        (lambda: ModelConfig(layers=10**12), r"model\.layers must be at most 1,073,741,824, it is 1000000000000"),
+        (lambda: ModelConfig(window=10**30), r"model\.window must be at most"),
+        (lambda: ModelConfig(rope_theta=float("inf")), r"model\.rope_theta must be finite"),
+        (lambda: ModelConfig(rope_theta=0.5), r"model\.rope_theta must be at least 1"),
+        (lambda: ModelConfig(norm_eps=float("nan")), r"model\.norm_eps must be finite"),
+        (lambda: ModelConfig(norm_eps=-1e-6), r"model\.norm_eps must be between 0 and 1"),
+        (lambda: ModelConfig(rope_scaling="linear", rope_factor=float("inf")), r"model\.rope_factor must be finite"),
+        (lambda: Config(model=ModelConfig(vocab_size=256)), "at least 257"),
         (lambda: ModelConfig(attention_dim=130, heads=4), r"model\.attention_dim \(130\) must be a multiple"),
         (lambda: ModelConfig(window=-1), r"model\.window must not be negative"),
         (lambda: ModelConfig(rope_scaling="dynamic"), "rope_scaling must be one of none, linear"),

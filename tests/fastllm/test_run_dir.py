@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -110,3 +111,62 @@ def test_weights_of_another_tokenizer(tmp_path):
         run_dir.load_run(tmp_path)
     save_weights(weights, GPT(SMALL).state_dict())
     run_dir.load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.toml", "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"\xff\xfe\x00"),
+        lambda path: path.write_bytes(b"[" * 100_000),
+        lambda path: path.write_bytes(b"a = " + b"[" * 100_000),
+        lambda path: path.write_bytes(b"\xff" * 8 + bytes(100)),
+        lambda path: path.write_text("[model]\nlayers = 1_000_000_000\nvocab_size = 1_000_000_000"),
+        lambda path: os.truncate(path, 2**40),
+        lambda path: path.unlink() or os.mkfifo(path),
+        lambda path: path.unlink() or path.symlink_to("/dev/zero"),
+        lambda path: path.unlink() or path.mkdir(),
+        lambda path: path.unlink() or path.symlink_to(path),
+    ],
+)
+def test_damaged_files(name, change, tmp_path):
+    """One line each, without waiting or taking memory."""
+    (tmp_path / "config.toml").write_text(dump(Config(model=SMALL)))
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    run_dir.save_metadata(tmp_path, {"status": "finished"})
+    save_weights(tmp_path / "model.safetensors", GPT(SMALL).state_dict())
+    fastllm.load(tmp_path)
+    change(tmp_path / name)
+    with pytest.raises(UserError) as error:
+        fastllm.load(tmp_path)
+    assert name in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_absurd_sizes(tmp_path):
+    """The configuration is compared with the headers before a model is built."""
+    save_weights(tmp_path / "w.safetensors", GPT(SMALL).state_dict())
+    with pytest.raises(UserError, match=r"lacks model\.layers\.10\.\S+, \S+, \S+ and 8,999,999,979 more"):
+        load_weights(replace(SMALL, layers=10**9), tmp_path / "w.safetensors")
+    for sizes in ({"vocab_size": 2**30}, {"dim": 2**30, "attention_dim": 32}, {"ffn_dim": 2**30}):
+        with pytest.raises(UserError, match=r"the configuration makes it \[.*1073741824"):
+            load_weights(replace(SMALL, **sizes), tmp_path / "w.safetensors")
+
+
+def test_more_weights_than_memory(tmp_path, monkeypatch):
+    save_weights(tmp_path / "w.safetensors", GPT(SMALL).state_dict())
+    load_weights(SMALL, tmp_path / "w.safetensors")
+    monkeypatch.setattr("fastllm.model.weights._memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"w\.safetensors holds \d+ GiB of weights, this machine has \d+"):
+        load_weights(SMALL, tmp_path / "w.safetensors")
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    """In the dtype that is asked for."""
+    state = GPT(SMALL).state_dict()
+    state["model.norm.weight"][3] = 1e30
+    save_weights(tmp_path / "w.safetensors", state)
+    load_weights(SMALL, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"w\.safetensors are not finite: model\.norm\.weight"):
+        load_weights(SMALL, tmp_path / "w.safetensors", dtype=torch.float16)

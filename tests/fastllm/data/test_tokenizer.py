@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -57,3 +62,102 @@ def test_a_wrong_file(tmp_path):
     (tmp_path / "wrong.json").write_text("{")
     with pytest.raises(UserError, match=r"wrong\.json is not a tokenizer"):
         Tokenizer.load(tmp_path / "wrong.json")
+
+
+def saved(tokenizer: Tokenizer, path: Path, **changes: Any) -> Path:
+    """The tokenizer's file with other values in its model (``model__dropout``) or at the top."""
+    content = json.loads(tokenizer.backend.to_str())
+    for key, value in changes.items():
+        part, _, inner = key.partition("__")
+        if inner:
+            content[part][inner] = value
+        else:
+            content[part] = value
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_file_that_truncates_or_pads(tokenizer, tmp_path):
+    """The settings of some earlier call are not obeyed, nor saved again."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    for text in (TEXT, "a", ""):
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert [list(ids) for ids in loaded.encode_batch([text, "b"])] == [tokenizer.encode(t) for t in (text, "b")]
+    assert loaded.fingerprint == tokenizer.fingerprint
+    loaded.save(tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again["truncation"] is None
+    assert again["padding"] is None
+
+
+def test_a_text_has_one_encoding(tokenizer, tmp_path):
+    """Dropout of merges is for training."""
+    loaded = Tokenizer.load(saved(tokenizer, tmp_path / "t.json", model__dropout=0.9))
+    assert loaded.encode(TEXT) == tokenizer.encode(TEXT)
+
+
+def test_the_fingerprint_is_of_vocabulary_and_merges(tokenizer, tmp_path):
+    assert len(bytes.fromhex(tokenizer.fingerprint)) == 32
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    merges, vocab = model["merges"], model["vocab"]
+    assert len(merges) > 2
+
+    def fingerprint(**changes: Any) -> str:
+        return Tokenizer.load(saved(tokenizer, tmp_path / "t.json", **changes)).fingerprint
+
+    assert fingerprint() == tokenizer.fingerprint
+    assert fingerprint(model__merges=[" ".join(pair) for pair in merges]) == tokenizer.fingerprint  # older files
+    assert fingerprint(model__vocab=dict(reversed(vocab.items()))) == tokenizer.fingerprint
+    assert fingerprint(model__merges=[merges[1], merges[0], *merges[2:]]) != tokenizer.fingerprint
+    swapped = vocab | {"a": vocab["b"], "b": vocab["a"]}
+    assert fingerprint(model__vocab=swapped) != tokenizer.fingerprint
+    assert Tokenizer.train(["other text " * 20], 300).fingerprint != tokenizer.fingerprint
+
+
+def test_vocabularies_that_leave_ids_out(tokenizer, tmp_path):
+    vocab = dict(json.loads(tokenizer.backend.to_str())["model"]["vocab"])
+    vocab |= {"\u2603": 1000, "x\u2603": 1002}  # beyond the alphabet of bytes: text, as the library's decoder has it
+    loaded = Tokenizer.load(saved(tokenizer, tmp_path / "t.json", model__vocab=vocab))
+    assert loaded.vocab_size == 1003
+    assert loaded.token_bytes(1001) == b""
+    assert loaded.token_bytes(1002) == "x\u2603".encode()
+    assert loaded.decode([1000]) == loaded.backend.decode([1000]) == "\u2603"
+    assert len(loaded.byte_lengths()) == 1003
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing", "pair": [], "special_tokens": {},
+    "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+}  # fmt: skip
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], [EOS_TOKEN, -2.0]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"post_processor": TEMPLATE}, "is not a tokenizer: no entry found for key"),
+        (
+            {"post_processor": TEMPLATE | {"special_tokens": {"x": {"id": "x", "ids": [999], "tokens": ["x"]}}}},
+            "it encodes a text with the unknown token 999",
+        ),
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+            "is not a tokenizer: index out of bounds",
+        ),
+        ({"model__continuing_subword_prefix": "##"}, "its continuing_subword_prefix is '##'"),
+        ({"model__vocab": {"a": 10**9}}, "the id of a token is 1000000000"),
+        ({"model": UNIGRAM}, "no byte-level BPE"),
+        ({"decoder": {"type": "WordPiece", "prefix": "ByteLevel", "cleanup": True}}, "no byte-level BPE"),
+        ({"decoder": None}, "no byte-level BPE"),
+    ],
+)
+def test_files_that_the_library_takes(changes, words, tokenizer, tmp_path, capfd):
+    """And that would make it abort, panic or encode to tokens that are not there."""
+    with pytest.raises(UserError, match=words) as error:
+        Tokenizer.load(saved(tokenizer, tmp_path / "t.json", **changes))
+    assert str(tmp_path / "t.json") in str(error.value)
+    assert capfd.readouterr().err == ""

@@ -16,6 +16,7 @@ import fastllm
 from fastllm import run_dir
 from fastllm.cli import main
 from fastllm.config import Config, ModelConfig, dump
+from fastllm.data.tokenizer import Tokenizer
 from fastllm.errors import UserError
 from fastllm.huggingface.export import layout
 from fastllm.inference.generate import generate
@@ -85,6 +86,16 @@ def test_export_in_shards_and_in_bfloat16(run, tmp_path):
     assert_same_logits(fastllm.from_pretrained(out), model)
 
 
+@pytest.mark.parametrize(("size", "file"), [("50KB", "model.safetensors.index.json"), ("5GB", "model.safetensors")])
+def test_the_tokenizer_is_named(size, file, run, tmp_path):
+    out = fastllm.export(run(SMALL), tmp_path / "out", max_shard_size=size)
+    fastllm.load(out)
+    other = Tokenizer.train(["other text " * 20], TOKENIZER.vocab_size)
+    other.save(out / "tokenizer.json")
+    with pytest.raises(UserError, match=rf"the weights {out / file} were trained with another tokenizer"):
+        fastllm.load(out)
+
+
 def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
     folder = run(SMALL)
     out = fastllm.export(folder, tmp_path / "out")
@@ -130,6 +141,10 @@ def test_nothing_is_overwritten_or_left_half(run, tmp_path, monkeypatch):
         fastllm.export(folder, out)
     with pytest.raises(UserError, match=r"^\. is no name for a new folder"):
         fastllm.export(folder, ".")
+    with pytest.raises(UserError, match=r"^can't write .*: File name too long"):
+        fastllm.export(folder, tmp_path / ("x" * 300))
+    with pytest.raises(UserError, match="there is no run folder"):
+        fastllm.export("x" * 300, tmp_path / "other")
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")

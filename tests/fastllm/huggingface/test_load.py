@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from tokenizers import decoders, models, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import fastllm
-from fastllm.data.tokenizer import EOS_TOKEN
+from fastllm.data.tokenizer import EOS_TOKEN, Tokenizer
 from fastllm.errors import UserError
 from fastllm.huggingface.load import model_config
 from fastllm.inference.generate import generate
@@ -226,6 +227,84 @@ def test_text_of_their_folder(their_folder):
     )
     text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :])
     assert "".join(generate(model, own, prompt, max_tokens=12, temperature=0)) == text.removesuffix("<|end|>")
+
+
+def prefix_space(content: dict) -> None:
+    content["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
+
+
+def padded(content: dict) -> None:
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=64)
+    content |= json.loads(tokenizer.to_str())
+
+
+def template(single: str) -> Callable[[dict], None]:
+    def change(content: dict) -> None:
+        ids = {token["content"]: token["id"] for token in content["added_tokens"]}
+        processor = processors.TemplateProcessing(single=single, special_tokens=list(ids.items()))
+        content["post_processor"] = json.loads(processor.__getstate__())
+
+    return change
+
+
+def stripping(content: dict) -> None:
+    """An added token that is no special one takes the spaces around it."""
+    token = content["added_tokens"][0]
+    added = {"id": token["id"] + 2000, "content": "naïve", "lstrip": True, "rstrip": True, "special": False}
+    content["added_tokens"].append(token | added)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        padded,
+        prefix_space,
+        stripping,
+        template("$A"),
+        template("<|begin|> $A <|end|>"),
+        lambda content: content.update(normalizer={"type": "NFC"}),
+        lambda content: content.update(normalizer={"type": "Lowercase"}),
+        lambda content: content.update(post_processor=json.loads(processors.ByteLevel().__getstate__())),
+    ],
+    ids=["truncation and padding", "prefix space", "stripping", "template without", "template with two",
+         "NFC", "lower case", "ByteLevel"],
+)  # fmt: skip
+def test_ids_are_those_of_transformers(change, their_folder):
+    """Whatever tokenizer.json asks for, but that a special token within a text is text."""
+    path = their_folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    theirs, own = AutoTokenizer.from_pretrained(their_folder), Tokenizer.load(path, eos_ids=(0,))
+    for text in ("", "a", " ", "def add(a, b):  \n   naïve  = 日本 Nai\u0308ve ", "x" * 500):
+        assert own.encode(text) == theirs(text)["input_ids"]
+    added = len(own.encode(""))
+    assert len(theirs("<|end|>")["input_ids"]) == added + 1
+    assert own.decode(own.encode("<|end|>")[bool(added) :]).startswith("<|end|>") or change is prefix_space
+    assert len(own.encode("<|end|>")) > added + 1
+
+
+def test_a_tokenizer_of_another_model(their_folder):
+    """Where the weights say which tokenizer they had."""
+    path, weights = their_folder / "tokenizer.json", their_folder / "model.safetensors"
+    fingerprint = fastllm.load(their_folder)[1].fingerprint
+    save_weights(weights, fastllm.from_pretrained(their_folder).state_dict(), {"tokenizer": fingerprint})
+    fastllm.load(their_folder)
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"the weights {weights} were trained with another tokenizer than {path}"):
+        fastllm.load(their_folder)
+
+
+def test_small_vocabularies(tmp_path):
+    """Of characters, say: only a tokenizer that is trained has all bytes."""
+    model = their_model("llama", vocab_size=37)
+    model.save_pretrained(tmp_path)
+    assert_same_logits(fastllm.from_pretrained(tmp_path), model)
 
 
 def test_tokenizers_that_do_not_fit(their_folder):
