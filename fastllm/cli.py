@@ -109,12 +109,13 @@ def generate(argv: list[str]) -> int:
     from . import run_dir
     from .inference.generate import encode_prompt, generate
     from .inference.load import load
+    from .training.final_weights import read_record
 
     model, tokenizer = load(chosen.model, "cuda" if torch.cuda.is_available() else "cpu")
     prompt_tokens = len(encode_prompt(tokenizer, chosen.prompt))
-    metadata = run_dir.load_metadata(chosen.model) if (chosen.model / run_dir.METADATA).is_file() else {}
-    if metadata.get("status", "finished") != "finished":
-        early = f"ended early, at step {metadata.get('step')} of {metadata.get('steps')}"
+    record = read_record(chosen.model)
+    if record is not None and not record.finished:
+        early = f"ended early, at step {record.step} of {run_dir.load_metadata(chosen.model).get('steps')}"
         print(f"fastllm: note: this run {early}", file=sys.stderr)
     if prompt_tokens > model.config.max_seq_len:
         seen = f"the last {model.config.max_seq_len} tokens of the prompt"
