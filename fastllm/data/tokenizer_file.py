@@ -77,8 +77,14 @@ def _parts(value: Any, inner: str) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Send what the library writes to stderr nowhere: where it panics, a backtrace, before it raises."""
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        saved = os.dup(2)
+    except OSError:  # stderr is closed or full: nothing shows there anyway
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
         yield

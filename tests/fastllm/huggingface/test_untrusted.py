@@ -47,10 +47,10 @@ class Raw(str):
 
 HUGE, DEEP = Raw("1" + "0" * 5000), Raw("[" * 5000 + "]" * 5000)
 ODD = {
-    "null": None, "true": True, "false": False, "string": "x", "digits": "16", "list": [1], "empty list": [],
+    "null": None, "true": True, "false": False, "string": "x", "list": [1], "empty list": [],
     "empty": {}, "mapping": {"a": [1, None, {}]}, "negative": -1, "zero": 0, "half": 0.5, "whole float": 16.0,
-    "NaN": math.nan, "infinite": Raw("1e400"), "billion": 10**9, "2^63": 2**63, "10^300": Raw("1" + "0" * 300),
-    "huge": HUGE, "deep": DEEP, "tiny": 1e-300, "large": 1e300, "nested": [[0]], "two": [0, 1],
+    "NaN": math.nan, "infinite": Raw("1e400"), "billion": 10**9, "2^63": 2**63,
+    "huge": HUGE, "deep": DEEP, "large": 1e300, "nested": [[0]],
     "mixed": [0, "a", None], "long": "x" * 5000, "control": "\x1b[2J\n",
 }  # fmt: skip
 
