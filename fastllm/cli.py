@@ -291,7 +291,10 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"{', '.join(missing)} not installed: {pip_install('train')}")
     if command.extra:  # fastllm info says so in its report
         _check_backend()
-    return command.run(argv[1:])
+    try:
+        return command.run(argv[1:])
+    except SystemExit as end:  # help and mistakes, of the parsers; other ranks, where rank 0 says why
+        return end.code if isinstance(end.code, int) else 0
 
 
 def _check_backend() -> None:

@@ -15,7 +15,7 @@ from . import config as configs
 from .data.tokenizer import Tokenizer
 from .errors import UserError
 from .files import atomic, write_atomic
-from .input_files import open_regular
+from .input_files import open_regular, read_json
 from .model.gpt import GPT
 from .model.weights import load_weights, read_weights_metadata
 
@@ -29,12 +29,7 @@ def save_metadata(folder: Path, metadata: dict[str, Any]) -> None:
 
 def load_metadata(folder: Path) -> dict[str, Any]:
     """The contents of run.json."""
-    try:
-        return json.loads((folder / METADATA).read_text())
-    except OSError as error:
-        raise UserError(f"can't read {folder / METADATA}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{folder / METADATA} is not valid JSON: {error}") from None
+    return read_json(folder / METADATA)
 
 
 def save_tokens(folder: Path, tokens: dict[str, np.ndarray]) -> None:

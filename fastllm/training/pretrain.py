@@ -35,6 +35,7 @@ from ..distributed.mesh import (
 from ..distributed.parallelize import build_model
 from ..errors import UserError
 from ..files import write_atomic
+from ..hardware import host_memory
 from ..inference.generate import generate
 from ..kernels.native import multiplies_bfloat16
 from ..model.flops import count_parameters
@@ -86,6 +87,7 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
     if device.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     precision = pick_precision(config.train.precision, device)
+    check_memory(config, device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
 
     with process_group(device) as heartbeat, ExitStack() as lock:
@@ -307,6 +309,19 @@ def pick_precision(precision: configs.Precision, device: torch.device) -> torch.
         return getattr(torch, precision)
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else multiplies_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def check_memory(config: Config, device: torch.device) -> None:
+    """Raise UserError where the weights alone, with gradients and optimizer, are more than this rank's memory."""
+    world, local = rank_variable("WORLD_SIZE", 1), rank_variable("LOCAL_WORLD_SIZE", 1)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = host_memory() // max(local, 1)
+    needed = 16 * count_parameters(config.model)["total"] // max(world, 1)  # weight, gradient and two moments, float32
+    if needed > memory:
+        sizes = f"{needed / 2**30:,.0f} GiB on each rank for its weights, gradients and optimizer"
+        raise UserError(f"the model needs {sizes}, and has {memory / 2**30:,.0f}; fastllm plan shows what fits")
 
 
 def keep_freed_memory() -> None:
