@@ -257,7 +257,7 @@ FULL = Path("/dev/full")
 @pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize(
     "words",
-    [("--help",), ("bench", "--help"), ("generate", "runs/one", "--max-tokens", 2)],
+    [("--help",), ("plan", "--help"), ("generate", "runs/one", "--max-tokens", 2)],
     ids=lambda words: " ".join(map(str, words[:2])),
 )
 def test_output_that_can_not_be_written(words, trained, work):
