@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +14,15 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from ..errors import UserError
 from ..files import write_atomic
+from .pieces import SPLIT, Cutter
+from .progress import Progress, interruptible, progress
 
-EOS_TOKEN = "<|endoftext|>"  # before each document, and where generation stops
+EOS_TOKEN = "<|endoftext|>"  # before and after each document, and where generation stops
+BATCH = 2**20  # characters that are encoded at a time
 
-# How GPT-4's tokenizer splits text: words with the space before them, up to three digits, punctuation, line ends.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Characters of different words that a tokenizer is trained on: the library takes some 120 bytes for each. Python's
+# standard library has 2.6 million.
+TRAINING_WORDS = 4_000_000
 
 
 class Tokenizer:
@@ -35,20 +39,38 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train on ``texts``. The vocabulary is smaller than ``vocab_size`` where they have too few merges."""
+        """Train on ``texts``. The vocabulary is smaller than ``vocab_size`` where they have too few merges.
+
+        Time and memory don't grow with the text: of one with very many different words an evenly spaced sample is used.
+
+        Raises:
+            UserError: ``vocab_size`` is too small, or a text has a lone surrogate.
+        """
+        if vocab_size < 257:
+            raise UserError(f"a tokenizer has at least 257 tokens (256 bytes and {EOS_TOKEN}), not {vocab_size}")
+        texts = list(texts)
         backend = tokenizers.Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         backend.decoder = decoders.ByteLevel()
+        size = sum(map(len, texts))
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=min(vocab_size, 257 + 4 * size),  # the library allocates that many
             special_tokens=[EOS_TOKEN],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        interrupted = threading.Event()
+        with progress("tokenizer: words", size) as bar:
+            sample = _sample(texts, Cutter(backend), bar, interrupted)
+            try:
+                interruptible(lambda: backend.train_from_iterator(sample, trainer), bar.advance)
+            except UnicodeEncodeError as error:
+                raise UserError(f"a text has a lone surrogate, {error.object[error.start]!r}") from None
+            finally:
+                interrupted.set()
         return cls(backend)
 
     @classmethod
@@ -69,13 +91,34 @@ class Tokenizer:
         write_atomic(path, self.backend.to_str(pretty=True).encode())
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text).ids
+        return [i for piece in self._cutter.cut(text) for i in self.backend.encode(piece).ids]
 
-    def encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
+    def encode_batch(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each text, on all cores."""
-        for start in range(0, len(texts), 256):  # the intermediate objects take 100 times the memory of the ids
-            for encoding in self.backend.encode_batch_fast(texts[start : start + 256]):
-                yield np.asarray(encoding.ids, dtype=np.uint32)
+        ids: list[np.ndarray] = []  # of a text that other pieces are left of
+        for batch in self._batches(texts):  # the intermediate objects take 100 times the memory of the ids
+            encodings = self.backend.encode_batch_fast([piece for piece, _ in batch])
+            for (_, last), encoding in zip(batch, encodings, strict=True):
+                ids.append(np.asarray(encoding.ids, dtype=np.uint32))
+                if last:
+                    yield np.concatenate(ids) if len(ids) > 1 else ids[0]
+                    ids = []
+
+    def _batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+        """The pieces of ``texts``, some BATCH characters at a time, and whether each is the last of its text."""
+        batch, size = [], 0
+        for text in texts:
+            for start, stop in self._cutter.spans(text):
+                batch.append((text[start:stop], stop == len(text)))
+                size += stop - start
+                if size >= BATCH or len(batch) >= 1024:
+                    yield batch
+                    batch, size = [], 0
+        yield batch
+
+    @cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self.backend)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
@@ -90,6 +133,29 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text of each token, int64 ``[vocab_size]``; 0 for the end-of-text token."""
         return np.array([0 if t == self.eos_id else len(self.token_bytes(t)) for t in range(self.vocab_size)])
+
+
+def _sample(texts: list[str], cutter: Cutter, bar: Progress, interrupted: threading.Event) -> Iterator[str]:
+    """The pieces of ``texts``; where they have too many different words, pieces that are evenly spaced over them."""
+    spans = [(i, *span) for i, text in enumerate(texts) for span in cutter.spans(text)]
+    # Steps of the golden ratio, without a common divisor: however many are taken, they lie evenly.
+    step = next((n for n in range(round(0.618 * len(spans)), len(spans)) if math.gcd(n, len(spans)) == 1), 1)
+    seen: set[str] = set()
+    room = TRAINING_WORDS
+    for place in range(len(spans)):
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        i, start, stop = spans[place * step % len(spans)]
+        piece = texts[i][start:stop]
+        new = set(piece.split()) - seen
+        seen |= new
+        room -= sum(map(len, new))
+        if room < 0:
+            break
+        yield piece
+        bar.advance(len(piece))
+    seen.clear()
+    bar.enter("tokenizer: merges")
 
 
 def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
