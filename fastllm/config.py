@@ -7,6 +7,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+from urllib.parse import quote, unquote
 
 from .errors import UserError, did_you_mean
 
@@ -303,7 +304,7 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
     if hint == tuple[str, ...]:
         if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise UserError(f'{what} must be a list of strings, ["a", "b"], not {value!r}')
-        return tuple(value)
+        return tuple(map(_path_of, value))
     if hint is float and type(value) is int:
         return float(value)
     wanted = hint if isinstance(hint, type) else str
@@ -319,8 +320,20 @@ def dump(config: Config) -> str:
     for section in dataclasses.fields(config):
         lines += ["", f"[{section.name}]"] if lines else [f"[{section.name}]"]
         table = dataclasses.asdict(getattr(config, section.name))
+        table = {key: tuple(map(_uri_of, value)) if isinstance(value, tuple) else value for key, value in table.items()}
         lines += [f"{key} = {_toml(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
+
+
+def _uri_of(path: str) -> str:
+    """``path``, or its ``file:`` URI where TOML can't hold it: a name that is not UTF-8."""
+    if path.startswith("file:") or any("\ud800" <= c <= "\udfff" for c in path):
+        return "file:" + quote(path, errors="surrogateescape")
+    return path
+
+
+def _path_of(uri: str) -> str:
+    return unquote(uri.removeprefix("file:"), errors="surrogateescape") if uri.startswith("file:") else uri
 
 
 def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:

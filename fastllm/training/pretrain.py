@@ -40,6 +40,13 @@ from .trainer import Trainer
 
 Tokens = dict[str, np.ndarray]
 
+# A file is cut into documents of at most this many characters for each token of max_seq_len: some sixteen sequences of
+# the model. So every twelfth sequence or so has the end-of-text token, whatever the data: often enough to be learnt,
+# and too seldom to keep the model from long texts.
+DOCUMENT_CHARACTERS = 64
+
+MANY_EPOCHS, FEW_EPOCHS = 100, 10  # text read more often than that is worth a warning; what the warning advises
+
 
 class Run(NamedTuple):
     """A run folder that is ready for training, its final configuration and the contents of run.json."""
@@ -146,7 +153,8 @@ def start(config: Config, output_dir: Path | None, resume: bool) -> tuple[Run, T
 
 def prepare(config: Config, output_dir: Path | None) -> tuple[Run, Tokens]:
     """Make the run folder: the tokenizer, the encoded data, and the configuration with the tokenizer's size."""
-    corpus = sources.load_corpus(config.data.paths, config.data.validation)
+    document = DOCUMENT_CHARACTERS * config.model.max_seq_len
+    corpus = sources.load_corpus(config.data.paths, config.data.validation, document)
     console.say("data", f"{corpus.name}: {len(corpus.train)} documents, {corpus.size / 1e6:.1f}M characters")
     for note in corpus.notes:
         console.say("", note)
@@ -154,7 +162,7 @@ def prepare(config: Config, output_dir: Path | None) -> tuple[Run, Tokens]:
     config = replace(
         config,
         model=replace(config.model, vocab_size=tokenizer.vocab_size),
-        data=replace(config.data, paths=tuple(str(Path(p).resolve()) for p in config.data.paths)),
+        data=replace(config.data, paths=tuple(map(os.path.realpath, config.data.paths))),
     )
     tokens = {
         "train": loader.encode_documents(tokenizer, corpus.train),
@@ -168,6 +176,8 @@ def prepare(config: Config, output_dir: Path | None) -> tuple[Run, Tokens]:
             )
     sizes = f"{len(tokens['train']):,} for training, {len(tokens['validation']):,} for validation"
     console.say("tokenizer", f"{tokenizer.vocab_size:,} tokens; {sizes}")
+    if warning := repetition_warning(config, len(tokens["train"])):
+        console.say("warning", warning)
 
     folder = run_dir.create(output_dir)
     write_atomic(folder / run_dir.CONFIG, configs.dump(config).encode())
@@ -182,6 +192,20 @@ def prepare(config: Config, output_dir: Path | None) -> tuple[Run, Tokens]:
     }
     run_dir.save_metadata(folder, metadata)
     return Run(folder, config, metadata), tokens
+
+
+def repetition_warning(config: Config, tokens: int) -> str:
+    """What to tell the user where the run reads its ``tokens`` for training too often to learn from; else empty."""
+    per_step = config.train.global_batch_tokens
+    epochs = config.train.steps * per_step / tokens
+    if epochs <= MANY_EPOCHS:
+        return ""
+    fewer = max(1, round(FEW_EPOCHS * tokens / per_step))
+    advice = f"--train.steps {fewer:,} reads it {max(1, round(fewer * per_step / tokens)):,} times"
+    return (
+        f"{config.train.steps:,} steps of {per_step:,} tokens read the training text ({tokens:,} tokens) "
+        f"{epochs:,.0f} times over, and learn it by heart; give more text, or train for less: {advice}"
+    )
 
 
 def resume_run(config: Config, folder: Path) -> Run:
