@@ -1,12 +1,13 @@
 """How text is split into words, and where a long text can be cut without a change of its tokens.
 
 The tokens of a word depend on that word alone. So a text can be cut wherever a word certainly ends: the split pattern
-looks at nothing before a word, and a word that ended before the cut ends there without what follows, too.
+looks at nothing before a word, and behind it only for whether white space follows white space.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 
 import tokenizers
@@ -35,6 +36,7 @@ SPACE = r"\S(?=[ \t])"
 WORD_END = rf"\p{{L}}(?=\P{{L}})|\p{{N}}(?=\P{{N}})|{SPACE}"
 
 LOOK = 512  # characters before the end of a piece, among which a place to cut is looked for first
+TRIES = 8  # ends of words that are tried as places to cut, for text without any certain one
 MARGIN = 1024  # more characters than SPLIT looks at from the start of a word: two runs and a few
 
 
@@ -69,7 +71,7 @@ class Cutter:
         return self._ends.pre_tokenize_str(window)[-1][1][0]
 
     def _next_cut(self, text: str, start: int, size: int) -> int:
-        """A place to cut after ``start``, where a word begins; text of one kind of character, such as digits.
+        """A place to cut after ``start``, where a word begins; for text of one kind of character, such as punctuation.
 
         The words from ``start`` on are those of the whole text, apart from the last: what follows may change that one.
         It may also change the lengths of the two or three before it, where they lie in one run of white space.
@@ -77,14 +79,20 @@ class Cutter:
         while start + size < len(text):
             window = text[start : start + size]
             if self._may_resync:
-                ends = [end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(window)]
-                found = next((end for end in reversed(ends[:-3]) if end <= len(window) - MARGIN), 0)
-            else:
-                found = self._last_word_end(window)
-            if found:
+                ends = self._words(window)
+                last = bisect_right(ends, len(window) - MARGIN, hi=max(len(ends) - 3, 0))
+                for n in range(last, max(last - TRIES, 0), -1):
+                    # White space before other characters is split in another way than white space at the end.
+                    if self._words(window[: ends[n - 1]]) == ends[:n]:
+                        return start + ends[n - 1]
+            elif found := self._last_word_end(window):
                 return start + found
             size *= 2
         return len(text)
+
+    def _words(self, text: str) -> list[int]:
+        """Where the words of ``text`` end."""
+        return [end for _, (_, end) in self._pre_tokenizer.pre_tokenize_str(text)]
 
 
 def _word_ends(backend: tokenizers.Tokenizer) -> tuple[str, bool]:

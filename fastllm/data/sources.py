@@ -200,17 +200,15 @@ def split(texts: Iterable[str], share: float) -> tuple[list[str], list[str]]:
             room -= size
         else:
             train += group
-    while room > limit / 2:
-        longest = max(range(len(train)), key=lambda i: len(train[i]))
-        text = train.pop(longest)
-        if len(text) <= room:  # one of many that are equal
-            validation.append(text)
-            room -= len(text)
-            continue
-        cut = max(1, len(text) - max(1, round(room)))
-        if cut > 1:
-            cut = natural_place(text, max(1, round(cut - room / 8)), cut)
-        train.insert(longest, text[:cut])
-        validation += filter(None, [text[cut:]])
-        break
+    if room > limit / 2:
+        train.sort(key=len)  # stable: of equal length by the hash
+        while len(train[-1]) <= room:  # many that are equal
+            validation.append(train.pop())
+            room -= len(validation[-1])
+    if room > limit / 2:
+        longest = train.pop()
+        cut = max(1, len(longest) - max(1, round(room)))
+        cut = natural_place(longest, max(1, round(cut - room / 8)), cut)
+        train.append(longest[:cut])
+        validation += filter(None, [longest[cut:]])
     return train, validation
