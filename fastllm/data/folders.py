@@ -43,9 +43,9 @@ class LeftOut:
         self._found.setdefault(reason, []).append(path)
 
     def __str__(self) -> str:
-        """One line: "2 model or run folders, such as runs/a; 1 …"; empty where nothing was left out."""
+        """One line: "hidden folders (2, such as .git); links to folders (1: …)"; empty where nothing was left out."""
         return "; ".join(
-            f"{len(paths):,} {reason}{'s' if len(paths) > 1 else ''}, {'such as ' * (len(paths) > 1)}{shown(paths[0])}"
+            f"{reason} ({len(paths):,}{', such as' if len(paths) > 1 else ':'} {shown(paths[0])})"
             for reason, paths in self._found.items()
         )
 
@@ -64,7 +64,7 @@ def text_files(root: Path, left_out: LeftOut) -> Iterator[Path]:
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
-            left_out.add("folder that can't be read", folder)
+            left_out.add("folders that can't be read", folder)
             continue
         names = {entry.name for entry in entries}
         if folder != root and (reason := _reason_to_skip(folder.name, names)):
@@ -76,7 +76,7 @@ def text_files(root: Path, left_out: LeftOut) -> Iterator[Path]:
             if entry.is_dir(follow_symlinks=False):
                 inner.append(path)
             elif entry.is_symlink() and os.path.isdir(path):
-                left_out.add("link to a folder", path)
+                left_out.add("links to folders", path)
             elif path.suffix.lower() in TEXT_SUFFIXES and not entry.name.startswith("."):
                 yield path
         folders += reversed(inner)
@@ -84,10 +84,10 @@ def text_files(root: Path, left_out: LeftOut) -> Iterator[Path]:
 
 def _reason_to_skip(name: str, names: set[str]) -> str:
     if name.startswith("."):
-        return "hidden folder"
+        return "hidden folders"
     if name in CACHES or names & MARKERS:
-        return "folder of installed or cached files"
-    return "run or model folder" if model_files(names) else ""
+        return "folders of installed or cached files"
+    return "run or model folders" if model_files(names) else ""
 
 
 def kind_of_file(mode: int) -> str:
@@ -104,8 +104,10 @@ def kind_of_file(mode: int) -> str:
 
 def shown(path: str | Path) -> str:
     """``path`` for people, in one line: what is not UTF-8 or can't be printed becomes an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in _decoded(str(path)))
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(path))
 
 
-def _decoded(path: str) -> str:
-    return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+def _escaped(c: str) -> str:
+    if "\udc80" <= c <= "\udcff":  # how Python has a byte that is not UTF-8
+        return f"\\x{ord(c) - 0xDC00:02x}"
+    return c.encode("unicode_escape").decode()

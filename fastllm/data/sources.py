@@ -82,7 +82,7 @@ class _Reader:
             raise UserError("the name of a data file is empty")
         path = Path(path)
         try:
-            if not path.is_dir():
+            if not os.path.isdir(path):
                 return self._read(path)
             found = model_files(os.listdir(path))
         except _NotText as error:
@@ -90,7 +90,7 @@ class _Reader:
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"can't read the data {'folder' if path.is_dir() else 'file'} {shown(path)}: {reason}"
+                f"can't read the data {'folder' if os.path.isdir(path) else 'file'} {shown(path)}: {reason}"
             ) from None
         except MemoryError:
             raise UserError(f"the data file {shown(path)} does not fit in memory") from None
@@ -115,9 +115,9 @@ class _Reader:
                 texts += self._read(file)
             except _NotText as error:
                 if str(error) != "is empty":
-                    self.left_out.add(f"file that {error}".partition(":")[0], file)
+                    self.left_out.add(str(error).partition(":")[0].removeprefix("is "), file)
             except OSError:
-                self.left_out.add("file that can't be read", file)
+                self.left_out.add("files that can't be read", file)
         return texts
 
     def _read(self, path: Path) -> list[str]:
