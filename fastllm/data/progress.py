@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -60,10 +60,18 @@ def progress(what: str, total: int) -> Iterator[Progress]:
         yield Progress(what, total, bar)
 
 
-def interruptible(work: Callable[[], T], tick: Callable[[], None]) -> T:
+def interruptible(
+    work: Callable[[], T], tick: Callable[[], None], interrupted: threading.Event, native: threading.Event
+) -> T:
     """``work()`` in a thread, so that Ctrl-C takes effect at once where ``work`` is inside of native code.
 
-    ``tick`` is called about once a second meanwhile. An interrupted thread ends with the process at the latest.
+    Args:
+        work: should raise soon after ``interrupted`` is set.
+        tick: called once a second meanwhile.
+        interrupted: set by this function.
+        native: set by ``work`` when it stays in native code, where nothing ends it. Then an interrupted thread is left
+            alone, to end with the process at the latest; else it is waited for, because a thread that comes back to
+            Python while the process ends would abort it.
     """
     future: Future[T] = Future()
 
@@ -73,11 +81,15 @@ def interruptible(work: Callable[[], T], tick: Callable[[], None]) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name="fastllm-tokenizer", daemon=True).start()
-    while True:
-        try:
-            return future.result(timeout=1.0)
-        except TimeoutError:
-            if future.done():  # the error is that of ``work``
-                raise
+    thread = threading.Thread(target=run, name="fastllm-tokenizer", daemon=True)
+    thread.start()
+    try:
+        while not future.done():
+            wait([future], timeout=1.0)
             tick()
+    except BaseException:
+        interrupted.set()
+        while thread.is_alive() and not native.is_set():
+            thread.join(0.05)
+        raise
+    return future.result()

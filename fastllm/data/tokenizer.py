@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from ..errors import UserError
 from ..files import write_atomic
-from .pieces import SPLIT, Cutter
+from .pieces import PIECE, SPLIT, Cutter
 from .progress import Progress, interruptible, progress
 
 EOS_TOKEN = "<|endoftext|>"  # before and after each document, and where generation stops
@@ -62,15 +62,14 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        interrupted = threading.Event()
+        interrupted, merging = threading.Event(), threading.Event()
         with progress("tokenizer: words", size) as bar:
-            sample = _sample(texts, Cutter(backend), bar, interrupted)
+            sample = _sample(texts, Cutter(backend), bar, interrupted, merging)
             try:
-                interruptible(lambda: backend.train_from_iterator(sample, trainer), bar.advance)
+                train = partial(backend.train_from_iterator, sample, trainer)
+                interruptible(train, bar.advance, interrupted, merging)
             except UnicodeEncodeError as error:
                 raise UserError(f"a text has a lone surrogate, {error.object[error.start]!r}") from None
-            finally:
-                interrupted.set()
         return cls(backend)
 
     @classmethod
@@ -135,9 +134,15 @@ class Tokenizer:
         return np.array([0 if t == self.eos_id else len(self.token_bytes(t)) for t in range(self.vocab_size)])
 
 
-def _sample(texts: list[str], cutter: Cutter, bar: Progress, interrupted: threading.Event) -> Iterator[str]:
-    """The pieces of ``texts``; where they have too many different words, pieces that are evenly spaced over them."""
-    spans = [(i, *span) for i, text in enumerate(texts) for span in cutter.spans(text)]
+def _sample(
+    texts: list[str], cutter: Cutter, bar: Progress, interrupted: threading.Event, merging: threading.Event
+) -> Iterator[str]:
+    """The pieces of ``texts``; where they have too many different words, pieces that are evenly spaced over them.
+
+    Raises KeyboardInterrupt once ``interrupted`` is set; sets ``merging`` at the end, when the merges begin.
+    """
+    # The library asks for 256 pieces ahead, and works on them before it looks at what was raised.
+    spans = [(i, *span) for i, text in enumerate(texts) for span in cutter.spans(text, PIECE // 2)]
     # Steps of the golden ratio, without a common divisor: however many are taken, they lie evenly.
     step = next((n for n in range(round(0.618 * len(spans)), len(spans)) if math.gcd(n, len(spans)) == 1), 1)
     seen: set[str] = set()
@@ -156,6 +161,7 @@ def _sample(texts: list[str], cutter: Cutter, bar: Progress, interrupted: thread
         bar.advance(len(piece))
     seen.clear()
     bar.enter("tokenizer: merges")
+    merging.set()
 
 
 def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
