@@ -8,6 +8,7 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
+from urllib.parse import quote, unquote
 
 from .errors import UserError, did_you_mean
 from .input_files import MAX_SIZE, one_line, read_bytes, shown
@@ -315,7 +316,7 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
     if hint == tuple[str, ...]:
         if not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise UserError(f'{what} must be a list of strings, ["a", "b"], not {shown(value)}')
-        return tuple(value)
+        return tuple(map(_path_of, value))
     if type(value) is int and abs(value) >= 2**63:
         raise UserError(f"{what} must be a number of 64 bits, not {shown(value)}")
     if hint is float and type(value) is int:
@@ -333,8 +334,20 @@ def dump(config: Config) -> str:
     for section in dataclasses.fields(config):
         lines += ["", f"[{section.name}]"] if lines else [f"[{section.name}]"]
         table = dataclasses.asdict(getattr(config, section.name))
+        table = {key: tuple(map(_uri_of, value)) if isinstance(value, tuple) else value for key, value in table.items()}
         lines += [f"{key} = {_toml(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
+
+
+def _uri_of(path: str) -> str:
+    """``path``, or its ``file:`` URI where TOML can't hold it: a name that is not UTF-8."""
+    if path.startswith("file:") or any("\ud800" <= c <= "\udfff" for c in path):
+        return "file:" + quote(path, errors="surrogateescape")
+    return path
+
+
+def _path_of(uri: str) -> str:
+    return unquote(uri.removeprefix("file:"), errors="surrogateescape") if uri.startswith("file:") else uri
 
 
 def _toml(value: bool | int | float | str | tuple[str, ...]) -> str:

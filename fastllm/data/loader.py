@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from .progress import progress
 from .tokenizer import Tokenizer
 
 IGNORE_INDEX = -100  # the target of a token that does not count
@@ -117,13 +118,24 @@ def padding_window(seq_len: int) -> Batch:
 
 
 def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """One row of token ids, the end-of-text token before each document; uint16 where the ids fit."""
+    """One row of token ids, the end-of-text token before each document and after the last; uint16 where the ids fit.
+
+    So each document ends with that token, which a model learns to predict, and begins behind it.
+    """
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    eos = np.array([tokenizer.eos_id], dtype)
-    return np.concatenate([ids.astype(dtype) for each in tokenizer.encode_batch(documents) for ids in (eos, each)])
+    eos = np.array([tokenizer.eos_id], dtype).tobytes()
+    row = bytearray(eos)
+    with progress("encoding", sum(map(len, documents))) as bar:
+        for text, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
+            row += ids.astype(dtype).tobytes()
+            row += eos
+            bar.advance(len(text))
+    return np.frombuffer(row, dtype)
 
 
 def unigram_loss(train: np.ndarray, targets: np.ndarray, vocab_size: int) -> float:
     """Nats per token that the token frequencies of ``train`` (each count plus one) give ``targets``."""
-    counts = np.bincount(train, minlength=vocab_size) + 1.0
+    counts = np.ones(vocab_size)
+    for start in range(0, len(train), 2**20):  # bincount makes 64-bit integers of all that it is given
+        counts += np.bincount(train[start : start + 2**20], minlength=vocab_size)
     return float(-np.log(counts / counts.sum())[targets].mean())

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import os
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import UserError
+from .documents import documents, natural_place
+from .folders import LeftOut, kind_of_file, model_files, shown, text_files
 
-TEXT_SUFFIXES = frozenset(
-    f".{suffix}"
-    for line in (
-        "txt text md rst tex org html xml csv tsv json jsonl toml yaml yml ini cfg css srt sql ipynb",
-        "py pyi c h cc cpp cxx hpp cu cuh rs go java kt js jsx ts tsx rb php pl lua r jl hs ml scala swift sh",
-    )
-    for suffix in line.split()
-)
-
-
-TEST_FOLDERS = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"))
+TEST_FOLDERS = frozenset(("test", "tests", "idle_test"))  # of the standard library
+BLOCK = 2**20  # bytes that are read at a time
+DOCUMENT = 2**14  # characters of a document, at most
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of both splits, and notes for the user about what was skipped."""
+    """Documents of both splits, and notes for the user about what was left out."""
 
     train: list[str]
     validation: list[str]
@@ -38,76 +35,180 @@ class Corpus:
         return sum(map(len, self.train)) + sum(map(len, self.validation))
 
 
-def load_corpus(paths: Iterable[str | Path], validation: float) -> Corpus:
+class _NotText(Exception):
+    """Why a file can't be read as text."""
+
+
+def load_corpus(paths: Iterable[str | Path], validation: float, document: int = DOCUMENT) -> Corpus:
     """Read text files, and the text files in folders; without paths the source of Python's standard library.
 
-    ``validation``: the share of the validation split. Raises UserError where a named file can't be read or has no text.
+    A file is cut into documents of at most ``document`` characters. Files of the same content count once.
+
+    Args:
+        paths: files and folders. Hidden folders, caches, and run and model folders in a folder are left out.
+        validation: the share of the validation split.
+        document: see :func:`documents`.
+
+    Raises:
+        UserError: a named file can't be read or has no text, or a named folder holds a model.
     """
-    named = [Path(p) for p in paths]
-    notes: list[str] = []
+    named = list(paths)
+    reader = _Reader(document)
     if named:
-        name = ", ".join(map(str, named[:3])) + (", …" if len(named) > 3 else "")
-        documents = [text for path in named for text in _read(path, notes)]
+        name = ", ".join(map(shown, named[:3])) + (", …" if len(named) > 3 else "")
+        texts = [text for path in named for text in reader.named(path)]
     else:
         root = Path(sysconfig.get_path("stdlib"))
-        name = f"Python's standard library ({root})"
-        files = [p for p in sorted(root.rglob("*.py")) if not TEST_FOLDERS & set(p.relative_to(root).parts)]
-        documents = _read_all(files, notes)
-    if not any(map(str.strip, documents)):
-        raise UserError(f"there is no text in {name}")
-    return Corpus(*split(documents, validation), name, tuple(notes))
+        name = f"Python's standard library ({shown(root)})"
+        files = (p for p in text_files(root, LeftOut()) if p.suffix == ".py")
+        texts = reader.all(p for p in files if not TEST_FOLDERS & set(p.relative_to(root).parts))
+    left_out = str(reader.left_out)
+    if not any(map(str.strip, texts)):
+        raise UserError(f"there is no text in {name}" + (f"; left out: {left_out}" if left_out else ""))
+    return Corpus(*split(texts, validation), name, (f"left out: {left_out}",) if left_out else ())
 
 
-def _read(path: Path, notes: list[str]) -> list[str]:
-    if path.is_dir():
-        files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in TEXT_SUFFIXES and p.is_file()]
-        if not files:
-            raise UserError(f"the folder {path} has no text files (of the suffixes .txt, .md, .py, .c and the like)")
-        return _read_all(files, notes)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"can't read the data file {path}: {error.strerror}") from None
-    if not content.strip():
-        raise UserError(f"the data file {path} is empty")
-    try:
-        return [content.decode()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"the data file {path} is not UTF-8 text: byte {error.start} ({error.reason})") from None
+class _Reader:
+    """Reads files into documents, each file once."""
 
+    def __init__(self, document: int) -> None:
+        self._document = document
+        self._seen: set[object] = set()  # files by device and number, and by content
+        self.left_out = LeftOut()
 
-def _read_all(files: list[Path], notes: list[str]) -> list[str]:
-    """The texts of files in a folder: those that can't be read are skipped and noted."""
-    texts, skipped = [], []
-    for file in files:
+    def named(self, path: str | Path) -> list[str]:
+        """The documents of a file or folder that the user named."""
+        if not str(path):
+            raise UserError("the name of a data file is empty")
+        path = Path(path)
         try:
-            texts.append(file.read_bytes().decode())
-        except (OSError, UnicodeDecodeError):
-            skipped.append(file)
-    if skipped:
-        notes.append(f"skipped {len(skipped)} file(s) that are not UTF-8 text or can't be read, such as {skipped[0]}")
-    return texts
+            if not os.path.isdir(path):
+                return self._read(path)
+            found = model_files(os.listdir(path))
+        except _NotText as error:
+            raise UserError(f"the data file {shown(path)} {error}") from None
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(
+                f"can't read the data {'folder' if os.path.isdir(path) else 'file'} {shown(path)}: {reason}"
+            ) from None
+        except MemoryError:
+            raise UserError(f"the data file {shown(path)} does not fit in memory") from None
+        if found:
+            raise UserError(
+                f"{shown(path)} is a run or model folder, not text to train on: it has {', '.join(found[:3])}"
+            )
+        files = list(text_files(path, self.left_out))
+        if not files:
+            left_out = str(self.left_out)
+            raise UserError(
+                f"the folder {shown(path)} has no text files (of the suffixes .txt, .md, .py, .c and the like)"
+                + (f"; left out: {left_out}" if left_out else "")
+            )
+        return self.all(files)
+
+    def all(self, files: Iterable[Path]) -> list[str]:
+        """The documents of files in a folder: those that can't be read are left out."""
+        texts: list[str] = []
+        for file in files:
+            try:
+                texts += self._read(file)
+            except _NotText as error:
+                if str(error) != "is empty":
+                    self.left_out.add(str(error).partition(":")[0].removeprefix("is "), file)
+            except OSError:
+                self.left_out.add("files that can't be read", file)
+        return texts
+
+    def _read(self, path: Path) -> list[str]:
+        with _open(path) as file:
+            status = os.fstat(file.fileno())
+            if (identity := (status.st_dev, status.st_ino)) in self._seen:
+                return []
+            digest = hashlib.blake2b(digest_size=16)
+            texts = list(documents(_decoded(file, digest), self._document))
+            if not any(map(str.strip, texts)):
+                raise _NotText("is empty")
+        again = digest.digest() in self._seen
+        self._seen |= {identity, digest.digest()}
+        return [] if again else texts
 
 
-def split(documents: Iterable[str], share: float) -> tuple[list[str], list[str]]:
+def _open(path: Path) -> BinaryIO:
+    """Open a regular file. No other kind is even opened: that can wait forever, and devices may act on it."""
+    if kind := kind_of_file(path.stat().st_mode):
+        raise _NotText(f"is a {kind}")
+    number = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))  # /proc/kmsg waits, too
+    return open(number, "rb")
+
+
+def _decoded(file: BinaryIO, digest: hashlib.blake2b) -> Iterator[str]:
+    """The text of a UTF-8 file in parts, without a byte order mark at its begin; ``digest`` takes in its bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    begin = True
+    while True:
+        block = file.read(BLOCK) or b""
+        if begin:
+            _check_encoding(block)
+            block = block.removeprefix(codecs.BOM_UTF8)
+            begin = False
+        start = file.tell() - len(block) - len(decoder.getstate()[0])
+        digest.update(block)
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise _NotText(f"is not UTF-8 text: byte {start + error.start} ({error.reason})") from None
+        if not block:
+            return
+
+
+def _check_encoding(block: bytes) -> None:
+    """Raise for UTF-16 and UTF-32, and for what is no text by its NULs."""
+    for name, mark in (
+        ("UTF-32", codecs.BOM_UTF32_LE),
+        ("UTF-32", codecs.BOM_UTF32_BE),
+        ("UTF-16", codecs.BOM_UTF16_LE),
+        ("UTF-16", codecs.BOM_UTF16_BE),
+    ):
+        if block.startswith(mark) and len(block) % len(mark) == 0:
+            raise _NotText(f"is {name} text: convert it to UTF-8, as iconv -f {name} -t UTF-8 does")
+    even, odd = (block[i:4096:2].count(0) / max(len(block[i:4096:2]), 1) for i in (0, 1))
+    if len(block) >= 4 and even + odd > 0.7:
+        if min(even, odd) < 0.1:
+            name = "UTF-16LE" if odd > even else "UTF-16BE"
+            raise _NotText(f"is {name} text: convert it to UTF-8, as iconv -f {name} -t UTF-8 does")
+        raise _NotText("is not text: it has more zero bytes than text can have")
+
+
+def split(texts: Iterable[str], share: float) -> tuple[list[str], list[str]]:
     """``(train, validation)`` by the hash of each document: the same for any order and location of the files.
 
-    Duplicates count once. Where whole documents make up less than half of ``share`` (one file, or a few of unequal
-    size), the end of the longest document is added.
+    Equal documents are in the same split. Where whole documents make up less than half of ``share`` (a short file, or
+    a few documents of unequal size), the end of the longest is added.
     """
-    unique = {hashlib.blake2b(d.encode(), digest_size=16).digest(): d for d in documents if d}
-    train, validation, room = [], [], share * sum(map(len, unique.values()))
-    limit = room
-    for _, document in sorted(unique.items()):
-        if len(document) <= room:
-            validation.append(document)
-            room -= len(document)
+    equal: dict[bytes, list[str]] = {}
+    for text in filter(None, texts):
+        equal.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), []).append(text)
+    groups = [group for _, group in sorted(equal.items())]
+    limit = room = share * sum(sum(map(len, group)) for group in groups)
+    train: list[str] = []
+    validation: list[str] = []
+    for group in groups:
+        size = sum(map(len, group))
+        if size <= room:
+            validation += group
+            room -= size
         else:
-            train.append(document)
+            train += group
     if room > limit / 2:
-        longest = max(range(len(train)), key=lambda i: len(train[i]))
-        document = train[longest]
-        cut = max(1, len(document) - max(1, round(room)))
-        train[longest] = document[:cut]
-        validation.append(document[cut:])
+        train.sort(key=len)  # stable: of equal length by the hash
+        while len(train[-1]) <= room:  # many that are equal
+            validation.append(train.pop())
+            room -= len(validation[-1])
+    if room > limit / 2:
+        longest = train.pop()
+        cut = max(1, len(longest) - max(1, round(room)))
+        cut = natural_place(longest, max(1, round(cut - room / 8)), cut)
+        train.append(longest[:cut])
+        validation += filter(None, [longest[cut:]])
     return train, validation

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import threading
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +17,16 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from ..errors import UserError
 from ..files import write_atomic
 from ..input_files import one_line
+from .pieces import PIECE, SPLIT, Cutter
+from .progress import Progress, interruptible, progress
 from .tokenizer_file import read_tokenizer
 
-EOS_TOKEN = "<|endoftext|>"  # before each document, and where generation stops
+EOS_TOKEN = "<|endoftext|>"  # before and after each document, and where generation stops
+BATCH = 2**20  # characters that are encoded at a time
 
-# How GPT-4's tokenizer splits text: words with the space before them, up to three digits, punctuation, line ends.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Characters of different words that a tokenizer is trained on: the library takes some 120 bytes for each. Python's
+# standard library has 2.6 million.
+TRAINING_WORDS = 4_000_000
 
 
 class Tokenizer:
@@ -40,20 +43,37 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train on ``texts``. The vocabulary is smaller than ``vocab_size`` where they have too few merges."""
+        """Train on ``texts``. The vocabulary is smaller than ``vocab_size`` where they have too few merges.
+
+        Time and memory don't grow with the text: of one with very many different words an evenly spaced sample is used.
+
+        Raises:
+            UserError: ``vocab_size`` is too small, or a text has a lone surrogate.
+        """
+        if vocab_size < 257:
+            raise UserError(f"a tokenizer has at least 257 tokens (256 bytes and {EOS_TOKEN}), not {vocab_size}")
+        texts = list(texts)
         backend = tokenizers.Tokenizer(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         backend.decoder = decoders.ByteLevel()
+        size = sum(map(len, texts))
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
+            vocab_size=min(vocab_size, 257 + 4 * size),  # the library allocates that many
             special_tokens=[EOS_TOKEN],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(texts, trainer)
+        interrupted, merging = threading.Event(), threading.Event()
+        with progress("tokenizer: words", size) as bar:
+            sample = _sample(texts, Cutter(backend), bar, interrupted, merging)
+            try:
+                train = partial(backend.train_from_iterator, sample, trainer)
+                interruptible(train, bar.advance, interrupted, merging)
+            except UnicodeEncodeError as error:
+                raise UserError(f"a text has a lone surrogate, {error.object[error.start]!r}") from None
         return cls(backend)
 
     @classmethod
@@ -84,17 +104,38 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, with those that the tokenizer's post-processor adds; TypeError for a lone surrogate."""
         try:
-            return self.backend.encode(text).ids
+            return [i for piece in self._cutter.cut(text) for i in self.backend.encode(piece).ids]
         except (TypeError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # where the library panics
             raise UserError(f"the tokenizer can't encode the text: {one_line(error)}") from None
 
-    def encode_batch(self, texts: list[str]) -> Iterator[np.ndarray]:
+    def encode_batch(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each text, on all cores."""
-        for start in range(0, len(texts), 256):  # the intermediate objects take 100 times the memory of the ids
-            for encoding in self.backend.encode_batch_fast(texts[start : start + 256]):
-                yield np.asarray(encoding.ids, dtype=np.uint32)
+        ids: list[np.ndarray] = []  # of a text that other pieces are left of
+        for batch in self._batches(texts):  # the intermediate objects take 100 times the memory of the ids
+            encodings = self.backend.encode_batch_fast([piece for piece, _ in batch])
+            for (_, last), encoding in zip(batch, encodings, strict=True):
+                ids.append(np.asarray(encoding.ids, dtype=np.uint32))
+                if last:
+                    yield np.concatenate(ids) if len(ids) > 1 else ids[0]
+                    ids = []
+
+    def _batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+        """The pieces of ``texts``, some BATCH characters at a time, and whether each is the last of its text."""
+        batch, size = [], 0
+        for text in texts:
+            for start, stop in self._cutter.spans(text):
+                batch.append((text[start:stop], stop == len(text)))
+                size += stop - start
+                if size >= BATCH or len(batch) >= 1024:
+                    yield batch
+                    batch, size = [], 0
+        yield batch
+
+    @cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self.backend)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
@@ -113,6 +154,36 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text of each token, int64 ``[vocab_size]``; 0 for the end-of-text token."""
         return np.array([0 if t == self.eos_id else len(self.token_bytes(t)) for t in range(self.vocab_size)])
+
+
+def _sample(
+    texts: list[str], cutter: Cutter, bar: Progress, interrupted: threading.Event, merging: threading.Event
+) -> Iterator[str]:
+    """The pieces of ``texts``; where they have too many different words, pieces that are evenly spaced over them.
+
+    Raises KeyboardInterrupt once ``interrupted`` is set; sets ``merging`` at the end, when the merges begin.
+    """
+    # The library asks for 256 pieces ahead, and works on them before it looks at what was raised.
+    spans = [(i, *span) for i, text in enumerate(texts) for span in cutter.spans(text, PIECE // 2)]
+    # Steps of the golden ratio, without a common divisor: however many are taken, they lie evenly.
+    step = next((n for n in range(round(0.618 * len(spans)), len(spans)) if math.gcd(n, len(spans)) == 1), 1)
+    seen: set[str] = set()
+    room = TRAINING_WORDS
+    for place in range(len(spans)):
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        i, start, stop = spans[place * step % len(spans)]
+        piece = texts[i][start:stop]
+        new = set(piece.split()) - seen
+        seen |= new
+        room -= sum(map(len, new))
+        if room < 0:
+            break
+        yield piece
+        bar.advance(len(piece))
+    seen.clear()
+    bar.enter("tokenizer: merges")
+    merging.set()
 
 
 def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:

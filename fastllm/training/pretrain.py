@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,6 @@ from ..data.tokenizer import Tokenizer
 from ..distributed.gradients import full_state_dict
 from ..distributed.mesh import (
     ParallelDims,
-    abort_all_ranks,
     local_device,
     lost_ranks,
     process_group,
@@ -42,14 +41,22 @@ from ..model.flops import count_parameters
 from ..run_lock import LOCK, run_lock
 from . import metrics
 from .evaluation import Evaluator
-from .final_weights import WeightsRecord, load_final, read_record, save_final
+from .final_weights import WeightsRecord, save_final
 from .objectives import NextTokenPrediction
 from .plot import plot
+from .resume import check_continues, continue_run
 from .signals import StopSignals
 from .state import TrainState
 from .trainer import Trainer
 
 Tokens = dict[str, np.ndarray]
+
+# A file is cut into documents of at most this many characters for each token of max_seq_len: some sixteen sequences of
+# the model. So every twelfth sequence or so has the end-of-text token, whatever the data: often enough to be learnt,
+# and too seldom to keep the model from long texts.
+DOCUMENT_CHARACTERS = 64
+
+MANY_EPOCHS, FEW_EPOCHS = 100, 10  # text read more often than that is worth a warning; what the warning advises
 
 
 class Run(NamedTuple):
@@ -165,7 +172,8 @@ def start(config: Config, output_dir: Path | None, resume: bool, lock: ExitStack
 
 def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[Run, Tokens]:
     """Make the run folder: the tokenizer, the encoded data, and the configuration with the tokenizer's size."""
-    corpus = sources.load_corpus(config.data.paths, config.data.validation)
+    document = DOCUMENT_CHARACTERS * config.model.max_seq_len
+    corpus = sources.load_corpus(config.data.paths, config.data.validation, document)
     console.say("data", f"{corpus.name}: {len(corpus.train)} documents, {corpus.size / 1e6:.1f}M characters")
     for note in corpus.notes:
         console.say("", note)
@@ -173,7 +181,7 @@ def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[R
     config = replace(
         config,
         model=replace(config.model, vocab_size=tokenizer.vocab_size),
-        data=replace(config.data, paths=tuple(str(Path(p).resolve()) for p in config.data.paths)),
+        data=replace(config.data, paths=tuple(map(os.path.realpath, config.data.paths))),
     )
     tokens = {
         "train": loader.encode_documents(tokenizer, corpus.train),
@@ -187,6 +195,8 @@ def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[R
             )
     sizes = f"{len(tokens['train']):,} for training, {len(tokens['validation']):,} for validation"
     console.say("tokenizer", f"{tokenizer.vocab_size:,} tokens; {sizes}")
+    if warning := repetition_warning(config, len(tokens["train"])):
+        console.say("warning", warning)
 
     folder = run_dir.create(output_dir)
     lock.enter_context(run_lock(folder))
@@ -205,56 +215,32 @@ def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[R
     return Run(folder, config, metadata), tokens
 
 
+def repetition_warning(config: Config, tokens: int) -> str:
+    """What to tell the user where the run reads its ``tokens`` for training too often to learn from; else empty."""
+    per_step = config.train.global_batch_tokens
+    epochs = config.train.steps * per_step / tokens
+    if epochs <= MANY_EPOCHS:
+        return ""
+    fewer = max(1, round(FEW_EPOCHS * tokens / per_step))
+    advice = f"--train.steps {fewer:,} reads it {max(1, round(fewer * per_step / tokens)):,} times"
+    return (
+        f"{config.train.steps:,} steps of {per_step:,} tokens read the training text ({tokens:,} tokens) "
+        f"{epochs:,.0f} times over, and learn it by heart; give more text, or train for less: {advice}"
+    )
+
+
 def resume_run(config: Config, folder: Path, lock: ExitStack) -> Run:
     """Check that ``config`` continues the run in ``folder``, which is not changed yet."""
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
     lock.enter_context(run_lock(folder))
-    before = configs.load(folder / run_dir.CONFIG)
-    if config.model != before.model or config.data != before.data:
-        raise UserError("--resume continues with the model and the data of the run: leave out --model and --data")
-    for name in ("optim.optimizer", "spikes.window", "train.seed"):
-        if attrgetter(name)(config) != attrgetter(name)(before):
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"--resume continues with {option} {attrgetter(name)(before)} of the run: leave it out")
+    check_continues(config, configs.load(folder / run_dir.CONFIG))
     metadata = run_dir.load_metadata(folder)
     tokenizer = Tokenizer.load(folder / run_dir.TOKENIZER)
     if tokenizer.fingerprint != metadata.get("tokenizer"):
         raise UserError(f"{folder / run_dir.TOKENIZER} is not the tokenizer that the run began with")
     tokens = run_dir.load_tokens(folder, config.model.vocab_size)
     return Run(folder, config, metadata | baseline(tokenizer, tokens, config))
-
-
-def continue_run(trainer: Trainer, folder: Path, from_weights: bool) -> None:
-    """Bring the trainer to where the run ended: to its last intact checkpoint or, where asked, to its weights."""
-    checkpoints, settings = trainer.checkpoints, trainer.config.train
-    record = run_on_rank0(lambda: read_record(folder))
-    if from_weights:
-        if checkpoints.steps():
-            abort_all_ranks(f"{checkpoints.folder} has checkpoints: leave out --from-weights, or move that folder away")
-        if record is None:
-            abort_all_ranks(f"{folder} has no weights that say how far they were trained")
-        load_final(folder, trainer.model)
-        trainer.restore_state(record.state)
-        console.say("resumed", f"from the weights of step {record.step}, with a fresh optimizer")
-    else:
-        step = trainer.restore()
-        if step is not None:
-            console.say("resumed", f"from step {step} of {settings.steps}")
-        elif checkpoints.steps() or (folder / run_dir.WEIGHTS).exists():
-            found, first = ("no intact", f"move {checkpoints.folder} away and ") if checkpoints.steps() else ("no", "")
-            advice = f"; to go on from its weights, with a fresh optimizer: {first}add --from-weights" if record else ""
-            abort_all_ranks(f"{folder} has {found} checkpoint{advice}")
-        else:
-            console.say("resumed", f"from step 0 of {settings.steps}: there is no checkpoint yet")
-    state = trainer.state
-    if state.step >= settings.steps:
-        abort_all_ranks(f"{folder} has all its {settings.steps} steps; for more give a larger --train.steps")
-    if settings.seconds and state.seconds >= settings.seconds:
-        spent = f"{state.seconds:.0f} s of training are spent"
-        abort_all_ranks(f"{spent}, --train.seconds is {settings.seconds:g}: give more")
-    if run_on_rank0(lambda: configs.load(folder / run_dir.CONFIG)).train.eval_tokens != settings.eval_tokens:
-        state.validation_loss = None  # of another evaluation
 
 
 def baseline(tokenizer: Tokenizer, tokens: Tokens, config: Config) -> dict[str, float]:

@@ -4,7 +4,7 @@ import os
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fastllm import config as configs
@@ -21,7 +21,10 @@ def test_toml_round_trip(name, tmp_path):
 
 
 @settings(deadline=None)  # a busy machine
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]))))
+@given(st.lists(st.one_of(st.text(st.characters(exclude_categories=["Cs"])), st.binary().map(os.fsdecode))))
+@example(
+    ["/a/b\udcff.txt", "file:x%41", "file:", "a\nb", "\"'\\"]
+)  # bytes that are not UTF-8, and what looks like them
 def test_toml_strings_round_trip(tmp_path_factory, paths):
     config = replace(Config(), data=DataConfig(paths=tuple(paths)))
     path = tmp_path_factory.mktemp("toml") / "config.toml"

@@ -18,14 +18,22 @@ def test_split_is_disjoint_whole_and_independent_of_the_order():
     train, validation = sources.split(DOCUMENTS, 0.1)
     assert sorted(train + validation) == sorted(DOCUMENTS)
     assert 0.05 < sum(map(len, validation)) / sum(map(len, DOCUMENTS)) <= 0.1
-    assert sources.split(DOCUMENTS[::-1] + DOCUMENTS, 0.1) == (train, validation)
+    assert sources.split(DOCUMENTS[::-1], 0.1) == (train, validation)
+
+
+def test_equal_documents_are_in_the_same_split():
+    train, validation = sources.split(DOCUMENTS * 3, 0.1)
+    assert sorted(train + validation) == sorted(DOCUMENTS * 3)
+    assert not set(train) & set(validation)
+    train, validation = sources.split(["same"] * 100, 0.1)  # no other way than to part them
+    assert (len(train), len(validation)) == (90, 10)
 
 
 def test_split_of_one_document_holds_out_its_tail():
     text = "".join(DOCUMENTS)
     train, validation = sources.split([text], 0.1)
     assert train + validation == [text[: len(train[0])], text[len(train[0]) :]]
-    assert len(validation[0]) == pytest.approx(0.1 * len(text), abs=1)
+    assert 0 <= len(validation[0]) - 0.1 * len(text) < len("document ")  # whole words
 
 
 def test_split_of_unequal_documents_holds_out_enough():
@@ -81,11 +89,14 @@ def test_folders_without_text(tmp_path):
         sources.load_corpus([tmp_path], 0.05)
 
 
-def test_encode_puts_the_end_token_before_each_document():
+def test_encode_puts_the_end_token_before_and_after_each_document():
     tokenizer = Tokenizer.train(DOCUMENTS, 300)
     row = loader.encode_documents(tokenizer, DOCUMENTS)
     assert row.dtype == np.uint16
-    assert [i for d in DOCUMENTS for i in (tokenizer.eos_id, *tokenizer.encode(d))] == row.tolist()
+    eos = tokenizer.eos_id
+    assert [eos, *(i for d in DOCUMENTS for i in (*tokenizer.encode(d), eos))] == row.tolist()
+    assert (row[1:] == eos).sum() == len(DOCUMENTS)  # targets
+    assert loader.encode_documents(tokenizer, []).tolist() == [eos]
 
 
 @pytest.mark.parametrize("length", [17, 18, 33, 1000, 1001])

@@ -1,6 +1,14 @@
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +16,16 @@ import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from fastllm.data.tokenizer import EOS_TOKEN, Tokenizer
+from fastllm import console
+from fastllm.data import progress as progress_module
+from fastllm.data import tokenizer as tokenizer_module
+from fastllm.data.pieces import Cutter
+from fastllm.data.progress import Progress, progress
+from fastllm.data.tokenizer import EOS_TOKEN, Tokenizer, _sample
 from fastllm.errors import UserError
+from tests.limits import HANG
 
 TEXT = "def add(a, b):\n    return a + b\n\n\nfor i in range(100):\n    print(add(i, 1), 'naïve café')\n" * 20
 
@@ -161,3 +176,82 @@ def test_files_that_the_library_takes(changes, words, tokenizer, tmp_path, capfd
         Tokenizer.load(saved(tokenizer, tmp_path / "t.json", **changes))
     assert str(tmp_path / "t.json") in str(error.value)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("size", [0, 1, 256, -5])
+def test_a_vocabulary_without_all_bytes(size):
+    with pytest.raises(UserError, match=f"at least 257 tokens .*, not {size}"):
+        Tokenizer.train([TEXT], size)
+
+
+def test_the_vocabulary_is_no_larger_than_the_text():
+    assert Tokenizer.train(["ab"], 10**15).vocab_size == 258
+    assert Tokenizer.train([], 1000).vocab_size == 257
+
+
+def test_a_lone_surrogate_is_no_text():
+    with pytest.raises(UserError, match=r"lone surrogate, '\\udcff'"):
+        Tokenizer.train(["a\udcff"], 300)
+
+
+def test_of_very_many_words_a_sample_is_used(monkeypatch):
+    texts = [f"{i * 7919 % 10_007} word{i} " * 20 for i in range(2000)]
+    taken: list[str] = []
+    bar, events = Progress("", 0, None), (threading.Event(), threading.Event())
+    monkeypatch.setattr(tokenizer_module, "TRAINING_WORDS", 1000)
+    for piece in _sample(texts, Cutter(Tokenizer.train([TEXT], 300).backend), bar, *events):
+        taken.append(piece)
+    places = sorted(texts.index(piece) for piece in taken)
+    assert 50 < len(places) < 200
+    assert max(b - a for a, b in itertools.pairwise([0, *places, 2000])) < 3 * 2000 / len(places)  # evenly spaced
+    monkeypatch.setattr(tokenizer_module, "TRAINING_WORDS", 10**9)
+    assert sorted(_sample(texts, Cutter(Tokenizer.train([TEXT], 300).backend), bar, *events)) == sorted(texts)
+
+
+@pytest.mark.parametrize("phase", ["words", "merges"])
+def test_ctrl_c_ends_training_inside_the_library(phase):
+    """The library is busy for minutes with this text, and does not look for signals."""
+    code = f"""
+import random, sys
+from fastllm.data import progress
+from fastllm.data.tokenizer import Tokenizer
+letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000)
+enter = progress.Progress.enter
+progress.Progress.enter = lambda *args: (enter(*args), print("ready", flush=True))
+try:
+    if {phase!r} == "words":
+        print("ready", flush=True)
+    Tokenizer.train(["".join(letters)], 100_000)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+    sys.exit(7)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.3)  # too early or too late is the same: the outcome may not depend on the moment
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=HANG)[0].endswith("interrupted\n")
+    assert process.returncode == 7
+
+
+def test_progress_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress_module, "QUIET", 0.0)
+    with progress("encoding", 200) as bar:
+        bar.advance(50)
+        bar.enter("merges")
+        bar.advance()
+    assert re.fullmatch(r" +encoding: 25 % after 0 s\n +merges: after 0 s\n", capsys.readouterr().out)
+
+
+def test_progress_on_a_terminal(monkeypatch):
+    terminal = Console(force_terminal=True, file=io.StringIO(), width=80)
+    monkeypatch.setattr(console, "console", terminal)
+    with progress("encoding", 200) as bar:
+        bar.advance(50)
+    assert "encoding" in terminal.file.getvalue()  # type: ignore[attr-defined]
+    terminal.quiet = True
+    before = terminal.file.getvalue()  # type: ignore[attr-defined]
+    with progress("encoding", 200) as bar:
+        bar.advance(50)
+    assert terminal.file.getvalue() == before  # type: ignore[attr-defined]

@@ -1,0 +1,184 @@
+"""Files and folders as people name them."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import socket
+import tempfile
+
+import pytest
+
+from fastllm.data import sources
+from fastllm.errors import UserError
+
+TEXT = "some text of a few words\n" * 40
+
+
+def texts_of(corpus: sources.Corpus) -> str:
+    return "".join(sorted(corpus.train + corpus.validation))
+
+
+def error_of(path: object) -> str:
+    with pytest.raises(UserError) as error:
+        sources.load_corpus([path], 0.05)  # type: ignore[list-item]
+    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("config.toml", "run.json", "tokenizer.json", "log.jsonl", "sample.txt", "checkpoints/step-1/checkpoint.json"),
+        ("config.toml", "tokenizer.json", "run.json"),
+        ("config.json", "model.safetensors", "README.md"),
+        ("config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+        ("adapter_config.json", "adapter_model.safetensors", "README.md"),
+    ],
+)
+def test_run_and_model_folders_are_left_out(names, tmp_path):
+    for name in ("notes.txt", *(f"in/model/{name}" for name in names)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(TEXT if name == "notes.txt" else f"{name} is no text to train on")
+    corpus = sources.load_corpus([tmp_path], 0.1)
+    assert texts_of(corpus).count("some") == 40
+    assert "no text" not in texts_of(corpus)
+    assert corpus.notes == (f"left out: run or model folders (1: {tmp_path / 'in' / 'model'})",)
+    message = error_of(tmp_path / "in" / "model")
+    assert "is a run or model folder" in message
+    assert sum(name in message for name in names) >= 2  # by what it was recognised
+
+
+def test_hidden_folders_and_caches_are_left_out(tmp_path):
+    for folder in (".git", ".venv/lib", "env/lib", "node_modules/x", "__pycache__", "target", "lib/site-packages/y"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.py").write_text("not mine")
+    (tmp_path / "env" / "pyvenv.cfg").write_text("not mine")
+    (tmp_path / "target" / "CACHEDIR.TAG").write_text("not mine")
+    (tmp_path / "lib" / "mine.py").write_text(TEXT)
+    (tmp_path / ".hidden.txt").write_text("not mine")
+    corpus = sources.load_corpus([tmp_path], 0.1)
+    assert texts_of(corpus).count("some") == 40
+    assert "not mine" not in texts_of(corpus)
+    (note,) = corpus.notes
+    assert "hidden folders (2, such as" in note
+    assert "folders of installed or cached files (5, such as" in note
+    assert sources.load_corpus([tmp_path / ".git"], 0.1).size == len("not mine")  # by its name
+
+
+def test_what_is_no_regular_file(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "up").symlink_to(".")
+    (tmp_path / "dir.txt").symlink_to(tmp_path)
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:  # a socket's path is short
+        listener.bind(f"{short}/socket.txt")
+        assert "is a socket" in error_of(f"{short}/socket.txt")
+    assert "is a named pipe" in error_of(tmp_path / "pipe.txt")
+    assert "is a device" in error_of("/dev/zero")
+    assert "is a device" in error_of(tmp_path / "zero.txt")
+    assert "symbolic links" in error_of(tmp_path / "loop.txt")
+    assert "No such file" in error_of(tmp_path / "gone.txt")
+    corpus = sources.load_corpus([tmp_path / "a.txt", tmp_path / ".." / tmp_path.name, tmp_path / "a.txt"], 0.1)
+    assert texts_of(corpus).count("some") == 40  # once
+    for words in ("links to folders (2", "a named pipe (1:", "a device (1:", "files that can't be read (2"):
+        assert words in corpus.notes[0]
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000, "no\nsuch\x1b[31m", "\ud800", "no\udcff"])
+def test_names_that_no_file_has(path):
+    error_of(path)
+
+
+def test_unreadable_files_and_folders(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text(TEXT)
+    scan, opened = os.scandir, os.open
+
+    def refuse(call):
+        def refusing(path, *args):
+            if str(path).endswith(("in", "b.txt")):
+                raise PermissionError(13, "Permission denied")
+            return call(path, *args)
+
+        return refusing
+
+    monkeypatch.setattr(os, "scandir", refuse(scan))
+    monkeypatch.setattr(os, "open", refuse(opened))
+    (note,) = sources.load_corpus([tmp_path], 0.1).notes
+    assert "folders that can't be read (1" in note
+    assert "files that can't be read (1" in note
+    assert "Permission denied" in error_of(tmp_path / "b.txt")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"b\xff\n'\".txt")
+    path.write_text(TEXT)
+    corpus = sources.load_corpus([path], 0.1)
+    assert texts_of(corpus).count("some") == 40
+    assert corpus.name.endswith("b\\xff\\n'\".txt")
+    assert corpus.name.isprintable()
+    assert texts_of(sources.load_corpus([tmp_path], 0.1)).count("some") == 40
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(codecs.BOM_UTF8 + TEXT.encode() + "\ufeffin the midst, and a \0".encode())
+    corpus = sources.load_corpus([path], 0.1)
+    assert corpus.size == len(TEXT) + len("\ufeffin the midst, and a \0")
+    path.write_bytes(codecs.BOM_UTF8)
+    assert "is empty" in error_of(path)
+    path.write_bytes(codecs.BOM_UTF8 + b"text \xff")
+    assert "not UTF-8 text: byte 8" in error_of(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be"])
+def test_other_encodings_are_named(encoding, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(TEXT.encode(encoding))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert f"is {name} text: convert it to UTF-8" in error_of(path)
+    (tmp_path / "b.txt").write_text(TEXT)
+    assert sources.load_corpus([tmp_path], 0.1).notes == (f"left out: {name} text (1: {path})",)
+
+
+def test_zero_bytes_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(bytes(5000))
+    assert "is not text" in error_of(tmp_path / "a.txt")
+
+
+def test_the_byte_of_an_error_far_into_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 7)
+    path = tmp_path / "a.txt"
+    path.write_bytes(codecs.BOM_UTF8 + "né日本😀".encode() * 50 + b"\xe6\x97" + b"x")
+    assert f"byte {3 + 50 * 13}" in error_of(path)
+    path.write_bytes(codecs.BOM_UTF8 + "né日本😀".encode() * 50)
+    assert sources.load_corpus([path], 0.1).size == 50 * 5
+
+
+def test_a_long_file_becomes_documents(tmp_path):
+    path = tmp_path / "book.txt"
+    paragraphs = [f"Paragraph {i}. " + "word " * (20 + i % 13) + "\n\n" for i in range(2000)]
+    path.write_text("".join(paragraphs))
+    corpus = sources.load_corpus([path], 0.1, 4000)
+    assert len(corpus.train) > 40
+    assert len(corpus.validation) > 3
+    assert sorted("".join(corpus.train + corpus.validation)) == sorted("".join(paragraphs))
+    assert all(text.startswith("Paragraph") and len(text) <= 4000 for text in corpus.train + corpus.validation)
+    for copy in ("x.txt", "y.txt"):  # the same for any number and place of the files
+        (tmp_path / copy).write_text("".join(paragraphs))
+    again = sources.load_corpus([tmp_path / "y.txt", tmp_path], 0.1, 4000)
+    assert (again.train, again.validation) == (corpus.train, corpus.validation)
+
+
+def test_text_that_repeats_itself_is_not_lost(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("hello world\n" * 20_000)
+    corpus = sources.load_corpus([path], 0.05)
+    assert corpus.size == 240_000
+    assert 6000 < sum(map(len, corpus.validation)) < 13_500
