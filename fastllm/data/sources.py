@@ -56,34 +56,34 @@ def load_corpus(paths: Iterable[str | Path], validation: float, document: int = 
     reader = _Reader(document)
     if named:
         name = ", ".join(map(shown, named[:3])) + (", …" if len(named) > 3 else "")
-        texts = [text for path in named for text in reader.named(path)]
+        read = [texts for path in named for texts in reader.named(path)]
     else:
         root = Path(sysconfig.get_path("stdlib"))
         name = f"Python's standard library ({shown(root)})"
         files = (p for p in text_files(root, LeftOut()) if p.suffix == ".py")
-        texts = reader.all(p for p in files if not TEST_FOLDERS & set(p.relative_to(root).parts))
+        read = reader.all(p for p in files if not TEST_FOLDERS & set(p.relative_to(root).parts))
     left_out = str(reader.left_out)
-    if not any(map(str.strip, texts)):
+    if not read:
         raise UserError(f"there is no text in {name}" + (f"; left out: {left_out}" if left_out else ""))
-    return Corpus(*split(texts, validation), name, (f"left out: {left_out}",) if left_out else ())
+    return Corpus(*split(read, validation), name, (f"left out: {left_out}",) if left_out else ())
 
 
 class _Reader:
-    """Reads files into documents, each file once."""
+    """Reads files, each once, and cuts them into documents."""
 
     def __init__(self, document: int) -> None:
         self._document = document
         self._seen: set[object] = set()  # files by device and number, and by content
         self.left_out = LeftOut()
 
-    def named(self, path: str | Path) -> list[str]:
-        """The documents of a file or folder that the user named."""
+    def named(self, path: str | Path) -> list[list[str]]:
+        """The documents of the file, or of each file in the folder, that the user named."""
         if not str(path):
             raise UserError("the name of a data file is empty")
         path = Path(path)
         try:
             if not os.path.isdir(path):
-                return self._read(path)
+                return list(filter(None, [self._read(path)]))
             found = model_files(os.listdir(path))
         except _NotText as error:
             raise UserError(f"the data file {shown(path)} {error}") from None
@@ -107,20 +107,22 @@ class _Reader:
             )
         return self.all(files)
 
-    def all(self, files: Iterable[Path]) -> list[str]:
-        """The documents of files in a folder: those that can't be read are left out."""
-        texts: list[str] = []
+    def all(self, files: Iterable[Path]) -> list[list[str]]:
+        """The documents of each file in a folder: those that can't be read are left out."""
+        read: list[list[str]] = []
         for file in files:
             try:
-                texts += self._read(file)
+                if texts := self._read(file):
+                    read.append(texts)
             except _NotText as error:
                 if str(error) != "is empty":
                     self.left_out.add(str(error).partition(":")[0].removeprefix("is "), file)
             except OSError:
                 self.left_out.add("files that can't be read", file)
-        return texts
+        return read
 
     def _read(self, path: Path) -> list[str]:
+        """The documents of a file; none where a file of the same content was read before."""
         with _open(path) as file:
             status = os.fstat(file.fileno())
             if (identity := (status.st_dev, status.st_ino)) in self._seen:
@@ -180,35 +182,62 @@ def _check_encoding(block: bytes) -> None:
         raise _NotText("is not text: it has more zero bytes than text can have")
 
 
-def split(texts: Iterable[str], share: float) -> tuple[list[str], list[str]]:
-    """``(train, validation)`` by the hash of each document: the same for any order and location of the files.
+def split(files: Iterable[list[str]], share: float) -> tuple[list[str], list[str]]:
+    """``(train, validation)``, both documents, of files that are cut into documents.
 
-    Equal documents are in the same split. Where whole documents make up less than half of ``share`` (a short file, or
-    a few documents of unequal size), the end of the longest is added.
+    Whole files go to the validation split, chosen by their hash: the same for any order and location of the files, and
+    no file is in both. Where they make up less than half of ``share`` (one large file, or a few), documents of the
+    longest file are added, and where these are too few, the end of the longest document.
     """
-    equal: dict[bytes, list[str]] = {}
-    for text in filter(None, texts):
-        equal.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), []).append(text)
-    groups = [group for _, group in sorted(equal.items())]
-    limit = room = share * sum(sum(map(len, group)) for group in groups)
-    train: list[str] = []
-    validation: list[str] = []
-    for group in groups:
-        size = sum(map(len, group))
-        if size <= room:
-            validation += group
-            room -= size
+    known = sorted((_digest(file), file) for file in files if any(file))
+    rest = [file for _, file in known]
+    limit = room = share * sum(map(_size, rest))
+    chosen = _choose(rest, room)
+    validation = [text for i in chosen for text in rest[i]]
+    rest = [file for i, file in enumerate(rest) if i not in chosen]
+    room -= _size(validation)
+    if room > limit / 2:
+        longest = max(range(len(rest)), key=lambda i: _size(rest[i]))
+        texts = rest[longest]
+        chosen = _choose([[text] for text in texts], room)
+        validation += [texts[i] for i in sorted(chosen)]
+        room -= sum(len(texts[i]) for i in chosen)
+        rest[longest] = [text for i, text in enumerate(texts) if i not in chosen]
+    train = [text for file in rest for text in file if text]
+    while room > limit / 2:
+        longest = max(range(len(train)), key=lambda i: len(train[i]))
+        text = train.pop(longest)
+        if len(text) <= room:  # one of many that are equal
+            cut = 0
         else:
-            train += group
-    if room > limit / 2:
-        train.sort(key=len)  # stable: of equal length by the hash
-        while len(train[-1]) <= room:  # many that are equal
-            validation.append(train.pop())
-            room -= len(validation[-1])
-    if room > limit / 2:
-        longest = train.pop()
-        cut = max(1, len(longest) - max(1, round(room)))
-        cut = natural_place(longest, max(1, round(cut - room / 8)), cut)
-        train.append(longest[:cut])
-        validation += filter(None, [longest[cut:]])
-    return train, validation
+            cut = max(1, len(text) - max(1, round(room)))
+            cut = natural_place(text, max(1, round(cut - room / 8)), cut)
+            train.insert(longest, text[:cut])
+        validation.append(text[cut:])
+        room = room - len(text) if not cut else 0.0
+    return train, list(filter(None, validation))
+
+
+def _choose(units: list[list[str]], room: float) -> list[int]:
+    """Which of ``units`` fit into ``room`` characters, taken in the order of their hashes; equal ones together."""
+    equal: dict[bytes, list[int]] = {}
+    for i, unit in enumerate(units):
+        equal.setdefault(_digest(unit), []).append(i)
+    chosen: list[int] = []
+    for _, group in sorted(equal.items()):
+        size = len(group) * _size(units[group[0]])
+        if size <= room:
+            chosen += group
+            room -= size
+    return chosen
+
+
+def _size(texts: Iterable[str]) -> int:
+    return sum(map(len, texts))
+
+
+def _digest(texts: Iterable[str]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for text in texts:
+        digest.update(text.encode())
+    return digest.digest()

@@ -14,30 +14,48 @@ from fastllm.errors import UserError
 DOCUMENTS = [f"document {i} " + "word " * (50 + i % 30) for i in range(100)]
 
 
+FILES = [[document] for document in DOCUMENTS]
+
+
 def test_split_is_disjoint_whole_and_independent_of_the_order():
-    train, validation = sources.split(DOCUMENTS, 0.1)
+    train, validation = sources.split(FILES, 0.1)
     assert sorted(train + validation) == sorted(DOCUMENTS)
     assert 0.05 < sum(map(len, validation)) / sum(map(len, DOCUMENTS)) <= 0.1
-    assert sources.split(DOCUMENTS[::-1], 0.1) == (train, validation)
+    assert sources.split(FILES[::-1], 0.1) == (train, validation)
 
 
-def test_equal_documents_are_in_the_same_split():
-    train, validation = sources.split(DOCUMENTS * 3, 0.1)
+def test_no_file_is_in_both_splits():
+    files = [[f"{i}, part {k} " * 10 for k in range(5)] for i in range(60)]
+    train, validation = sources.split(files, 0.1)
+    assert 0.05 < len(validation) / 300 <= 0.1
+    assert not {text.split(",")[0] for text in train} & {text.split(",")[0] for text in validation}
+
+
+def test_split_of_one_file_of_many_documents():
+    """Documents of it, and those for training in their order. Equal ones are in the same split."""
+    train, validation = sources.split([DOCUMENTS * 3], 0.1)
     assert sorted(train + validation) == sorted(DOCUMENTS * 3)
     assert not set(train) & set(validation)
-    train, validation = sources.split(["same"] * 100, 0.1)  # no other way than to part them
-    assert (len(train), len(validation)) == (90, 10)
+    assert train == [document for document in DOCUMENTS * 3 if document not in validation]
+    assert 0.05 < sum(map(len, validation)) / sum(map(len, DOCUMENTS * 3)) <= 0.1
 
 
 def test_split_of_one_document_holds_out_its_tail():
     text = "".join(DOCUMENTS)
-    train, validation = sources.split([text], 0.1)
+    train, validation = sources.split([[text]], 0.1)
     assert train + validation == [text[: len(train[0])], text[len(train[0]) :]]
     assert 0 <= len(validation[0]) - 0.1 * len(text) < len("document ")  # whole words
 
 
-def test_split_of_unequal_documents_holds_out_enough():
-    train, validation = sources.split(["a" * 100_000, "short"], 0.1)
+def test_split_of_equal_documents_parts_them():
+    """There is no other way."""
+    train, validation = sources.split([["same"] * 100], 0.1)
+    assert len(train) + len(validation) == 100
+    assert 5 <= len(validation) <= 10
+
+
+def test_split_of_unequal_files_holds_out_enough():
+    train, validation = sources.split([["a" * 100_000], ["short"]], 0.1)
     assert sum(map(len, validation)) == pytest.approx(10_000, rel=0.01)
     assert sum(map(len, train)) == pytest.approx(90_000, rel=0.01)
 
