@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, pre_tokenizers
@@ -120,10 +121,10 @@ def _word_ends(backend: tokenizers.Tokenizer) -> tuple[str, bool]:
     return (WORD_END, True) if alone else (SPACE, False)
 
 
-def _adds_nothing(post_processor: dict) -> bool:
+def _adds_nothing(post_processor: dict[str, Any]) -> bool:
     return post_processor.get("type") in (None, "ByteLevel")
 
 
-def _state(component: object) -> dict:
+def _state(component: Any) -> dict[str, Any]:
     """The settings of a part of a tokenizer, as tokenizer.json has them."""
-    return {} if component is None else json.loads(component.__getstate__())  # type: ignore[attr-defined]
+    return {} if component is None else json.loads(component.__getstate__())
