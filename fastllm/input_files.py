@@ -17,7 +17,7 @@ JSON_LIMIT = 16 * 2**20  # bytes; the largest index of a Hugging Face model has 
 MAX_SIZE = 2**30  # of any one size in a configuration: the bytes of a matrix still fit into 64 bits
 
 
-def open_regular(path: str | Path, what: str = "") -> BinaryIO:
+def open_regular(path: str | Path, what: str = "") -> BufferedReader:
     """The file at ``path``, opened for reading; UserError for pipes, devices and folders, without waiting for them.
 
     ``what``: words for errors that go before the path, with a space at the end.
