@@ -45,7 +45,7 @@ class LeftOut:
     def __str__(self) -> str:
         """One line: "hidden folders (2, such as .git); links to folders (1: …)"; empty where nothing was left out."""
         return "; ".join(
-            f"{reason} ({len(paths):,}{', such as' if len(paths) > 1 else ':'} {shown(paths[0])})"
+            f"{reason} ({len(paths):,}{', such as' if len(paths) > 1 else ':'} {printable(paths[0])})"
             for reason, paths in self._found.items()
         )
 
@@ -102,7 +102,7 @@ def kind_of_file(mode: int) -> str:
     return next((kind for test, kind in kinds.items() if test(mode)), "" if stat.S_ISREG(mode) else "special file")
 
 
-def shown(path: str | Path) -> str:
+def printable(path: str | Path) -> str:
     """``path`` for people, in one line: what is not UTF-8 or can't be printed becomes an escape."""
     return "".join(c if c.isprintable() else _escaped(c) for c in str(path))
 

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from ..errors import UserError
 from .documents import documents, natural_place
-from .folders import LeftOut, kind_of_file, model_files, shown, text_files
+from .folders import LeftOut, kind_of_file, model_files, printable, text_files
 
 TEST_FOLDERS = frozenset(("test", "tests", "idle_test"))  # of the standard library
 BLOCK = 2**20  # bytes that are read at a time
@@ -55,11 +55,11 @@ def load_corpus(paths: Iterable[str | Path], validation: float, document: int = 
     named = list(paths)
     reader = _Reader(document)
     if named:
-        name = ", ".join(map(shown, named[:3])) + (", …" if len(named) > 3 else "")
+        name = ", ".join(map(printable, named[:3])) + (", …" if len(named) > 3 else "")
         read = [texts for path in named for texts in reader.named(path)]
     else:
         root = Path(sysconfig.get_path("stdlib"))
-        name = f"Python's standard library ({shown(root)})"
+        name = f"Python's standard library ({printable(root)})"
         files = (p for p in text_files(root, LeftOut()) if p.suffix == ".py")
         read = reader.all(p for p in files if not TEST_FOLDERS & set(p.relative_to(root).parts))
     left_out = str(reader.left_out)
@@ -86,23 +86,23 @@ class _Reader:
                 return list(filter(None, [self._read(path)]))
             found = model_files(os.listdir(path))
         except _NotText as error:
-            raise UserError(f"the data file {shown(path)} {error}") from None
+            raise UserError(f"the data file {printable(path)} {error}") from None
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"can't read the data {'folder' if os.path.isdir(path) else 'file'} {shown(path)}: {reason}"
+                f"can't read the data {'folder' if os.path.isdir(path) else 'file'} {printable(path)}: {reason}"
             ) from None
         except MemoryError:
-            raise UserError(f"the data file {shown(path)} does not fit in memory") from None
+            raise UserError(f"the data file {printable(path)} does not fit in memory") from None
         if found:
             raise UserError(
-                f"{shown(path)} is a run or model folder, not text to train on: it has {', '.join(found[:3])}"
+                f"{printable(path)} is a run or model folder, not text to train on: it has {', '.join(found[:3])}"
             )
         files = list(text_files(path, self.left_out))
         if not files:
             left_out = str(self.left_out)
             raise UserError(
-                f"the folder {shown(path)} has no text files (of the suffixes .txt, .md, .py, .c and the like)"
+                f"the folder {printable(path)} has no text files (of the suffixes .txt, .md, .py, .c and the like)"
                 + (f"; left out: {left_out}" if left_out else "")
             )
         return self.all(files)
