@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TextIO
 
 from rich.console import Console
 
@@ -19,27 +20,29 @@ class Output(io.TextIOBase):
 
     def write(self, text: str) -> int:
         shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)  # a file name may be any bytes
-        self._try(lambda: sys.stdout.write(shown))
+        self._try(lambda file: file.write(shown))
         return len(text)
 
     def flush(self) -> None:
-        self._try(lambda: sys.stdout.flush())
+        self._try(lambda file: file.flush())
 
     def isatty(self) -> bool:
-        return bool(sys.stdout) and not sys.stdout.closed and sys.stdout.isatty()
+        file = _stdout()
+        return file is not None and file.isatty()
 
     def fileno(self) -> int:
         return sys.stdout.fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return getattr(sys.stdout, "encoding", None) or "utf-8"
+        return getattr(_stdout(), "encoding", None) or "utf-8"
 
-    def _try(self, call: Callable[[], object]) -> None:
-        if sys.stdout is None or sys.stdout.closed:
+    def _try(self, call: Callable[[TextIO], object]) -> None:
+        file = _stdout()
+        if file is None:
             return
         try:
-            call()
+            call(file)
         except OSError as error:
             silence_stdout()
             try:
@@ -47,6 +50,12 @@ class Output(io.TextIOBase):
                 print(f"fastllm: warning: can't write to the standard output ({why}); going on", file=sys.stderr)
             except OSError:
                 pass  # the terminal is gone as a whole
+
+
+def _stdout() -> TextIO | None:
+    """Standard output as it is now. While rich shows progress it puts itself there: then what it writes to."""
+    file = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+    return None if file is None or file.closed else file
 
 
 def silence_stdout() -> None:
