@@ -7,7 +7,6 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -30,7 +29,8 @@ def process_group(device: torch.device) -> Iterator[Heartbeat]:
     """The default process group: of torchrun's ranks, or of this process alone (then no port is opened).
 
     All ranks leave together: a rank that left while another still communicates would abort that one. Raises UserError
-    where the variables that torchrun sets make no sense, or the ranks don't find each other.
+    where the variables that torchrun sets make no sense, the ranks don't find each other, or one is lost in the block;
+    then the message ends with the heartbeat's advice.
     """
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "WORLD_SIZE" in os.environ:
@@ -43,12 +43,18 @@ def process_group(device: torch.device) -> Iterator[Heartbeat]:
             raise UserError(f"the ranks don't find each other ({reason}); start them with torchrun") from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    advice = ""
     try:
         with heartbeat(run_on_rank0(lambda: secrets.token_hex(8))) as thread:
-            yield thread
-            dist.barrier()
-    except BaseException:
+            try:
+                yield thread
+                dist.barrier()
+            finally:
+                advice = thread.advice
+    except BaseException as error:
         if dist.get_world_size() > 1:  # the others may be gone; the end of this process closes its connections
+            if _is_lost_rank(error):
+                raise UserError(_lost_rank(error, advice)) from None
             raise
         dist.destroy_process_group()
         raise
@@ -66,19 +72,15 @@ def rank_variable(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-@contextmanager
-def lost_ranks(run_dir: Path) -> Iterator[None]:
-    """In the block, the loss of another rank becomes a UserError that says how to resume the run."""
-    try:
-        yield
-    except RuntimeError as error:
-        if dist.get_world_size() == 1 or not any(word in str(error).lower() for word in _LOST_RANK_ERRORS):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"rank {dist.get_rank()} of {dist.get_world_size()} lost the connection to another rank, which ended "
-            f"first: see its message. fastllm train --resume {run_dir} continues from the last checkpoint ({reason})"
-        ) from None
+def _is_lost_rank(error: BaseException) -> bool:
+    """Whether it is a collective's, of which another rank is gone."""
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST_RANK_ERRORS)
+
+
+def _lost_rank(error: BaseException, advice: str) -> str:
+    what = f"rank {dist.get_rank()} of {dist.get_world_size()} lost the connection to another rank"
+    reason = str(error).partition("\n")[0]
+    return f"{what}, which ended first: see its message. {advice} ({reason})".replace("  ", " ")
 
 
 def abort_all_ranks(message: str) -> NoReturn:

@@ -26,7 +26,6 @@ from ..distributed.gradients import full_state_dict
 from ..distributed.mesh import (
     ParallelDims,
     local_device,
-    lost_ranks,
     process_group,
     rank_variable,
     run_on_rank0,
@@ -113,7 +112,7 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
         }
         where = f"{metadata['precision']} on {metadata['device']}" + (f", {dims}" if dims.mesh.size() > 1 else "")
         console.say("model", f"{metadata['parameters'] / 1e6:.1f}M parameters, {where}")
-        with StopSignals() as signals, lost_ranks(run.folder):
+        with StopSignals() as signals:
             objective = NextTokenPrediction()
             seq_len = config.model.max_seq_len
             validation = EvalDataset(tokens["validation"], seq_len, config.train.eval_tokens)

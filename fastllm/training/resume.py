@@ -49,10 +49,16 @@ def continue_run(trainer: Trainer, folder: Path, from_weights: bool) -> None:
         else:
             console.say("resumed", f"from step 0 of {settings.steps}: there is no checkpoint yet")
     state = trainer.state
-    if state.step >= settings.steps:
-        abort_all_ranks(f"{folder} has all its {settings.steps} steps; for more give a larger --train.steps")
-    if settings.seconds and state.seconds >= settings.seconds:
-        spent = f"{state.seconds:.0f} s of training are spent"
-        abort_all_ranks(f"{spent}, --train.seconds is {settings.seconds:g}: give more")
-    if run_on_rank0(lambda: configs.load(folder / run_dir.CONFIG)).train.eval_tokens != settings.eval_tokens:
+    before, status = run_on_rank0(
+        lambda: (configs.load(folder / run_dir.CONFIG).train, run_dir.load_metadata(folder).get("status"))
+    )
+    changed = (before.steps, before.seconds) != (settings.steps, settings.seconds)
+    ended = status == "finished" and record is not None and record.step >= state.step
+    if changed or ended:  # else, after its last step: it was stopped or killed before its end was done
+        if state.step >= settings.steps:
+            abort_all_ranks(f"{folder} has all its {settings.steps} steps; for more give a larger --train.steps")
+        if settings.seconds and state.seconds >= settings.seconds:
+            spent = f"{state.seconds:.0f} s of training are spent"
+            abort_all_ranks(f"{spent}, --train.seconds is {settings.seconds:g}: give more")
+    if before.eval_tokens != settings.eval_tokens:
         state.validation_loss = None  # of another evaluation

@@ -32,7 +32,7 @@ from .signals import StopSignals
 from .spikes import SpikeDetector
 from .state import Stopwatch, TrainState
 
-SLOW_STEP = 0.5  # seconds of a step from which on the ranks synchronise after each: a signal takes effect at once
+SYNC_EVERY = 2.0  # seconds, about, after which the ranks synchronise: torchrun waits 30 s for what a signal begins
 
 
 class Trainer:
@@ -123,9 +123,11 @@ class Trainer:
         state, settings = self.state, self.config.train
         with self.log, self.profiler:
             self.stopwatch.start()
-            first_step = state.step
+            first_step, synced = state.step, state.step
             if state.step == 0 and self.config.spikes.policy == "rollback":
                 self.save()
+            if state.progress >= 1:  # resumed after its last step: what it has not come to is the end
+                self.evaluate()
             while state.progress < 1 and not self.stopped_by:
                 self.train_step()
                 self.profiler.step()
@@ -135,11 +137,12 @@ class Trainer:
                     for every in (settings.log_every, settings.eval_every, self.config.checkpoint.every)
                 )
                 signalled = self.signals.caught and dist.get_world_size() == 1
-                slow = state.step == first_step + 1 or state.seconds > SLOW_STEP * state.step
-                if not (log_due or eval_due or save_due or signalled or slow):
+                sync_due = (state.step - synced) * state.seconds > SYNC_EVERY * synced
+                if not (log_due or eval_due or save_due or signalled or sync_due or state.step == first_step + 1):
                     continue
                 self.sync_ranks()
-                if self.handle_spikes():
+                rolled_back, synced = self.handle_spikes(), state.step
+                if rolled_back:
                     continue
                 if log_due:
                     self.write_log()

@@ -151,6 +151,30 @@ def test_processes_that_do_not_fit():
         ParallelDims.from_config(ParallelConfig(dp_replicate=2, tensor_parallel=2), "cpu")
 
 
+class Problem(Exception):
+    pass
+
+
+def end_first(rank: int) -> None:
+    with process_group(small_run.CPU) as heartbeat:
+        heartbeat.advice = "do this"
+        if rank == 0:
+            raise Problem
+
+
+def lose_rank0(rank: int) -> None:
+    met, said = [(Problem, ""), (UserError, "rank 1 of 2 lost the connection .* first: see its message. do this \\(")][
+        rank
+    ]
+    with pytest.raises(met, match=said):
+        end_first(rank)
+
+
+def test_a_rank_that_ends_outside_of_training():
+    """As it prepares the data, or after the weights: the others end with a line."""
+    ranks.run(2, lose_rank0)
+
+
 def test_a_model_that_does_not_split():
     with pytest.raises(UserError, match=r"model.kv_heads \(2\) must be a multiple of parallel.tensor_parallel \(4\)"):
         small_run.config(tensor_parallel=4)

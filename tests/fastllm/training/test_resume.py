@@ -21,7 +21,7 @@ from fastllm.config import load
 from fastllm.data.loader import EvalDataset
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.run_dir import load_metadata, load_run
-from fastllm.training import trainer
+from fastllm.training import pretrain, trainer
 from fastllm.training.final_weights import read_record
 
 TINY = """
@@ -185,6 +185,58 @@ def test_an_empty_file_of_token_ids(run, train):
     (run / "data" / "train.npy").write_bytes(b"")
     with pytest.raises(Ended, match="can't read the encoded data"):
         train("--resume", run, "--train.steps", 30)
+
+
+# ---- stopped or killed after its last step ----
+
+
+def stopped(run: Path, train: Callable[..., str], monkeypatch) -> None:
+    (run / "model.safetensors").unlink()
+    cut(run)
+    with monkeypatch.context() as patched:
+        interrupt_at(20, patched)
+        assert "after step 20 of 20" in train("--resume", run)
+
+
+class Killed(BaseException):
+    """As a kill, of which the command line says nothing."""
+
+
+def killed(*args: object) -> None:
+    raise Killed
+
+
+def killed_before_the_weights(run: Path, train: Callable[..., str], monkeypatch) -> None:
+    cut(run)
+    (run / "model.safetensors").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrain, "save_final", killed)
+        with pytest.raises(Killed):
+            train("--resume", run)
+    assert not (run / "model.safetensors").exists()
+
+
+def killed_after_the_weights(run: Path, train: Callable[..., str], monkeypatch) -> None:
+    metadata = load_metadata(run) | {"status": "training", "step": 0}
+    (run / "run.json").write_text(json.dumps(metadata))
+
+
+@pytest.mark.parametrize("happened", [stopped, killed_before_the_weights, killed_after_the_weights])
+def test_the_end_is_made_up_for(happened, run, train, monkeypatch):
+    weights, loss = load_file(run / "model.safetensors"), load_metadata(run)["validation_loss"]
+    (run / "sample.txt").unlink()
+    happened(run, train, monkeypatch)
+    printed = train("--resume", run)
+    assert "from step 20 of 20" in printed
+    metadata, record = load_metadata(run), read_record(run)
+    assert (metadata["status"], metadata["step"], metadata["validation_loss"]) == ("finished", 20, loss)
+    assert (record.finished, record.step, record.validation_loss) == (True, 20, loss)
+    again = load_file(run / "model.safetensors")
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert (run / "sample.txt").exists()
+    assert not list(run.glob("model-*"))
+    with pytest.raises(Ended, match="has all its 20 steps"):
+        train("--resume", run)
 
 
 # ---- the weights ----

@@ -57,6 +57,19 @@ def test_what_a_model_computes_in(precision, tmp_path):
         assert {t.dtype for name, t in trainer.tensors().items() if "random" not in name} == {torch.float32}
 
 
+def test_ranks_synchronise_by_time_too(tmp_path, monkeypatch):
+    """A signal takes effect within seconds, however seldom the log is written: torchrun kills after half a minute."""
+    never = 10**6
+    with process_group(small_run.CPU):
+        config = small_run.config(steps=16, log_every=never, eval_every=never, every=never)
+        trainer = small_run.make(config, tmp_path)
+        monkeypatch.setattr(trainer.stopwatch, "seconds", lambda: 0.5 * trainer.state.step)
+        steps, sync = [], trainer.sync_ranks
+        monkeypatch.setattr(trainer, "sync_ranks", lambda: (steps.append(trainer.state.step), sync()))
+        trainer.run()
+    assert steps == [1, 6, 11, 16]
+
+
 def test_the_loss_is_the_mean_over_the_tokens_that_count(tmp_path):
     """Micro-batches with different numbers of them: as one batch."""
     with process_group(small_run.CPU):
