@@ -7,8 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from rich.console import Console
+
+
+def stdout() -> Any:
+    """The standard output itself: while rich shows progress, ``sys.stdout`` writes to the console, and so to us."""
+    return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
 
 
 class Output(io.TextIOBase):
@@ -19,11 +25,11 @@ class Output(io.TextIOBase):
 
     def write(self, text: str) -> int:
         shown = text.encode(self.encoding, "backslashreplace").decode(self.encoding)  # a file name may be any bytes
-        self._try(lambda: sys.stdout.write(shown))
+        self._try(lambda: stdout().write(shown))
         return len(text)
 
     def flush(self) -> None:
-        self._try(lambda: sys.stdout.flush())
+        self._try(lambda: stdout().flush())
 
     def isatty(self) -> bool:
         return bool(sys.stdout) and not sys.stdout.closed and sys.stdout.isatty()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,8 +68,8 @@ def start(tmp_path) -> Callable[..., subprocess.Popen[str]]:
 
     def start(*words: object, python=COMMAND, before=(), **options) -> subprocess.Popen[str]:
         command = [*before, sys.executable, *python, "train", *map(str, words)]
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-        process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, text=True, **options)
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **options}
+        process = subprocess.Popen(command, cwd=tmp_path, text=True, **options)
         started.append(process)
         return process
 
@@ -128,6 +131,23 @@ def test_training_goes_on_without_an_output(output, start, tmp_path):
     assert process.wait(HANG) == 0, errors
     assert "Traceback" not in errors
     assert errors.count("can't write to the standard output") == 1
+    assert load_metadata(tmp_path / "run")["status"] == "finished"
+
+
+def test_on_a_terminal(start, tmp_path):
+    """Where rich, as it shows progress, puts itself in the place of the standard output."""
+    terminal, end = pty.openpty()
+    process = start(*NEW, "--train.steps", 30, stdout=end, env={**ENVIRONMENT, "TERM": "xterm"})
+    os.close(end)
+    shown = b""
+    with suppress(OSError):  # of the terminal, when the process has ended
+        while select.select([terminal], [], [], HANG)[0] and (part := os.read(terminal, 65536)):
+            shown += part
+    os.close(terminal)
+    if not shown.endswith(b"fastllm generate run\r\n"):
+        process.kill()  # it hangs
+    assert process.wait(HANG) == 0, shown[-2000:]
+    assert shown.count(b"step 30/30  loss ") >= 1
     assert load_metadata(tmp_path / "run")["status"] == "finished"
 
 
