@@ -19,6 +19,7 @@ from ..dtensor import local_slice, to_local
 from ..errors import UserError
 from ..model.weights import read_weights_metadata, save_weights
 from ..run_dir import WEIGHTS
+from .state import is_state
 
 RECORD = "training"  # the key of the weights' metadata
 
@@ -43,9 +44,9 @@ def read_record(folder: Path) -> WeightsRecord | None:
     """The record in the run's weights; None where there are no weights, none that can be read, or no record in them."""
     try:
         record = WeightsRecord(**json.loads(read_weights_metadata(folder / WEIGHTS)[RECORD]))
-        return record if record.step >= 0 else None
-    except (UserError, ValueError, TypeError, KeyError):
+    except (UserError, ValueError, TypeError, KeyError, RecursionError):
         return None
+    return record if type(record.finished) is bool and is_state(record.state) else None
 
 
 def save_final(folder: Path, weights: dict[str, Tensor], record: WeightsRecord, metadata: Mapping[str, str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 
 @dataclass
@@ -28,6 +29,20 @@ class TrainState:
     def tokens_per_second(self) -> int:
         """Over the whole run."""
         return round(self.tokens / self.seconds) if self.seconds else 0
+
+
+def is_state(value: Any) -> bool:
+    """Whether ``value``, from a file, is a TrainState as a dictionary: all of its fields, with numbers that can be."""
+    if not isinstance(value, dict) or value.keys() != {field.name for field in fields(TrainState)}:
+        return False
+    loss = value["validation_loss"]  # NaN where training diverged
+    if loss is not None and type(loss) is not float:
+        return False
+    return all(
+        type(value[field.name]) in (int, type(field.default)) and 0 <= value[field.name] < 2**63
+        for field in fields(TrainState)
+        if field.default is not None
+    )
 
 
 class Stopwatch:

@@ -30,7 +30,7 @@ from .objectives import Objective
 from .profiler import StepProfiler
 from .signals import StopSignals
 from .spikes import SpikeDetector
-from .state import Stopwatch, TrainState
+from .state import Stopwatch, TrainState, is_state
 
 SYNC_EVERY = 2.0  # seconds, about, after which the ranks synchronise: torchrun waits 30 s for what a signal begins
 
@@ -297,8 +297,9 @@ class Trainer:
         self._update_progress()
 
     def _check_same_run(self, step: int, manifest: dict[str, Any]) -> None:
-        missing = {"state", "data", "model", "world_size"} - manifest.keys()
-        if missing or manifest["state"].keys() != vars(self.state).keys():
+        state, others = manifest.get("state"), [manifest.get(key) for key in ("data", "model")]
+        known = "world_size" in manifest and all(isinstance(part, dict) for part in others)
+        if not known or not is_state(state) or state["step"] != step:
             abort_all_ranks(f"the checkpoint of step {step} was written by another version of fastllm")
         model = asdict(self.config.model)
         changed = [key for key, value in model.items() if manifest["model"].get(key) != value]

@@ -123,6 +123,31 @@ def test_a_damaged_checkpoint_is_passed_over(name, run, checkpoints, monkeypatch
     assert all(torch.equal(weights[name], expected[f"model.{name}"]) for name in weights)
 
 
+WRONG = {
+    "a list": lambda m: m.update(state=[]),
+    "no state": lambda m: m.pop("state"),
+    "a field is missing": lambda m: m["state"].pop("items"),
+    "a word": lambda m: m["state"].update(items="x"),
+    "null": lambda m: m["state"].update(seconds=None),
+    "negative": lambda m: m["state"].update(items=-1),
+    "not finite": lambda m: m["state"].update(seconds=float("nan")),
+    "a fraction": lambda m: m["state"].update(spikes=1.5),
+    "true": lambda m: m["state"].update(rollbacks=True),
+    "a loss that is a word": lambda m: m["state"].update(validation_loss="x"),
+    "another step": lambda m: m["state"].update(step=4),
+    "a model that is a list": lambda m: m.update(model=[]),
+    "data that is null": lambda m: m.update(data=None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_state_that_is_none(name, checkpoints, monkeypatch):
+    """With the right checksum."""
+    rewrite(checkpoints / "step-00000006", WRONG[name])
+    with pytest.raises(UserError, match="the checkpoint of step 6 was written by another version of fastllm"):
+        restored(checkpoints, monkeypatch)
+
+
 def test_none_is_intact(checkpoints, monkeypatch):
     for folder in checkpoints.iterdir():
         flip(shard(folder))

@@ -20,6 +20,7 @@ from fastllm.cli import main
 from fastllm.config import load
 from fastllm.data.loader import EvalDataset
 from fastllm.data.tokenizer import Tokenizer
+from fastllm.model.weights import read_weights_metadata, save_weights
 from fastllm.run_dir import load_metadata, load_run
 from fastllm.training import pretrain, trainer
 from fastllm.training.final_weights import read_record
@@ -312,6 +313,28 @@ def test_better_ones_replace_them(run, train):
     train("--resume", run, "--train.steps", 60)
     assert read_record(run).step == 60
     assert not list(run.glob("model-*"))
+
+
+RECORDS = {
+    "a field is missing": lambda record: record["state"].pop("validation_loss"),
+    "a word for a number": lambda record: record["state"].update(tokens="x"),
+    "a word for a loss": lambda record: record["state"].update(validation_loss="x"),
+    "a word for true": lambda record: record.update(finished="no"),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_that_is_none(name, run, train):
+    """It counts as none: nothing fails at the end of a run, and the weights are kept."""
+    path = run / "model.safetensors"
+    record = json.loads(read_weights_metadata(path)["training"])
+    RECORDS[name](record)
+    save_weights(path, load_file(path), {"training": json.dumps(record)})
+    assert read_record(run) is None
+    before = path.read_bytes()
+    train("--resume", run, "--train.steps", 24)
+    assert read_record(run).step == 24
+    assert (run / "model-before.safetensors").read_bytes() == before
 
 
 def test_weights_are_as_readable_as_other_files(run):
