@@ -212,8 +212,9 @@ def test_of_very_many_words_a_sample_is_used(monkeypatch):
 def test_ctrl_c_ends_training_inside_the_library(phase):
     """The library is busy for minutes with this text, and does not look for signals."""
     code = f"""
-import random, sys
+import random, signal, sys
 from fastllm.data import progress
+signal.signal(signal.SIGINT, signal.default_int_handler)  # of a command in the background, shells have it ignored
 from fastllm.data.tokenizer import Tokenizer
 letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=3_000_000)
 enter = progress.Progress.enter
