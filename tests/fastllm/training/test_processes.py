@@ -69,6 +69,7 @@ def start(tmp_path) -> Callable[..., subprocess.Popen[str]]:
     def start(*words: object, python=COMMAND, before=(), **options) -> subprocess.Popen[str]:
         command = [*before, sys.executable, *python, "train", *map(str, words)]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": ENVIRONMENT, **options}
+        options["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
         process = subprocess.Popen(command, cwd=tmp_path, text=True, **options)
         started.append(process)
         return process
@@ -127,8 +128,9 @@ def test_training_goes_on_without_an_output(output, start, tmp_path):
     if process.stdout is not None:
         process.stdout.readline()
         process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait(HANG) == 0, errors
+        process.stdout = None
+    errors = process.communicate(timeout=HANG)[1]
+    assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert errors.count("can't write to the standard output") == 1
     assert load_metadata(tmp_path / "run")["status"] == "finished"
@@ -164,8 +166,9 @@ def test_a_terminal_that_closes_ends_with_all_saved(start, tmp_path):
     process.stdout.close()
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGHUP)
-    errors = process.stderr.read()
-    assert process.wait(HANG) == 128 + signal.SIGHUP, errors
+    process.stdout = None
+    errors = process.communicate(timeout=HANG)[1]
+    assert process.returncode == 128 + signal.SIGHUP, errors
     assert saved(tmp_path / "run")
 
 
