@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 
 @dataclass
@@ -31,7 +31,7 @@ class TrainState:
         return round(self.tokens / self.seconds) if self.seconds else 0
 
 
-def is_state(value: Any) -> bool:
+def is_state(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether ``value``, from a file, is a TrainState as a dictionary: all of its fields, with numbers that can be."""
     if not isinstance(value, dict) or value.keys() != {field.name for field in fields(TrainState)}:
         return False
