@@ -72,7 +72,9 @@ def _acquire(path: Path) -> int:
         owner = _read(number)
         if held or (owner and _is_alive(owner, number, known)):
             os.close(number)
-            raise UserError(f"{path.parent} is in training by {_name(owner)}: wait for it, or stop it (it then saves)")
+            gone = "" if held else f"; where it is gone, delete {path}"
+            advice = f"wait for it, or stop it (it then saves){gone}"
+            raise UserError(f"{path.parent} is in training by {_name(owner)}: {advice}")
         if owner:
             console.say("note", f"the last training of {path.parent}, by {_name(owner)}, ended without a word")
         return number
