@@ -15,6 +15,7 @@ from typing import Any
 from . import __version__
 from . import config as configs
 from .errors import UserError, did_you_mean, pip_install
+from .files import silence_stdout
 from .info import EXTRAS
 from .planning.presets import preset
 
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _fail(f"error: {error}")
     except BrokenPipeError:  # the reader of our output has left, as `head` does
-        _discard_output()
+        silence_stdout()
         return 141
     except OSError as error:
         where = f"{error.filename}: " if error.filename else "can't write to standard output: "
@@ -316,14 +317,8 @@ def _fail(message: str, code: int = 2) -> int:
     try:
         _flush()
     except (OSError, ValueError):
-        _discard_output()
+        silence_stdout()
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(message.splitlines()))
     with suppress(OSError):
         print(f"fastllm: {line}", file=sys.stderr)
     return code
-
-
-def _discard_output() -> None:
-    """Send what is left of our output nowhere: Python writes it once more at its end."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TextIO
 
 from rich.console import Console
+
+from .files import silence_stdout
 
 
 class Output(io.TextIOBase):
@@ -56,14 +57,6 @@ def _stdout() -> TextIO | None:
     """Standard output as it is now. While rich shows progress it puts itself there: then what it writes to."""
     file = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
     return None if file is None or file.closed else file
-
-
-def silence_stdout() -> None:
-    """Send the standard output nowhere, what it still holds included: at its end Python writes that again."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, ValueError):  # no file of the system, as in a notebook
-        sys.stdout = None
 
 
 console = Console(highlight=False, markup=False, soft_wrap=True, file=Output())

@@ -1,9 +1,10 @@
-"""Atomic writes: a file is complete or not there."""
+"""Atomic writes: a file is complete or not there. And a standard output that can't be written to."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,3 +61,11 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def silence_stdout() -> None:
+    """Send the standard output nowhere, what it still holds included: at its end Python writes that again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):  # no file of the system, as in a notebook
+        sys.stdout = None

@@ -15,7 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "input_files": {"errors"},
-    "console": set(),
+    "console": {"files"},
     "config": {"errors", "input_files"},
     "arguments": {"config", "errors"},
     "hardware": {"kernels"},

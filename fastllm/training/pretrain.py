@@ -160,8 +160,9 @@ def start(config: Config, output_dir: Path | None, resume: bool, lock: ExitStack
 
     def on_rank0() -> Run:
         if resume and output_dir is not None:
-            return resume_run(config, output_dir, lock)
-        run, encoded = prepare(config, output_dir, lock)
+            run, encoded = resume_run(config, output_dir, lock)
+        else:
+            run, encoded = prepare(config, output_dir, lock)
         tokens.update(encoded)
         return run
 
@@ -228,7 +229,7 @@ def repetition_warning(config: Config, tokens: int) -> str:
     )
 
 
-def resume_run(config: Config, folder: Path, lock: ExitStack) -> Run:
+def resume_run(config: Config, folder: Path, lock: ExitStack) -> tuple[Run, Tokens]:
     """Check that ``config`` continues the run in ``folder``, which is not changed yet."""
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
@@ -239,7 +240,7 @@ def resume_run(config: Config, folder: Path, lock: ExitStack) -> Run:
     if tokenizer.fingerprint != metadata.get("tokenizer"):
         raise UserError(f"{folder / run_dir.TOKENIZER} is not the tokenizer that the run began with")
     tokens = run_dir.load_tokens(folder, config.model.vocab_size)
-    return Run(folder, config, metadata | baseline(tokenizer, tokens, config))
+    return Run(folder, config, metadata | baseline(tokenizer, tokens, config)), tokens
 
 
 def baseline(tokenizer: Tokenizer, tokens: Tokens, config: Config) -> dict[str, float]:

@@ -31,6 +31,16 @@ MODEL = ModelConfig(
 TRAIN = TrainConfig(steps=6, global_batch_tokens=80, micro_batch=2, log_every=1, eval_every=3, eval_tokens=96)
 CONFIG = Config(MODEL, optim=OptimConfig(lr=2e-2), train=TRAIN, checkpoint=CheckpointConfig(every=2, keep=9))
 
+# The [model] of runs that tests start from the command line.
+TOML_MODEL = """
+[model]
+vocab_size = 300
+max_seq_len = 32
+dim = 32
+layers = 1
+ffn_dim = 48
+"""
+
 
 def config(**options: Any) -> Config:
     """``CONFIG`` with options of any section: ``tensor_parallel=2, optimizer="muon"``."""

@@ -202,13 +202,8 @@ trainer.Trainer.train_step = dying
 from fastllm.cli import main
 sys.exit(main(sys.argv[1:-1]))
 """
-TINY = """
-[model]
-vocab_size = 300
-max_seq_len = 32
-dim = 32
-layers = 1
-ffn_dim = 48
+TINY = f"""
+{small_run.TOML_MODEL}
 [train]
 global_batch_tokens = 128
 steps = 20

@@ -21,15 +21,11 @@ from fastllm.run_dir import load_metadata
 from fastllm.run_lock import LOCK
 from fastllm.training.checkpoint import MANIFEST
 from fastllm.training.signals import StopSignals
+from tests.fastllm import small_run
 from tests.limits import HANG
 
-TINY = """
-[model]
-vocab_size = 300
-max_seq_len = 32
-dim = 32
-layers = 1
-ffn_dim = 48
+TINY = f"""
+{small_run.TOML_MODEL}
 [train]
 global_batch_tokens = 128
 steps = 1000000

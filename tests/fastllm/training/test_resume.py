@@ -24,14 +24,10 @@ from fastllm.model.weights import read_weights_metadata, save_weights
 from fastllm.run_dir import load_metadata, load_run
 from fastllm.training import pretrain, trainer
 from fastllm.training.final_weights import read_record
+from tests.fastllm import small_run
 
-TINY = """
-[model]
-vocab_size = 300
-max_seq_len = 32
-dim = 32
-layers = 1
-ffn_dim = 48
+TINY = f"""
+{small_run.TOML_MODEL}
 [optim]
 lr = 1e-2
 [train]
