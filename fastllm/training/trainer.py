@@ -131,24 +131,20 @@ class Trainer:
             while state.progress < 1 and not self.stopped_by:
                 self.train_step()
                 self.profiler.step()
-                end = state.progress >= 1
-                log_due, eval_due, save_due = (
-                    end or state.step % every == 0
-                    for every in (settings.log_every, settings.eval_every, self.config.checkpoint.every)
-                )
                 signalled = self.signals.caught and dist.get_world_size() == 1
                 sync_due = (state.step - synced) * state.seconds > SYNC_EVERY * synced
-                if not (log_due or eval_due or save_due or signalled or sync_due or state.step == first_step + 1):
+                all_due = (settings.log_every, settings.eval_every, self.config.checkpoint.every)
+                if not (any(map(self.due, all_due)) or signalled or sync_due or state.step == first_step + 1):
                     continue
-                self.sync_ranks()
+                self.sync_ranks()  # which may find that the time is up
                 rolled_back, synced = self.handle_spikes(), state.step
                 if rolled_back:
                     continue
-                if log_due:
+                if self.due(settings.log_every):
                     self.write_log()
-                if eval_due and not self.stopped_by:
+                if self.due(settings.eval_every) and not self.stopped_by:
                     self.evaluate()
-                if save_due:
+                if self.due(self.config.checkpoint.every):
                     self.save()
             if state.step not in self.checkpoints.begun:
                 self.save()
@@ -156,6 +152,10 @@ class Trainer:
         if problem:
             console.say("warning", problem)
         return not problem
+
+    def due(self, every: int) -> bool:
+        """Whether it is time for what is done every so many steps and at the end."""
+        return self.state.progress >= 1 or self.state.step % every == 0
 
     def sync_ranks(self) -> None:
         """Wait for the device; share signals, rank 0's time and the peak memory among all ranks."""

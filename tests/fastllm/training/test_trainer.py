@@ -70,6 +70,23 @@ def test_ranks_synchronise_by_time_too(tmp_path, monkeypatch):
     assert steps == [1, 6, 11, 16]
 
 
+@pytest.mark.parametrize("slow", [1, 8, 9])
+def test_time_that_is_found_to_be_up_ends_the_run_as_its_last_step_does(slow, tmp_path, monkeypatch):
+    """With an evaluation and a line of the log, where a step (here the one for the log among them) took too long."""
+    never = 10**6
+    with process_group(small_run.CPU):
+        config = small_run.config(steps=never, seconds=10.0, log_every=8, eval_every=never, every=never)
+        trainer = small_run.make(config, tmp_path)
+        monkeypatch.setattr(
+            trainer.stopwatch, "seconds", lambda: 0.9 * trainer.state.step + 9 * (trainer.state.step >= slow)
+        )
+        trainer.run()
+    records = read_log(tmp_path / LOG)
+    assert trainer.state.validation_loss is not None
+    assert [r["step"] for r in records if "validation_loss" in r] == [trainer.state.step]
+    assert [r["step"] for r in records if "loss" in r][-1] == trainer.state.step
+
+
 def test_the_loss_is_the_mean_over_the_tokens_that_count(tmp_path):
     """Micro-batches with different numbers of them: as one batch."""
     with process_group(small_run.CPU):
