@@ -33,7 +33,8 @@ struct Attention {
   int64_t tokens_k() const { return cu_k ? len_k : sequences * len_k; }
 };
 
-// out is contiguous [batch, len_q, heads, dim_v], lse [batch, heads, len_q] (packed: both without the batch).
+// out is contiguous [batch, len_q, heads, dim_v], lse [batch, heads, len_q] (packed: both without the batch);
+// a null lse is not wanted.
 struct AttentionForward : Attention {
   void* out;
   float* lse;

@@ -22,7 +22,7 @@ struct RmsNormForward {
   const void* weight;  // may be null
   void* y;
   void* h;  // written only with a residual
-  float* rstd;
+  float* rstd;  // null where no backward needs it
   int64_t rows, cols;
   float eps, weight_offset;
   DType dtype, sum_dtype, weight_dtype;

@@ -13,7 +13,9 @@ struct Rope {
   Rows x, out;
   const float *cos, *sin;    // [max_seq, half]
   const int64_t* positions;  // [rows / heads], or null
-  int64_t rows, cols, heads, seq, half, max_seq;
+  int64_t rows, cols, heads;
+  Divisor seq;
+  int64_t half, max_seq;
   bool interleaved, inverse;
   DType dtype;
 };

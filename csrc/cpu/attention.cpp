@@ -207,7 +207,7 @@ void forward(const AttentionForward& a) {
         }
       }
 
-      float* lse = a.lse + lse_at(a, s, head) + first;
+      float* lse = a.lse ? a.lse + lse_at(a, s, head) + first : nullptr;
       T* out = static_cast<T*>(a.out) + ((s.first_q + first) * a.heads + head) * a.dim_v;
       for (int64_t start = 0; start < count; start += kPanel) {
         Running& running = panels[start / kPanel];
@@ -215,7 +215,7 @@ void forward(const AttentionForward& a) {
         for (int half = 0; half < 2; ++half) {
           const vfloat sum = running.sum[half];
           running.scale_values(half, sum == 0.f ? vfloat{} : 1.f / sum, dim_v);
-          for (int64_t i = half * kLanes; i < least(queries, (half + 1) * kLanes); ++i)
+          for (int64_t i = half * kLanes; lse && i < least(queries, (half + 1) * kLanes); ++i)
             lse[start + i] = running.highest[half][i % kLanes] + __builtin_logf(sum[i % kLanes]);
         }
         put_transposed(running.values, kPanel, queries, a.dim_v, out + start * a.heads * a.dim_v, a.heads * a.dim_v);

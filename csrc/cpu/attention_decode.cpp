@@ -163,7 +163,7 @@ void decode(const AttentionDecode& a) {
         const vfloat v = load(total + d) * inverse;
         a.dim_v - d >= kLanes ? store(out + d, v) : store_partial(out + d, v, a.dim_v - d);
       }
-      a.lse[(s * a.heads + head) * a.len_q + query] = highest + __builtin_logf(sum);
+      if (a.lse) a.lse[(s * a.heads + head) * a.len_q + query] = highest + __builtin_logf(sum);
     }
   }
 }

@@ -94,8 +94,9 @@ void forward(const RmsNormForward& a) {
 #pragma omp parallel for schedule(static) if (a.rows * a.cols > kParallelElements)
   for (int64_t r = 0; r < a.rows; ++r) {
     const H* residual = a.residual ? row<H>(a.residual, r) : nullptr;
-    a.rstd[r] = forward_row(row<T>(a.x, r), residual, scale.data(), y + r * a.cols, a.residual ? h + r * a.cols : nullptr,
-                            a.cols, a.eps);
+    const float rstd = forward_row(row<T>(a.x, r), residual, scale.data(), y + r * a.cols,
+                                   a.residual ? h + r * a.cols : nullptr, a.cols, a.eps);
+    if (a.rstd) a.rstd[r] = rstd;
   }
 }
 

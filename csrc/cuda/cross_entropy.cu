@@ -4,6 +4,9 @@
 
 #include "cross_entropy.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "exp_sum.h"
 #include "launch.h"
 
@@ -14,16 +17,28 @@ constexpr int kThreads = 512;  // at most, of a block: two of them fit, and one 
 constexpr int kShort = 128;    // of a block, where rows are short
 constexpr int kAhead = 4;      // vectors that a thread loads before it uses them
 
+// The arguments, and quotients of them.
+template <typename Args>
+struct Prepared : Args {
+  float inverse_softcap, smoothing_of_class;
+
+  // At most the largest float, for 0 * inf would be NaN.
+  explicit Prepared(const Args& a)
+      : Args(a),
+        inverse_softcap(std::min(1.0f / a.softcap, std::numeric_limits<float>::max())),
+        smoothing_of_class(a.label_smoothing / a.classes) {}
+};
+
 // A score and its derivative with respect to the logit.
 struct Scored {
   float score, slope;
 };
 
-template <bool kPlain>
-__device__ inline Scored capped(float logit, float softcap) {
-  if (kPlain || softcap == 0.0f) return {logit, 1.0f};
-  const float t = tanhf(logit / softcap);
-  return {softcap * t, 1.0f - t * t};
+template <bool kPlain, typename Args>
+__device__ inline Scored capped(float logit, const Args& a) {
+  if (kPlain || a.softcap == 0.0f) return {logit, 1.0f};
+  const float t = tanhf(logit * a.inverse_softcap);
+  return {a.softcap * t, 1.0f - t * t};
 }
 
 // What the target of a row says.
@@ -43,7 +58,7 @@ struct Target {
 };
 
 template <typename T, int V, bool kPlain>
-__global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const CrossEntropyForward a) {
+__global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const Prepared<CrossEntropyForward> a) {
   __shared__ float scratch[2][kMaxWarps], spread_scratch[kMaxWarps];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t cols = row < a.rows ? a.cols : 0;
@@ -65,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const 
       Floats<V> s = unpack(read[i]);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        s.at[j] = capped<kPlain>(s.at[j], a.softcap).score;
+        s.at[j] = capped<kPlain>(s.at[j], a).score;
         if (!kPlain && a.label_smoothing != 0.0f) spread += weight ? s.at[j] * weight[col + j] : s.at[j];
       }
       mine.add(s);
@@ -78,16 +93,16 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const 
   const float lse = found.shift + logf(found.sum);
   const Target target(a, row);
   float linear = 0.0f;
-  if (target.col >= 0) linear = capped<kPlain>(to_float(logits[target.col]), a.softcap).score;
+  if (target.col >= 0) linear = capped<kPlain>(to_float(logits[target.col]), a).score;
   linear *= target.own;
-  if (!kPlain && a.label_smoothing != 0.0f) linear += a.label_smoothing / a.classes * spread;
+  if (!kPlain && a.label_smoothing != 0.0f) linear += a.smoothing_of_class * spread;
   const float loss = a.cols == a.classes ? target.total * lse - linear + a.z_loss * lse * lse : linear;
   a.loss[row] = target.ignored ? 0.0f : loss;
   a.lse[row] = lse;
 }
 
 template <typename T, int V, bool kPlain>
-__global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const CrossEntropyBackward a) {
+__global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const Prepared<CrossEntropyBackward> a) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
   const int64_t step = blockDim.x * V;
@@ -99,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const
   const float lse = a.lse[row], dlse = a.dlse ? a.dlse[row] : 0.0f;
   const float dloss = a.dloss && !target.ignored ? a.dloss[row * a.dloss_stride] : 0.0f;
   const float push = target.ignored ? dlse : dloss * (target.total + 2.0f * a.z_loss * lse) + dlse;
-  const float pull = kPlain ? 0.0f : dloss * a.label_smoothing / a.classes;
+  const float pull = kPlain ? 0.0f : dloss * a.smoothing_of_class;
   const bool nothing = push == 0.0f && dloss == 0.0f;  // whatever the logits hold
 
   for (int64_t start = threadIdx.x * V; start < a.cols; start += kAhead * step) {
@@ -116,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const
         d = unpack(read[i]);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const Scored s = capped<kPlain>(d.at[j], a.softcap);
+          const Scored s = capped<kPlain>(d.at[j], a);
           float g = expf(s.score - lse) * push;
           if (col + j == target.col) g -= dloss * target.own;
           if (!kPlain) g -= weight && pull != 0.0f ? pull * weight[col + j] : pull;
@@ -142,10 +157,11 @@ void visit_types(const CrossEntropy& a, F f) {
 
 // Launches the kernel for whole vectors, or the one for elements.
 template <typename T, typename Args>
-void run(void (*vectors)(Args), void (*elements)(Args), const Args& a, bool is_aligned, cudaStream_t stream) {
+void run(void (*vectors)(Prepared<Args>), void (*elements)(Prepared<Args>), const Args& a, bool is_aligned,
+         cudaStream_t stream) {
   const bool whole = a.cols % kVector<T> == 0 && aligned(a.logits, sizeof(T)) && is_aligned;
   const int64_t units = whole ? a.cols / kVector<T> : a.cols;
-  launch_rows(whole ? vectors : elements, a, block_for(units, kAhead, kShort, kThreads), stream);
+  launch_rows(whole ? vectors : elements, Prepared(a), block_for(units, kAhead, kShort, kThreads), stream);
 }
 
 }  // namespace cross_entropy

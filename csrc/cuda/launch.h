@@ -2,26 +2,33 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <cxxabi.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 namespace fastllm::cuda {
 
-inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+// `what` failed, if something did.
+inline void check(cudaError_t error, const std::string& what = "") {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // the runtime forgets it, too
+  throw std::runtime_error("CUDA: " + what + (what.empty() ? "" : ": ") + cudaGetErrorString(error));
 }
 
-// Makes `device` the current one for a scope.
+// Makes `device` the current one for a scope. It is set even where the runtime takes it for current already, for
+// this module has a runtime of its own beside torch's. It is set back, for what is current is the driver's context,
+// of which torch's runtime reads its own current device.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
     check(cudaGetDevice(&previous_));
-    if (previous_ != device_) check(cudaSetDevice(device_));
+    check(cudaSetDevice(device_), "device " + std::to_string(device));
   }
   ~DeviceGuard() {
     if (previous_ != device_) cudaSetDevice(previous_);
@@ -46,6 +53,19 @@ inline int sm_count(int device) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// For messages.
+inline std::string name_of(const void* kernel) {
+  const char* name = nullptr;
+#if CUDART_VERSION >= 12030
+  if (cudaFuncGetName(&name, kernel) != cudaSuccess) name = nullptr;
+#endif
+  if (!name) return "a kernel";
+  char* plain = abi::__cxa_demangle(name, nullptr, nullptr, nullptr);
+  const std::string text = plain ? plain : name;
+  std::free(plain);
+  return text;
+}
+
 // The arguments convert to the kernel's parameters as in a plain call.
 template <typename T>
 struct Parameter {
@@ -55,14 +75,16 @@ struct Parameter {
 template <typename... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             typename Parameter<P>::type... args) {
+  cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 * 1024)  // more has to be asked for
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)));
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, args...));
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error != cudaSuccess) check(error, name_of(reinterpret_cast<const void*>(kernel)));
 }
 
 constexpr int kMaxThreads = 1024;  // of a block: with 64 registers each they fill a multiprocessor

@@ -24,6 +24,21 @@ __device__ inline void forget(uint4& words) {
 }
 __device__ inline void forget(float& value) { asm volatile("" : "+f"(value)); }
 
+// Stores 16 bytes of global memory at once. nvcc takes the plain store of a uint4 apart where it has moved the
+// words' computation, and then often leaves it as four.
+__device__ inline void store_global(uint4* to, const uint4& words) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
+               "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
+// 1 / x within one rounding step; what is below 2^-126 in size, of x and of the result, counts 0.
+__device__ inline float approximate_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 }  // namespace fastllm::cuda
 
 #endif

@@ -22,7 +22,7 @@ constexpr int kForwardThreads = 128;   // of a block, where rows are short
 constexpr int kBackwardThreads = 256;  // more rows to a block: fewer rows of workspace
 
 // 1 / cols, here and not where it is used: a division is a call, round which a row in registers is saved.
-__device__ inline float reciprocal(int64_t cols) {
+__device__ inline float inverse_of(int64_t cols) {
   float inverse = 1.0f / cols;
   forget(inverse);
   return inverse;
@@ -72,14 +72,14 @@ __global__ void __launch_bounds__(N <= 2 ? kForwardThreads : kMaxThreads, 1)
     rms_norm_forward_registers(const RmsNormForward a) {
   constexpr int V = kVector<T>;
   __shared__ float scratch[kMaxWarps];
-  const float inverse = reciprocal(a.cols);
+  const float inverse = inverse_of(a.cols);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   // eight vectors leave no registers for addresses: there they are constants
   const int first = threadIdx.x * V, step = (N == 8 ? kMaxThreads : blockDim.x) * V;
   const int rest = row < a.rows ? int(a.cols) - first : 0;  // a row past the end has no columns
 
-  const T* x = row_of<T>(a.x, row) + first;
-  const T* residual = row_of<T>(a.residual, row) + first;
+  const T* x = row_by_call<T>(a.x, row) + first;
+  const T* residual = row_by_call<T>(a.residual, row) + first;
   Vec<T, V> h[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) h[i] = i * step < rest ? load_readonly<V>(x + i * step) : zeros<T, V>();
@@ -90,37 +90,38 @@ __global__ void __launch_bounds__(N <= 2 ? kForwardThreads : kMaxThreads, 1)
     T* out = static_cast<T*>(a.h) + row * a.cols + first;
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (i * step < rest) store(out + i * step, h[i]);
+      if (i * step < rest) N == 8 ? store_freely(out + i * step, h[i]) : store(out + i * step, h[i]);
   }
 
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < N; ++i) sum += sum_of_squares(h[i]);
   const float rstd = rsqrtf(row_sum(sum, scratch) * inverse + a.eps);
-  if (threadIdx.x == 0 && row < a.rows) a.rstd[row] = rstd;
+  if (a.rstd && threadIdx.x == 0 && row < a.rows) a.rstd[row] = rstd;
 
   T* y = static_cast<T*>(a.y) + row * a.cols + first;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     keep_packed(h[i]);
     if (i * step >= rest) continue;
-    store(y + i * step, scaled(h[i], rstd, factors<W, V>(a.weight, a.weight_offset, first + i * step)));
+    const Vec<T, V> out = scaled(h[i], rstd, factors<W, V>(a.weight, a.weight_offset, first + i * step));
+    N == 8 ? store_freely(y + i * step, out) : store(y + i * step, out);
   }
 }
 
 template <typename T, typename W, int V>
 __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_forward_loop(const RmsNormForward a) {
   __shared__ float scratch[kMaxWarps];
-  const float inverse = reciprocal(a.cols);
+  const float inverse = inverse_of(a.cols);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t cols = row < a.rows ? a.cols : 0;
   const int64_t first = threadIdx.x * V, step = blockDim.x * V;
 
-  const T* h = row_of<T>(a.x, row);
+  const T* h = row_by_call<T>(a.x, row);
   float sum = 0.0f;
   if (a.residual.data) {
     const T* x = h;
-    const T* residual = row_of<T>(a.residual, row);
+    const T* residual = row_by_call<T>(a.residual, row);
     T* out = static_cast<T*>(a.h) + row * a.cols;
     for (int64_t col = first; col < cols; col += step) {
       const Vec<T, V> value = add(load_readonly<V>(x + col), load_readonly<V>(residual + col));
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_forward_loop(const Rm
     for (int64_t col = first; col < cols; col += step) sum += sum_of_squares(load<V>(h + col));
   }
   const float rstd = rsqrtf(row_sum(sum, scratch) * inverse + a.eps);
-  if (threadIdx.x == 0 && row < a.rows) a.rstd[row] = rstd;
+  if (a.rstd && threadIdx.x == 0 && row < a.rows) a.rstd[row] = rstd;
 
   T* y = static_cast<T*>(a.y) + row * a.cols;
   for (int64_t col = first; col < cols; col += step)
@@ -198,7 +199,7 @@ __global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kMaxThreads, 1)
   constexpr int V = kVector<T>;
   constexpr bool kAccumulate = N <= kAccumulated;
   __shared__ float scratch[2][kMaxWarps];
-  const float inverse = reciprocal(a.cols);
+  const float inverse = inverse_of(a.cols);
   const int first = threadIdx.x * V, step = blockDim.x * V;
   Floats<V> dweight[N];  // takes no registers where it is not used
 #pragma unroll
@@ -210,8 +211,8 @@ __global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kMaxThreads, 1)
     const int64_t row = start + threadIdx.y;
     const int cols = row < a.rows ? int(a.cols) : 0;
     const float rstd = row < a.rows ? a.rstd[row] : 0.0f;
-    const T* dy_row = row_of<T>(a.dy, row);
-    const T* x_row = row_of<T>(a.x, row);
+    const T* dy_row = row_by_call<T>(a.dy, row);
+    const T* x_row = row_by_call<T>(a.x, row);
     Vec<T, V> dy[N], x[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -232,7 +233,7 @@ __global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kMaxThreads, 1)
     const float mean = row_sum(sum, scratch[turn]) * inverse;
     turn ^= 1;
 
-    const T* dh = a.dh.data ? row_of<T>(a.dh, row) : nullptr;
+    const T* dh = a.dh.data ? row_by_call<T>(a.dh, row) : nullptr;
     T* dx = static_cast<T*>(a.dx) + row * a.cols;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -250,11 +251,16 @@ __global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kMaxThreads, 1)
     if (!a.dweight) return;
     const int cols = int(a.cols);
     float* out = a.workspace + int64_t(blockIdx.x) * cols;
-    float* sums = blockDim.y == 1 ? out : dynamic_shared<float>() + threadIdx.y * cols;
+    float* sums = dynamic_shared<float>() + threadIdx.y * cols;
+    const bool alone = blockDim.y == 1;
 #pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (first + i * step < cols) store(sums + first + i * step, pack<float>(dweight[i]));
-    if (blockDim.y == 1) return;
+    for (int i = 0; i < N; ++i) {
+      const int col = first + i * step;
+      if (col >= cols) continue;
+      const auto sum = pack<float>(dweight[i]);
+      alone ? store(out + col, sum) : store_freely(sums + col, sum);
+    }
+    if (alone) return;
     fold_rows(dynamic_shared<float>(), cols);
     if (threadIdx.y != 0) return;
 #pragma unroll
@@ -266,13 +272,13 @@ __global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kMaxThreads, 1)
 template <typename T, typename W, int V>
 __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_backward_loop(const RmsNormBackward a) {
   __shared__ float scratch[kMaxWarps];
-  const float inverse = reciprocal(a.cols);
+  const float inverse = inverse_of(a.cols);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t cols = row < a.rows ? a.cols : 0;
   const int64_t first = threadIdx.x * V, step = blockDim.x * V;
   const float rstd = row < a.rows ? a.rstd[row] : 0.0f;
-  const T* dy = row_of<T>(a.dy, row);
-  const T* x = row_of<T>(a.x, row);
+  const T* dy = row_by_call<T>(a.dy, row);
+  const T* x = row_by_call<T>(a.x, row);
 
   float sum = 0.0f;
   for (int64_t col = first; col < cols; col += step) {
@@ -281,7 +287,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_backward_loop(const R
   }
   const float mean = row_sum(sum, scratch) * inverse;
 
-  const T* dh = a.dh.data ? row_of<T>(a.dh, row) : nullptr;
+  const T* dh = a.dh.data ? row_by_call<T>(a.dh, row) : nullptr;
   T* dx = static_cast<T*>(a.dx) + row * a.cols;
   for (int64_t col = first; col < cols; col += step) {
     const Floats<V> factor = factors<W, V>(a.weight, a.weight_offset, col);
@@ -303,8 +309,8 @@ __global__ void __launch_bounds__(kWarp* kColumnLanes) rms_norm_dweight_columns(
   if (col < a.cols) {
     const int64_t step = int64_t(gridDim.y) * kColumnLanes;
     for (int64_t row = int64_t(blockIdx.y) * kColumnLanes + threadIdx.y; row < a.rows; row += step) {
-      const Vec<T, V> dy = load_readonly<V>(row_of<T>(a.dy, row) + col);
-      const Vec<T, V> x = load_readonly<V>(row_of<T>(a.x, row) + col);
+      const Vec<T, V> dy = load_readonly<V>(row_by_call<T>(a.dy, row) + col);
+      const Vec<T, V> x = load_readonly<V>(row_by_call<T>(a.x, row) + col);
       accumulate(dweight, pairs(dy, x, a.rstd[row]));
     }
   }

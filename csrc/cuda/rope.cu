@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "divide.h"
 #include "launch.h"
 #include "vec.h"
 
@@ -40,22 +41,44 @@ __device__ inline Floats<V> entries(const float* table, bool there, int64_t at) 
   return there ? unpack(load_readonly<V>(table + at)) : filled<V>(NAN);
 }
 
+// The rows from one on, in turn, by one division; of those past the end, none is read.
+template <typename T>
+struct RowAfterRow {
+  const T* at;
+  int64_t rest, inner, stride, jump;
+
+  __device__ RowAfterRow(const Rows& rows, int64_t row) : inner(rows.inner.value), stride(rows.inner_stride) {
+    const Divided divided = divide(row, rows.inner);
+    rest = divided.rest;
+    at = static_cast<const T*>(rows.data) + divided.quotient * rows.outer_stride + rest * stride;
+    jump = rows.outer_stride - (inner - 1) * stride;
+  }
+  __device__ const T* next() {
+    const T* now = at;
+    const bool last = ++rest == inner;
+    at += last ? jump : stride;
+    if (last) rest = 0;
+    return now;
+  }
+};
+
+// groups: how many of kHeads heads a token has
 template <typename T, int V, bool kInterleaved>
-__global__ void __launch_bounds__(kThreads) rope_turn(const Rope a) {
-  const int64_t groups = (a.heads + kHeads - 1) / kHeads;
-  const int64_t item = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, token = item / groups;
-  const int64_t row = token * a.heads + item % groups * kHeads;
+__global__ void __launch_bounds__(kThreads) rope_turn(const Rope a, const Divisor groups) {
+  const Divided item = divide(int64_t(blockIdx.x) * blockDim.y + threadIdx.y, groups);
+  const int64_t token = item.quotient, row = token * a.heads + item.rest * kHeads;
   if (row >= a.rows) return;
   const int64_t left = (token + 1) * a.heads - row;
   const int heads = left < kHeads ? int(left) : kHeads;
   const T* from[kHeads];
   T* to[kHeads];
+  RowAfterRow<T> from_row(a.x, row), to_row(a.out, row);
 #pragma unroll
   for (int h = 0; h < kHeads; ++h) {
-    from[h] = row_of<T>(a.x, row + (h < heads ? h : 0));
-    to[h] = const_cast<T*>(row_of<T>(a.out, row + (h < heads ? h : 0)));
+    from[h] = from_row.next();
+    to[h] = const_cast<T*>(to_row.next());
   }
-  const int64_t position = a.positions ? a.positions[token] : token % a.seq;
+  const int64_t position = a.positions ? a.positions[token] : divide(token, a.seq).rest;
   const bool there = position >= 0 && position < a.max_seq;
 
   const int64_t apart = kInterleaved ? V : a.half;
@@ -78,6 +101,7 @@ __global__ void __launch_bounds__(kThreads) rope_turn(const Rope a) {
     }
   }
   if (a.x.data == a.out.data) return;
+#pragma unroll 1  // to unroll it, the compiler would divide
   for (int64_t col = 2 * a.half + threadIdx.x * V; col < a.cols; col += blockDim.x * V)
 #pragma unroll
     for (int h = 0; h < kHeads; ++h)
@@ -87,9 +111,10 @@ __global__ void __launch_bounds__(kThreads) rope_turn(const Rope a) {
 template <typename T, int V>
 void launch_turn(const Rope& a, cudaStream_t stream) {
   const dim3 block = block_for(std::max(a.half, a.cols - 2 * a.half) / V, 1, kThreads, kThreads);
-  const int64_t items = a.rows / a.heads * ceil_div(a.heads, kHeads);
-  launch(a.interleaved ? rope_turn<T, V, true> : rope_turn<T, V, false>, dim3(unsigned(ceil_div(items, block.y))), block,
-         0, stream, a);
+  const int64_t groups = ceil_div(a.heads, kHeads), items = a.rows / a.heads * groups;
+  const dim3 grid(unsigned(ceil_div(items, block.y)));
+  launch(a.interleaved ? rope_turn<T, V, true> : rope_turn<T, V, false>, grid, block, 0,
+         stream, a, groups);
 }
 
 template <typename T>

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kBlock, 1) softmax_forward_registers(const Sof
   const int cols = inside ? int(a.cols) : 0, seen = inside ? int(visible(row, a.cols, a.queries)) : 0;
   // eight vectors leave no registers for addresses: there they are constants
   const int first = threadIdx.x * V, step = (N == 8 ? kBlock : blockDim.x) * V;
-  const T* x_row = row_of<T>(a.x, row);
+  const T* x_row = row_by_call<T>(a.x, row);
   Vec<T, V> x[N];
 #pragma unroll
   for (int i = 0; i < N; ++i)
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) softmax_forward_loop(const Sof
   const bool inside = row < a.rows;
   const int64_t cols = inside ? a.cols : 0, seen = inside ? visible(row, a.cols, a.queries) : 0;
   const int64_t first = threadIdx.x * V, step = blockDim.x * V;
-  const T* x = row_of<T>(a.x, row);
+  const T* x = row_by_call<T>(a.x, row);
   const MaskRow<T, kMasked> mask(a.mask, inside ? row : 0);
   ExpSum mine;
   for (int64_t col = first; col < seen; col += step)
@@ -172,8 +172,8 @@ __global__ void __launch_bounds__(kBlock, 1) softmax_backward_registers(const So
   const bool inside = row < a.rows;
   const int cols = inside ? int(a.cols) : 0, seen = inside ? int(visible(row, a.cols, a.queries)) : 0;
   const int first = threadIdx.x * V, step = blockDim.x * V;
-  const T* dy_row = row_of<T>(a.dy, row);
-  const T* y_row = row_of<T>(a.y, row);
+  const T* dy_row = row_by_call<T>(a.dy, row);
+  const T* y_row = row_by_call<T>(a.y, row);
   Vec<T, V> dy[N], y[N];
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1) softmax_backward_loop(const So
   const bool inside = row < a.rows;
   const int64_t cols = inside ? a.cols : 0, seen = inside ? visible(row, a.cols, a.queries) : 0;
   const int64_t first = threadIdx.x * V, step = blockDim.x * V;
-  const T* dy = row_of<T>(a.dy, row);
-  const T* y = row_of<T>(a.y, row);
+  const T* dy = row_by_call<T>(a.dy, row);
+  const T* y = row_by_call<T>(a.y, row);
   float sum = 0.0f;
   for (int64_t col = first; col < seen; col += step)
     sum += dot(load_readonly<V>(dy + col), load_readonly<V>(y + col), col, seen);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "divide.h"
 #include "launch.h"
 #include "vec.h"
 
@@ -14,24 +15,28 @@ namespace swiglu {
 constexpr int kVectors = 2;    // of each tensor and thread
 constexpr int kThreads = 256;  // of a block
 
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+// exp(-|x|) does not overflow, so that the divisor is at most 2.
+__device__ inline float sigmoid(float x) {
+  const float e = expf(-fabsf(x)), r = reciprocal(1.0f + e);
+  return x < 0.0f ? e * r : r;
+}
 
-// Where a thread's vectors are: blocks of columns of one group of rows come one after another.
+// Where a thread's vectors are: the `blocks` that share a group of rows come one after another.
 template <int V>
 struct Place {
   int64_t row, col, step;
 
-  __device__ explicit Place(int64_t cols) {
+  __device__ explicit Place(const Divisor& blocks) {
+    const Divided block = divide(blockIdx.x, blocks);
     step = blockDim.x * V;
-    const unsigned blocks = unsigned((cols + kVectors * step - 1) / (kVectors * step));
-    row = int64_t(blockIdx.x / blocks) * blockDim.y + threadIdx.y;
-    col = blockIdx.x % blocks * (kVectors * step) + threadIdx.x * V;
+    row = block.quotient * blockDim.y + threadIdx.y;
+    col = block.rest * (kVectors * step) + threadIdx.x * V;
   }
 };
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(const SwigluForward a) {
-  const Place<V> at(a.cols);
+__global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(const SwigluForward a, const Divisor blocks) {
+  const Place<V> at(blocks);
   if (at.row >= a.rows) return;
   const T *gates = row_of<T>(a.gate, at.row) + at.col, *ups = row_of<T>(a.up, at.row) + at.col;
   T* out = static_cast<T*>(a.out) + at.row * a.cols + at.col;
@@ -54,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(const SwigluFo
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(const SwigluBackward a) {
-  const Place<V> at(a.cols);
+__global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(const SwigluBackward a, const Divisor blocks) {
+  const Place<V> at(blocks);
   if (at.row >= a.rows) return;
   const T* douts = row_of<T>(a.dout, at.row) + at.col;
   const T *gates = row_of<T>(a.gate, at.row) + at.col, *ups = row_of<T>(a.up, at.row) + at.col;
@@ -85,10 +90,10 @@ __global__ void __launch_bounds__(kThreads) swiglu_backward_kernel(const SwigluB
 }
 
 template <int V, typename Args>
-void run(void (*kernel)(Args), const Args& a, cudaStream_t stream) {
+void run(void (*kernel)(Args, Divisor), const Args& a, cudaStream_t stream) {
   const dim3 block = block_for(ceil_div(a.cols, V), kVectors, kThreads, kThreads);
   const int64_t blocks = ceil_div(a.cols, int64_t(kVectors) * block.x * V);
-  launch(kernel, dim3(unsigned(ceil_div(a.rows, block.y) * blocks)), block, 0, stream, a);
+  launch(kernel, dim3(unsigned(ceil_div(a.rows, block.y) * blocks)), block, 0, stream, a, blocks);
 }
 
 template <typename T>

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../tensor.h"
+#include "divide.h"
 #include "ptx.h"
 
 namespace fastllm::cuda {
@@ -100,8 +101,15 @@ __device__ inline void store(T* to, const Vec<T, V>& vec) {
     *to = vec.value;
   } else {
 #pragma unroll
-    for (int i = 0; i < vec.kWords; ++i) reinterpret_cast<uint4*>(to)[i] = vec.words[i];
+    for (int i = 0; i < vec.kWords; ++i) store_global(reinterpret_cast<uint4*>(to) + i, vec.words[i]);
   }
+}
+
+// The same as the compiler sees fit: for shared memory, and where a row leaves no register for another order.
+template <int V, typename T>
+__device__ inline void store_freely(T* to, const Vec<T, V>& vec) {
+#pragma unroll
+  for (int i = 0; i < vec.kWords; ++i) reinterpret_cast<uint4*>(to)[i] = vec.words[i];
 }
 
 template <typename T, int V>
@@ -172,9 +180,18 @@ __device__ inline Vec<T, V> zeros() {
 
 template <typename T>
 __device__ inline const T* row_of(const Rows& rows, int64_t row) {
+  const Divided at = divide(row, rows.inner);
+  return static_cast<const T*>(rows.data) + at.quotient * rows.outer_stride + at.rest * rows.inner_stride;
+}
+
+// The same in kernels that fill the registers with a row: without the calls that these divisions may make, ptxas
+// schedules so far ahead that it spills.
+template <typename T>
+__device__ inline const T* row_by_call(const Rows& rows, int64_t row) {
   const T* data = static_cast<const T*>(rows.data);
-  if (rows.inner == 1) return data + row * rows.outer_stride;  // spares a 64-bit division
-  return data + row / rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride;
+  const int64_t inner = rows.inner.value;
+  if (inner == 1) return data + row * rows.outer_stride;  // spares a 64-bit division
+  return data + row / inner * rows.outer_stride + row % inner * rows.inner_stride;
 }
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }

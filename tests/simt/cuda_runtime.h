@@ -3,11 +3,13 @@
 #pragma once
 
 #define SIMT_EMULATOR
+#define CUDART_VERSION 13000
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <tuple>
 
 #include "simt.h"
@@ -40,6 +42,8 @@ inline unsigned __float_as_uint(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
+
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
 
 inline float rsqrtf(float value) { return float(1.0 / std::sqrt(double(value))); }
 
@@ -173,14 +177,24 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = simt::device();
   return cudaSuccess;
 }
 
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= simt::kDevices) return cudaErrorInvalidDevice;
+  simt::record("cudaSetDevice(" + std::to_string(device) + ")");
+  simt::device() = device;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncGetName(const char** name, const void* kernel) {
+  *name = simt::name_of(kernel);
+  return *name ? cudaSuccess : cudaErrorInvalidValue;
+}
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= simt::kDevices) return cudaErrorInvalidDevice;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 4; return cudaSuccess;  // few: small inputs fill them
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; return cudaSuccess;
@@ -204,6 +218,7 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
                     block.y - 1 < 1024 && block.z - 1 < 64 && block.x * block.y * block.z <= 1024;
   if (!fits) return cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > simt::shared_limit(address)) return cudaErrorInvalidValue;
+  simt::record("launch on " + std::to_string(simt::device()));
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
   simt::run(grid, block, config->dynamicSmemBytes, address, [&] { std::apply(kernel, values); });
   return cudaSuccess;

@@ -6,10 +6,13 @@
 #include <exception>
 #include <string>
 
+#include "cuda/divide.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
 #include "cuda/reduce.h"
+#include "cuda/vec.h"
 
+using namespace fastllm;
 using namespace fastllm::cuda;
 
 __global__ void block_sum(const float* in, float* out, int n) {
@@ -86,6 +89,27 @@ __global__ void order(int* out, int* count) {
   if (threadIdx.x == 0) out[(*count)++] = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
 }
 
+// A vector for each thread.
+__global__ void copy(const float* in, float* out, bool readonly) {
+  const int at = 4 * threadIdx.x;
+  store(out + at, readonly ? load_readonly<4>(in + at) : load<4>(in + at));
+}
+
+__global__ void divide_all(const int64_t* numbers, int64_t n, const Divisor by, int64_t* quotients, int64_t* rests) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    const Divided divided = divide(numbers[i], by);
+    quotients[i] = divided.quotient;
+    rests[i] = divided.rest;
+  }
+}
+
+__global__ void reciprocals(const float* in, float* approximate, float* out, int64_t n) {
+  for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
+    approximate[i] = approximate_reciprocal(in[i]);
+    out[i] = reciprocal(in[i]);
+  }
+}
+
 // ---- what the tests call: the error's text, or null ------------------------------------------------
 
 template <typename F>
@@ -131,6 +155,22 @@ EXPORT const char* run_shuffles(int* out, int argument, int width) {
 EXPORT const char* run_order(int* out, int x, int y, int z, int threads) {
   int count = 0;
   return caught([&] { launch(order, dim3(x, y, z), dim3(threads), 0, nullptr, out, &count); });
+}
+
+EXPORT const char* run_copy(const float* in, float* out, int threads, bool readonly) {
+  return caught([&] { launch(copy, dim3(2), dim3(threads), 0, nullptr, in, out, readonly); });
+}
+EXPORT const char* run_divide(const int64_t* numbers, int64_t n, int64_t by, int64_t* quotients, int64_t* rests) {
+  return caught([&] { launch(divide_all, dim3(1), dim3(32), 0, nullptr, numbers, n, by, quotients, rests); });
+}
+EXPORT const char* run_reciprocals(const float* in, float* approximate, float* out, int64_t n) {
+  return caught([&] { launch(reciprocals, dim3(1), dim3(32), 0, nullptr, in, approximate, out, n); });
+}
+EXPORT const char* run_on_device(int device, float* out, int threads) {
+  return caught([&] {
+    DeviceGuard guard(device);
+    launch(dynamic_memory, dim3(1), dim3(threads), threads * sizeof(float), nullptr, out);
+  });
 }
 
 EXPORT void from_float32(const float* in, uint16_t* bf16, uint16_t* half, int64_t n) {

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -78,6 +79,8 @@ struct Scheduler {
 };
 
 Scheduler scheduler;
+bool recording = false;
+std::string recorded;
 std::mutex one_grid_at_a_time;
 alignas(1024) unsigned char shared_bytes_of_block[kMaxShared];
 
@@ -167,11 +170,10 @@ std::string text(const Site& site) {
 }
 
 std::string Scheduler::where() const {
-  Dl_info info;
   std::string name = "a kernel";
-  if (dladdr(kernel, &info) && info.dli_saddr == kernel) {
-    char* plain = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
-    name = plain ? plain : info.dli_sname;
+  if (const char* mangled = name_of(kernel)) {
+    char* plain = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+    name = plain ? plain : mangled;
     std::free(plain);
   }
   return name + ", block " + text(blockIdx);
@@ -278,6 +280,20 @@ void fail(const Site& site, const char* message) {
   throw std::runtime_error(scheduler.where() + ", thread " + text(threadIdx) + ": " + text(site) + ": " + message);
 }
 
+int& device() {
+  thread_local int current = 0;
+  return current;
+}
+
+void record(const std::string& call) {
+  if (recording) recorded += (recorded.empty() ? "" : ", ") + call;
+}
+
+const char* name_of(const void* kernel) {
+  Dl_info info;
+  return dladdr(kernel, &info) && info.dli_saddr == kernel ? info.dli_sname : nullptr;
+}
+
 unsigned char* dynamic_shared() { return shared_bytes_of_block; }
 
 size_t& shared_limit(const void* kernel) {
@@ -285,6 +301,41 @@ size_t& shared_limit(const void* kernel) {
   return limits.try_emplace(kernel, 48 << 10).first->second;
 }
 
+[[noreturn]] void misaligned(const char* file, int line, int alignment, const void* pointer) {
+  std::ostringstream message;
+  message << (scheduler.current < 0 ? "the host" : scheduler.where() + ", thread " + text(threadIdx)) << ": " << file
+          << ":" << line << ": " << pointer << " is not aligned to " << alignment << " bytes";
+  if (scheduler.current < 0) {
+    std::fprintf(stderr, "%s\n", message.str().c_str());
+    std::abort();
+  }
+  scheduler.error = std::make_exception_ptr(std::runtime_error(message.str()));
+  for (;;) scheduler.yield();
+}
+
 }  // namespace simt
 
-extern "C" __attribute__((visibility("default"))) void simt_set_seed(uint64_t seed) { simt::set_seed(seed); }
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Where a pointer's alignment is not that of its type, -fsanitize=alignment calls this (and no other of its runtime).
+// GCC takes it for a function that does not throw: the thread is left here instead.
+struct Misaligned {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment, kind;
+};
+
+EXPORT void __ubsan_handle_type_mismatch_v1(const Misaligned* at, const void* pointer) {
+  simt::misaligned(at->file, int(at->line), 1 << at->log_alignment, pointer);
+}
+
+EXPORT void simt_set_seed(uint64_t seed) { simt::set_seed(seed); }
+EXPORT int simt_device() { return simt::device(); }
+
+// From now on, or no more.
+EXPORT void simt_record(bool on) {
+  simt::recording = on;
+  simt::recorded.clear();
+}
+EXPORT const char* simt_recorded() { return simt::recorded.c_str(); }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 struct uint3 {
   unsigned x, y, z;
@@ -60,6 +61,13 @@ int lane();
 void collective(unsigned mask, const Site& site, void* argument, void (*resolve)(const Lanes&));
 
 [[noreturn]] void fail(const Site& site, const char* message);
+
+constexpr int kDevices = 2;
+int& device();  // the current one of the calling thread of the host
+
+void record(const std::string& call);  // what the runtime was called for, where a test asked (simt_record)
+
+const char* name_of(const void* kernel);  // mangled, or null
 
 unsigned char* dynamic_shared();
 size_t& shared_limit(const void* kernel);  // set by cudaFuncSetAttribute

@@ -121,7 +121,74 @@ def test_launch_limits(library: ctypes.CDLL) -> None:
     assert "invalid argument" in call(library, "run_dynamic_memory", out, 1, 1, ctypes.c_size_t((227 << 10) + 1))
     for blocks, threads in [(0, 32), (1, 0), (1, 1025)]:
         message = call(library, "run_dynamic_memory", out, blocks, threads, ctypes.c_size_t(0))
-        assert "invalid configuration argument" in message
+        assert message == "CUDA: dynamic_memory(float*): invalid configuration argument"
+
+
+def on_device(library: ctypes.CDLL, device: int, threads: int) -> tuple[str | None, str]:
+    """The error of a launch there, and what the runtime was called for."""
+    out = torch.zeros(1024)
+    library.simt_recorded.restype = ctypes.c_char_p
+    library.simt_record(True)
+    try:
+        return call(library, "run_on_device", device, out, threads), library.simt_recorded().decode()
+    finally:
+        library.simt_record(False)
+
+
+def test_a_launch_sets_its_device_and_sets_it_back(library: ctypes.CDLL) -> None:
+    assert on_device(library, 1, 32) == (None, "cudaSetDevice(1), launch on 1, cudaSetDevice(0)")
+    assert on_device(library, 0, 32) == (None, "cudaSetDevice(0), launch on 0")
+    error, calls = on_device(library, 1, 1025)
+    assert "invalid configuration argument" in error and calls == "cudaSetDevice(1), cudaSetDevice(0)"
+    assert on_device(library, 2, 32) == ("CUDA: device 2: invalid device ordinal", "")
+    assert library.simt_device() == 0
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+def test_a_vector_that_is_not_aligned(library: ctypes.CDLL, readonly: bool) -> None:
+    numbers, out = torch.arange(132.0), torch.zeros(132)
+    numbers, out = (t[-t.data_ptr() % 16 // 4 :] for t in (numbers, out))
+    assert call(library, "run_copy", numbers, out, 32, readonly) is None
+    assert torch.equal(out[:128], numbers[:128])
+    for pair in ((numbers[1:], out), (numbers, out[2:])):
+        message = call(library, "run_copy", *pair, 31, readonly)
+        assert "copy" in message and "is not aligned to 16 bytes" in message
+    assert call(library, "run_copy", numbers, out, 32, readonly) is None
+
+
+def test_division_without_a_call(library: ctypes.CDLL) -> None:
+    most = 2**63 - 1
+    powers = [1 << k for k in range(63)]
+    divisors = sorted({p + d for p in powers for d in (-1, 0, 1) if p + d > 0} | {10**k for k in range(19)} | {most})
+    divisors += torch.randint(1, most, (200,)).tolist() + torch.randint(1, 10**6, (200,)).tolist()
+    random = [*torch.randint(0, most, (100,)).tolist(), *torch.randint(0, 10**6, (100,)).tolist()]
+    for by in divisors:
+        multiples = [k * by + d for k in (1, 2, 3, most // by // 2, most // by) for d in (-1, 0, 1)]
+        numbers = [n for n in (*random, *multiples, 0, most) if 0 <= n <= most]
+        given, quotients, rests = torch.tensor(numbers), *torch.empty(2, len(numbers), dtype=torch.int64)
+        n, d = ctypes.c_int64(len(numbers)), ctypes.c_int64(by)
+        assert call(library, "run_divide", given, n, d, quotients, rests) is None
+        assert quotients.tolist() == [n // by for n in numbers]
+        assert rests.tolist() == [n % by for n in numbers]
+
+
+def test_reciprocal(library: ctypes.CDLL) -> None:
+    """Of an approximation that is one step off, as the GPU's may be, it makes one that is half a step off."""
+    numbers = torch.cat(
+        [torch.linspace(1, 2, 10000), 2.0 ** torch.linspace(-126, 126, 10000), torch.arange(1.0, 10000)]
+    )
+    numbers = torch.cat([numbers, -numbers])
+    approximate, out = torch.empty_like(numbers), torch.empty_like(numbers)
+    assert call(library, "run_reciprocals", numbers, approximate, out, ctypes.c_int64(len(numbers))) is None
+    exact = 1 / numbers.double()
+    step = (torch.nextafter(exact.float().abs(), torch.tensor(torch.inf)) - exact.float().abs()).double()
+    inside = exact.abs() >= 2.0**-125  # below, the approximation may be 0
+    assert (((approximate - exact) / step).abs()[inside] <= 1.5).all() and (approximate != exact.float())[inside].all()
+    assert (((out - exact) / step).abs()[inside] <= 0.51).all()
+    edge = torch.tensor([2.0**126, 2.0**-126, torch.nan])
+    approximate, out = torch.empty(3), torch.empty(3)
+    assert call(library, "run_reciprocals", edge, approximate, out, ctypes.c_int64(3)) is None
+    assert out[1] == 2.0**126 and out[2].isnan()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
