@@ -4,12 +4,13 @@
     python -m benchmarks.aot --write    write that table
 
 Triton kernels are compiled for each target as their own launchers launch them (:func:`launches` lists the
-calls); CUDA C++ kernels are read out of the installed native module. Per kernel and target: registers,
-bytes of local memory (where spills go), shared memory, and tensor-core instructions in the machine code.
+calls), with the same specialisation; CUDA C++ kernels are read out of the installed native module. Per kernel and
+target, out of the machine code (machine_code.py): registers, bytes of local memory (where spills go) and of shared
+memory, tensor-core instructions, the widest load and store, stores, calls, and the blocks of a multiprocessor.
 
-A kernel that spills, that needs more shared memory than there is, or that has lost its tensor-core
-instructions, fails. Registers and shared memory are held against the table only where the compiler is the
-very one that the table was made with.
+A kernel that spills, that needs more shared memory than there is, that has lost its tensor-core instructions, loads or
+stores fewer bytes at once or makes more calls, fails. All numbers are held against the table only where the compiler
+is the very one that the table was made with; it has one for each version of Triton.
 """
 
 from __future__ import annotations
@@ -29,20 +30,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from .machine_code import Row, read_amd, read_cubin
+from .targets import TARGETS, current_target
 
 TABLE = Path(__file__).with_name("aot.json")
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90a": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "sm_120": ("cuda", 120, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024}
-TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf(?:ma|mac)_\w+)\b")
 
-Row = dict[str, int]
 Table = dict[str, dict[str, Row]]  # kernel -> target -> row
 
 
@@ -53,7 +49,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     def rms_norm(cols: int, dtype: torch.dtype) -> Callable[[], Any]:
         def call() -> None:
             x, w, rstd = torch.empty(16, cols, dtype=dtype), torch.empty(cols, dtype=dtype), torch.empty(16)
-            torch.ops.fastllm.rms_norm_forward(x, w, x, 1e-6, 0.0, "triton")
+            torch.ops.fastllm.rms_norm_forward(x, w, x, 1e-6, 0.0, True, "triton")
             torch.ops.fastllm.rms_norm_backward(x, x, w, rstd, x, 0.0, True, "triton")
 
         return call
@@ -93,10 +89,10 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         def call() -> None:
             q, k = torch.empty(1, 512, 4, dim, dtype=dtype), torch.empty(1, 512, 1, dim, dtype=dtype)
             ops, lse = torch.ops.fastllm, torch.empty(1, 4, 512)
-            ops.attention_decode(q if every else q[:, :1], k, k, length, sinks, *options, "triton")
+            ops.attention_decode(q if every else q[:, :1], k, k, length, sinks, *options, True, "triton")
             if every:
                 q, k, lse = q[0], k[0], lse[0]
-            ops.attention_forward(q, k, k, sinks, *packing, *options, True, "triton")
+            ops.attention_forward(q, k, k, sinks, *packing, *options, True, True, "triton")
             dlse = lse if every else None
             ops.attention_backward(q, dlse, q, k, k, q, lse, *packing, *options, False, "triton")
 
@@ -146,109 +142,37 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 @functools.cache
-def triton_sources() -> dict[tuple[str, str], tuple[Any, dict[str, Any]]]:
-    """(name, target) -> (kernel, arguments): what the launchers launch there, recorded instead of launched."""
-    from triton.runtime.jit import JITFunction
-
+def triton_sources() -> dict[tuple[str, str], Callable[[], Any]]:
+    """(name, target) -> compiles what the launchers launch there, as Triton itself would for this launch."""
     import fastllm.kernels  # noqa: F401 (registers the operators)
     from fastllm.kernels.attention import triton_tuning
+    from fastllm.kernels.triton_launch import Kernel
 
-    found: dict[tuple[str, str], tuple[Any, dict[str, Any]]] = {}
+    found: dict[tuple[str, str], Callable[[], Any]] = {}
 
-    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-        found[f"{name} {kernel.fn.__name__.removesuffix('_kernel')}", target] = (kernel, given)
+    def record(kernel: Kernel, grid: Any, *launch: Any, **options: int) -> None:
+        found[f"{name} {kernel.name}", target] = functools.partial(kernel.compile, *launch, **options)
 
-    run, JITFunction.run = JITFunction.run, record
-    architecture = triton_tuning.architecture
-    try:
+    with mock.patch.object(Kernel, "__call__", record):
         for target in TARGETS:
-            triton_tuning.architecture = lambda device, target=target: target
-            for name, call in launches():  # noqa: B007 (record reads the name)
-                call()
-    finally:
-        JITFunction.run, triton_tuning.architecture = run, architecture
+            with mock.patch.object(triton_tuning, "architecture", lambda device, target=target: target):
+                for name, call in launches():  # noqa: B007 (record reads the name)
+                    call()
     return found
 
 
 def _compile_triton(name: str, target: str) -> Row:
     """Compile one recorded launch for one target (in a worker process: Triton's compilers hold the GIL)."""
-    import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    types = {
-        torch.float32: "fp32",
-        torch.float16: "fp16",
-        torch.bfloat16: "bf16",
-        torch.uint8: "u8",
-        torch.int32: "i32",
-        torch.int64: "i64",
-    }
-    kernel, given = triton_sources()[name, target]
-    signature, constants, attributes = {}, {}, {}
-    for i, (argument, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
-        value = given[argument]
-        aligned = False
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-            signature[argument], constants[argument] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[argument], aligned = "*" + types[value.dtype], True
-        elif isinstance(value, int):
-            signature[argument], aligned = "i32" if abs(value) < 2**31 else "i64", value % 16 == 0
-        else:
-            signature[argument] = "fp32"
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {k: v for k, v in given.items() if k in ("num_warps", "num_stages", "maxnreg")}
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    with current_target(target):
+        compiled = triton_sources()[name, target]()
+    threads = TARGETS[target][2] * compiled.metadata.num_warps
     if target.startswith("gfx"):
-        return _read_amd(compiled.asm["amdgcn"])
+        return read_amd(compiled.asm["amdgcn"], threads)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        ((_, row),) = _read_cubin(Path(cubin.name)).items()
-    return row | {"shared": compiled.metadata.shared}
-
-
-def _read_amd(assembly: str) -> Row:
-    def number(field: str) -> int:
-        return sum(int(n) for n in re.findall(rf"\.{field}:\s+(\d+)", assembly))
-
-    return {
-        "registers": number("vgpr_count"),
-        "local": number("private_segment_fixed_size"),
-        "shared": number("group_segment_fixed_size"),
-        "tensor_core": len(TENSOR_CORE.findall(assembly)),
-    }
-
-
-def _cuobjdump() -> str:
-    """The one that Triton's wheel carries."""
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-
-
-def _read_cubin(path: Path, arch: str | None = None) -> dict[str, Row]:
-    """Kernel -> row, for the machine code in a cubin, or for one architecture in a shared library."""
-    choice = ["-arch", arch] if arch else []
-    usage = subprocess.run([_cuobjdump(), "-res-usage", *choice, path], capture_output=True, text=True, check=True)
-    rows: dict[str, Row] = {}
-    for function, fields in re.findall(r"Function (\S+):\n\s*(.*)", usage.stdout):
-        value = dict(re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", fields))
-        rows[function] = {
-            "registers": int(value["REG"]),
-            "local": int(value["STACK"]) + int(value["LOCAL"]),
-            "shared": int(value["SHARED"]),
-            "tensor_core": 0,
-        }
-    sass = subprocess.run([_cuobjdump(), "-sass", *choice, path], capture_output=True, text=True, check=True)
-    for part in re.split(r"Function : ", sass.stdout)[1:]:
-        rows[part.split(None, 1)[0]]["tensor_core"] = len(TENSOR_CORE.findall(part))
-    return rows
+        ((_, row),) = read_cubin(Path(cubin.name), target, threads=threads, shared=compiled.metadata.shared).items()
+    return row
 
 
 def triton_table() -> Table:
@@ -272,7 +196,7 @@ def cuda_table() -> Table | str:
         return "c++filt is not installed"
     table: Table = defaultdict(dict)
     for arch in native._C.cuda.archs.split():
-        rows = _read_cubin(Path(native._C.__file__), f"sm_{arch}")
+        rows = read_cubin(Path(native._C.__file__), f"sm_{arch}", one=False)
         plain = subprocess.run(["c++filt", "-p", *rows], capture_output=True, text=True, check=True).stdout.splitlines()
         for name, row in zip(plain, rows.values(), strict=True):
             table[re.sub(r"\(anonymous namespace\)::|fastllm::|cuda::|__nv_|\b(\w+)::(?=\1_)", "", name)][
@@ -308,6 +232,13 @@ def problems(kind: str, new: Table, old: Table, same_compiler: bool) -> list[str
                 found.append(f"{place}: not in the table (python -m benchmarks.aot --write)")
             elif before["tensor_core"] and not row["tensor_core"]:
                 found.append(f"{place}: lost its {before['tensor_core']} tensor-core instructions")
+            elif row["store"] < before["store"] or row["load"] < before["load"]:
+                found.append(f"{place}: loads and stores {row['load']} and {row['store']} bytes at once, the table has "
+                             f"{before['load']} and {before['store']}")  # fmt: skip
+            elif row["calls"] > before["calls"]:
+                found.append(
+                    f"{place}: {row['calls']} calls (slow paths of divisions?), the table has {before['calls']}"
+                )
             elif same_compiler and row != before:
                 found.append(f"{place}: {row}, the table has {before} (python -m benchmarks.aot --write)")
     found += [f"{kind}: {kernel}: in the table, but not compiled" for kernel in old if kernel not in new]
@@ -315,7 +246,8 @@ def problems(kind: str, new: Table, old: Table, same_compiler: bool) -> list[str
 
 
 def report(table: Table) -> str:
-    """Markdown: per kernel, registers on each target (and shared memory, tensor-core instructions, spills)."""
+    """Markdown: per kernel and target the registers × the blocks of a multiprocessor, the bytes of the widest load and
+    store, shared memory, tensor-core instructions, calls and spills."""
     targets = [t for t in TARGETS if any(t in row for row in table.values())]
     lines = ["| kernel | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
     for kernel, rows in table.items():
@@ -328,8 +260,9 @@ def report(table: Table) -> str:
 
 
 def _cell(row: Row) -> str:
-    notes = {"shared": "{} B shared", "tensor_core": "{} mma", "local": "**{} B spilled**"}
-    return ", ".join([str(row["registers"]), *(text.format(row[k]) for k, text in notes.items() if row[k])])
+    notes = {"shared": "{} B shared", "tensor_core": "{} mma", "calls": "**{} calls**", "local": "**{} B spilled**"}
+    said = [text.format(row[k]) for k, text in notes.items() if row[k]]
+    return ", ".join([f"{row['registers']} ×{row['blocks']}", f"{row['load']}/{row['store']} B", *said])
 
 
 def main() -> int:
@@ -338,20 +271,24 @@ def main() -> int:
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
-    new = {"compilers": compilers(), "triton": triton_table(), "cuda": cuda_table()}
-    old = json.loads(TABLE.read_text())
-    if isinstance(new["cuda"], str):
-        print(f"CUDA C++: left as it is: {new['cuda']}")
+    versions = compilers()
+    new = {"triton": triton_table(), "cuda": cuda_table()}
+    known = json.loads(TABLE.read_text())
     if arguments.write:
-        if isinstance(new["cuda"], str):
-            new["cuda"], new["compilers"]["cuda"] = old["cuda"], old["compilers"]["cuda"]
-        TABLE.write_text(json.dumps(new, indent=1) + "\n")
-        old = new
+        for kind, table in new.items():
+            if not isinstance(table, str):
+                # of Triton one table for each version, of CUDA C++ one
+                known[kind] = (known[kind] if kind == "triton" else {}) | {versions[kind]: table}
+        TABLE.write_text(json.dumps(known, indent=1) + "\n")
     found = []
-    for kind in ("triton", "cuda"):
-        if not isinstance(new[kind], str):
-            print(f"\n{kind} {new['compilers'][kind]}: registers per thread\n\n{report(new[kind])}")
-            found += problems(kind, new[kind], old[kind], new["compilers"][kind] == old["compilers"][kind])
+    for kind, table in new.items():
+        if isinstance(table, str):
+            print(f"CUDA C++: left as it is: {table}")
+            continue
+        version, of = versions[kind], known[kind]
+        old = of.get(version) or of[max(of)]
+        print(f"\n{kind} {version}: registers per thread × blocks, bytes of a load/store\n\n{report(table)}\n")
+        found += problems(kind, table, old, version in of)
     print("\n" + ("\n".join(found) if found else "no spills, nothing lost against the table"))
     return 1 if found else 0
 

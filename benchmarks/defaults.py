@@ -1,16 +1,18 @@
-"""The backend that is the default on each kind of GPU: kernels/measured.py, from the committed results."""
+"""What is the default on each kind of GPU, backends and tiles: kernels/measured.py, from the committed results."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastllm.files import write_atomic
 from fastllm.kernels import backends
 
+from . import tiles
 from .cases import OURS
-from .record import Result, committed
+from .record import FOLDER, Result, committed
 
 FILE = Path(__file__).resolve().parent.parent / "kernels" / "measured.py"
 
@@ -33,26 +35,40 @@ def fastest(result: Result) -> dict[str, str]:
     return {op: min(times, key=lambda b: sum(times[b]) / len(times[b])) for op, times in sorted(logs.items())}
 
 
+def fastest_tiles() -> Iterator[tuple[str, str, int, tiles.TileSize]]:
+    """Name of the GPU, kernel, head dimension and tile of every committed search."""
+    for path in sorted(FOLDER.glob(f"*/{tiles.FILE}")):
+        stamp, found = tiles.read(path)
+        for (kernel, dim), tile in sorted(tiles.winners(found).items()):
+            yield stamp["gpu"], kernel, dim, tile
+
+
 def text() -> str:
     """The module's source."""
-    lines = [
-        '"""Which backend was measured to be the fastest for an op on a kind of GPU.',
-        "",
-        "Written by `python -m benchmarks --defaults` from benchmarks/results/.",
-        '"""',
-        "",
-        "# (op, name of the GPU) -> backend",
-    ]
-    entries = [
+    backend_of = [
         f'    ("{op}", "{result.stamp["gpu"]}"): "{backend}",'
         for _, result in committed()
         if "gpu" in result.stamp
         for op, backend in fastest(result).items()
     ]
-    body = ["MEASURED_FASTER: dict[tuple[str, str], str] = {", *entries, "}"] if entries else [
-        "MEASURED_FASTER: dict[tuple[str, str], str] = {}"
-    ]  # fmt: skip
-    return "\n".join([*lines, *body]) + "\n"
+    tile_of = [f'    ("{gpu}", "{kernel}", {dim}, False): {tile},' for gpu, kernel, dim, tile in fastest_tiles()]
+    lines = [
+        '"""What was measured to be the fastest on a kind of GPU: backends of ops, tiles of attention kernels.',
+        "",
+        "Written by `python -m benchmarks --defaults` from benchmarks/results/.",
+        '"""',
+        "",
+        "# (op, name of the GPU) -> backend",
+        *_dictionary("MEASURED_FASTER: dict[tuple[str, str], str]", backend_of),
+        "",
+        "# (name of the GPU, kernel, padded head dimension, window or softcap) -> (queries, keys, warps, stages)",
+        *_dictionary("MEASURED_TILES: dict[tuple[str, str, int, bool], tuple[int, int, int, int]]", tile_of),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _dictionary(name: str, entries: list[str]) -> list[str]:
+    return [f"{name} = {{", *entries, "}"] if entries else [f"{name} = {{}}"]
 
 
 def write() -> bool:

@@ -31,6 +31,7 @@ class Row:
     low: float = 0.0
     high: float = 0.0
     rounds: int = 0
+    host: float | None = None  # seconds to enqueue a call on a GPU; None: on a CPU, or the call waits for the GPU
     memory: int | None = None  # bytes at the peak, beyond what was there before
     error: str = ""
     sweep: str = ""

@@ -40,8 +40,16 @@ def report(result: Result, plots: Iterable[str]) -> str:
     ops: dict[str, list[list[Row]]] = {}
     for rows in result.by_case().values():
         ops.setdefault(rows[0].op, []).append(rows)
+    on_gpu = "gpu" in stamp
+    if on_gpu:
+        lines += [
+            "Times are the GPU's alone. Host is what the processor takes to enqueue a call: where it is longer, it is",
+            "the limit of calls one after another, unless a CUDA graph replays them. A call that waits for the GPU, or",
+            "has more launches than the driver queues, has none of its own: its time includes what the GPU waits.",
+            "",
+        ]
     for op, cases in ops.items():
-        lines += [f"## {op}", "", *_table(cases, _limits(result)), ""]
+        lines += [f"## {op}", "", *_table(cases, _limits(result), on_gpu), ""]
     for name in plots:
         lines += [f"![{PLOTS[name]}]({name}.png)", ""]
     if result.errors:
@@ -69,36 +77,30 @@ def _machine(result: Result) -> str:
     return text
 
 
-def _table(cases: list[list[Row]], limits: dict[str, dict[str, float]]) -> list[str]:
-    lines = [
-        f"| case | implementation | median ms | ± | times | rate | {' | '.join(limits)} | memory MiB | rounds |",
-        f"|---|---|---:|---:|---:|---:|{'---:|' * len(limits)}---:|---:|",
-    ]
+def _table(cases: list[list[Row]], limits: dict[str, dict[str, float]], on_gpu: bool) -> list[str]:
+    columns = ["median ms", "±", *(["host ms"] if on_gpu else []), "times", "rate", *limits, "memory MiB", "rounds"]
+    lines = [f"| case | implementation | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
     for rows in cases:
         base = find(rows, BASE.get(rows[0].op, PYTORCH))
         case = f"{rows[0].direction} {rows[0].size} {rows[0].dtype}"
         for row in rows:
             if row.error:
-                lines.append(
-                    f"| {case} | {row.implementation} | {row.error.replace('|', '/')} {'| ' * (5 + len(limits))}|"
-                )
+                cells = [row.error.replace("|", "/"), *[""] * (len(columns) - 1)]
             else:
                 whole = is_ours(row.implementation) or is_theirs(row.implementation)
-                times = f"{base.seconds / row.seconds:.2f}" if base and whole else ""
-                shares = " | ".join(_share(row, limit) for limit in limits.values())
-                memory = "" if row.memory is None else f"{row.memory / 2**20:.1f}"
-                lines.append(
-                    f"| {case} | {row.implementation} | {_ms(row)} | {(row.high - row.low) * 500:.2g} | {times} "
-                    f"| {_rate(row)} | {shares} | {memory} | {row.rounds} |"
-                )
+                cells = [_ms(row.seconds), f"{(row.high - row.low) * 500:.2g}"]
+                if on_gpu:
+                    cells.append("waits" if row.host is None else _ms(row.host))
+                cells.append(f"{base.seconds / row.seconds:.2f}" if base and whole else "")
+                cells += [_rate(row), *(_share(row, limit) for limit in limits.values())]
+                cells += ["" if row.memory is None else f"{row.memory / 2**20:.1f}", str(row.rounds)]
+            lines.append(f"| {case} | {row.implementation} | {' | '.join(cells)} |")
             case = ""
     return lines
 
 
-def _ms(row: Row | None) -> str:
-    if row is None:
-        return ""
-    ms = row.seconds * 1e3
+def _ms(seconds: float) -> str:
+    ms = seconds * 1e3
     return f"{ms:,.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
@@ -232,10 +234,12 @@ def _headline(rows: list[Row]) -> list[str]:
     if ours is None or base is None or fastest is None:
         return []
     another = best(rows, lambda name: is_theirs(name) and name not in (PYTORCH, COMPILED))
-    other = f"{_ms(another)} {another.implementation}" if another else ""
+    other = f"{_ms(another.seconds)} {another.implementation}" if another else ""
+    compiled = find(rows, COMPILED)
     case = f"`{rows[0].op}` {rows[0].direction} {rows[0].size} {rows[0].dtype}"
     times, most = (f"{row.seconds / ours.seconds:.2f}" for row in (base, fastest))
-    return [f"| {case} | {_ms(base)} | {_ms(find(rows, COMPILED))} | {other} | {_ms(ours)} | {times} | {most} |"]
+    middle = _ms(compiled.seconds) if compiled else ""
+    return [f"| {case} | {_ms(base.seconds)} | {middle} | {other} | {_ms(ours.seconds)} | {times} | {most} |"]
 
 
 def _steps(result: Result) -> list[str]:

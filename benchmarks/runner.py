@@ -11,12 +11,12 @@ import torch
 
 from .cases import Case
 from .record import Row
-from .timing import CLOCK, extra_memory
+from .timing import CLOCK, Clock, extra_memory
 
 FEWEST, MOST = 5, 200  # rounds
 
 
-def run(case: Case, seconds: float, clock: Callable[[], float] = CLOCK, wrap: Callable = CLOCK.timed) -> list[Row]:
+def run(case: Case, seconds: float, clock: Clock = CLOCK, wrap: Callable = CLOCK.timed) -> list[Row]:
     """A row for each implementation. One that fails leaves its error in its row; the others are timed all the same.
 
     Each is called twice first, and once to see its memory. ``seconds`` limits the rounds, beyond FEWEST of them.
@@ -30,6 +30,7 @@ def run(case: Case, seconds: float, clock: Callable[[], float] = CLOCK, wrap: Ca
     rows = {name: _row(case, name) for name in calls}
     timed = {name: wrap(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
+    hosts: dict[str, list[float | None]] = {name: [] for name in calls}
 
     def once(name: str) -> float:
         before = clock()
@@ -58,10 +59,13 @@ def run(case: Case, seconds: float, clock: Callable[[], float] = CLOCK, wrap: Ca
         for name in tuple(times):
             with excused(name):
                 times[name].append(once(name))
+                hosts[name].append(clock.host)
     for name, lasted in times.items():
         row = rows[name]
         row.low, row.seconds, row.high = statistics.quantiles(lasted, n=4, method="inclusive")
         row.rounds = len(lasted)
+        known = [host for host in hosts[name] if host is not None]
+        row.host = statistics.median(known) if len(known) == len(lasted) else None
     return list(rows.values())
 
 

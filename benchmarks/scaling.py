@@ -31,13 +31,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fastllm.config import Config
+from fastllm.console import short
 from fastllm.data.loader import TokenDataset
 from fastllm.distributed.mesh import ParallelDims, local_device, process_group
 from fastllm.distributed.parallelize import build_model
 from fastllm.files import atomic, write_atomic
 from fastllm.model.flops import count_parameters
 from fastllm.planning.memory import estimate_memory
-from fastllm.planning.plan import short
 from fastllm.planning.presets import PRESETS
 from fastllm.planning.scaling_laws import compute_optimal, model_of_depth
 from fastllm.training.objectives import NextTokenPrediction
@@ -276,16 +276,19 @@ def main() -> int:
     if arguments.only and known.exists():
         points_before = [Point(**p) for p in json.loads(known.read_text())["points"]]
         measured = [p for p in points_before if p.axis not in arguments.only]
-    for point, config in points():
-        if arguments.only and point.axis not in arguments.only:
-            continue
-        measure(point, config, arguments.seconds)
-        measured.append(point)
-        told = f"{point.seconds * 1e3:.1f} ms, MFU {point.mfu:.0%}" if point.seconds else point.error
-        print(f"{point.axis}: {point.name}, {point.implementation}: {told}", flush=True)
-        content = {"stamp": stamp(), "points": [asdict(p) for p in measured]}
-        write_atomic(known, (json.dumps(content, indent=1) + "\n").encode())
-        write_atomic(arguments.out / "scaling.md", table(measured).encode())
+    try:
+        for point, config in points():
+            if arguments.only and point.axis not in arguments.only:
+                continue
+            measure(point, config, arguments.seconds)
+            measured.append(point)
+            told = f"{point.seconds * 1e3:.1f} ms, MFU {point.mfu:.0%}" if point.seconds else point.error
+            print(f"{point.axis}: {point.name}, {point.implementation}: {told}", flush=True)
+            content = {"stamp": stamp(), "points": [asdict(p) for p in measured]}
+            write_atomic(known, (json.dumps(content, indent=1) + "\n").encode())
+            write_atomic(arguments.out / "scaling.md", table(measured).encode())
+    except KeyboardInterrupt:
+        print("interrupted: the table has what was measured")
     draw(measured, beyond(), arguments.out / "scaling.png")
     print(table(measured))
     return 1 if any(p.error for p in measured) else 0

@@ -72,3 +72,11 @@ def working(what: str) -> Iterator[None]:
     """Show a spinner with ``what`` on a terminal while the block runs."""
     with console.status(what) if console.is_terminal else nullcontext():
         yield
+
+
+def short(number: float) -> str:
+    """1.52B, 124M, 65.5k."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}" if number < 1000 * size else f"{number / size:,.0f}{unit}"
+    return f"{number:.0f}"

@@ -15,6 +15,7 @@ One rule chooses, in :func:`select`:
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -172,13 +173,16 @@ transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _limit(op: Op, backend: str, x: torch.Tensor, why_not: WhyNot | None) -> str | None:
     if backend == "torch":
         return None
-    if reason := transformed():
-        return reason
+    limit = transformed() or _limit_of_kind(op, backend, x.dtype, x.device)
+    return limit or (None if why_not is None else why_not(backend))
+
+
+def _limit_of_kind(op: Op, backend: str, dtype: torch.dtype, device: torch.device) -> str | None:
     if backend not in op.kernels:
         return f"{op.name} has no {backend} kernel yet"
-    if x.dtype not in KERNEL_DTYPES:
-        return f"its kernels take float32, float16 and bfloat16, not {str(x.dtype).removeprefix('torch.')}"
-    return device_limit(backend, x.device) or (None if why_not is None else why_not(backend))
+    if dtype not in KERNEL_DTYPES:
+        return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
+    return device_limit(backend, device)
 
 
 def _automatic(op: Op, device: torch.device) -> tuple[str, ...]:
@@ -216,13 +220,26 @@ def select(name: str, x: torch.Tensor, backend: str | None, why_not: WhyNot | No
     preferred = _preferred()
     if preferred is not None and not _limit(op, preferred, x, why_not):
         return preferred
-    for candidate in _automatic(op, x.device):
-        limit = _limit(op, candidate, x, why_not)
-        if not limit:
-            return candidate
-        if candidate == "cpu" and limit == native.cpu_missing():
-            native.warn_of_missing()
-    raise AssertionError("the torch backend serves every call")
+    if transformed() is None:
+        found = _find_kernels if torch.compiler.is_dynamo_compiling() else _found_kernels
+        for candidate in found(name, x.dtype, x.device):
+            if why_not is None or not why_not(candidate):
+                return candidate
+    return "torch"
+
+
+def _find_kernels(name: str, dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """The backends that have a kernel for such tensors, best first."""
+    op = OPS[name]
+    order = _automatic(op, device)
+    if "cpu" in order and native.cpu_missing() and dtype in KERNEL_DTYPES:
+        native.warn_of_missing()
+    return tuple(b for b in order if b != "torch" and not _limit_of_kind(op, b, dtype, device))
+
+
+# torch.compile asks while it traces, as for `transformed`: nothing that the answer depends on changes.
+_find_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_found_kernels = functools.cache(_find_kernels)
 
 
 @dataclass(frozen=True)

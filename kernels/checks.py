@@ -13,6 +13,7 @@ from torch import Tensor
 DEBUG = os.environ.get("FASTLLM_DEBUG", "0").lower() in ("1", "true", "on")
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PLAIN = frozenset((Tensor, torch.nn.Parameter))  # types that are no subclass with a way of its own
 
 
 def short(dtype: torch.dtype) -> str:
@@ -21,11 +22,12 @@ def short(dtype: torch.dtype) -> str:
 
 def floating(op: str, name: str, x: Any, *, min_dim: int = 1) -> None:
     """``x`` is a tensor of a floating-point dtype with at least ``min_dim`` dimensions."""
-    tensor(op, name, x)
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
+        tensor(op, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, not {short(x.dtype)}")
-    if x.dim() < min_dim:
-        raise ValueError(f"{op}: {name} must have at least {min_dim} dimension(s), it has {x.dim()}")
+    if x.ndim < min_dim:
+        raise ValueError(f"{op}: {name} must have at least {min_dim} dimension(s), it has {x.ndim}")
 
 
 def tensor(op: str, name: str, x: Any) -> None:
@@ -50,24 +52,26 @@ def like(op: str, name: str, x: Any, other_name: str, other: Tensor, *, shape: t
         raise TypeError(
             f"{op}: {name} is {short(x.dtype)} but {other_name} is {short(other.dtype)}; cast one to the other's dtype"
         )
-    sized(op, name, x, tuple(other.shape) if shape is None else shape)
+    sized(op, name, x, other.shape if shape is None else shape)
 
 
 def on(op: str, name: str, x: Any, other_name: str, other: Tensor) -> None:
-    tensor(op, name, x)
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_nested:
+        tensor(op, name, x)
     if x.device != other.device:
         raise ValueError(f"{op}: {name} is on {x.device} but {other_name} is on {other.device}; move one of them")
 
 
 def sized(op: str, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != tuple(shape):
+    if x.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {list(shape)}, it has {list(x.shape)}")
 
 
 def parameter(op: str, name: str, x: Any, other_name: str, other: Tensor, shape: tuple[int, ...]) -> None:
     """A tensor that is read in float32, whatever its dtype: on the device of ``other``."""
     on(op, name, x, other_name, other)
-    not_wider(op, name, x, other_name, other)
+    if x.dtype != other.dtype:
+        not_wider(op, name, x, other_name, other)
     sized(op, name, x, shape)
 
 
@@ -82,6 +86,8 @@ def not_wider(op: str, name: str, x: Tensor, other_name: str, other: Tensor) -> 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """``tensors`` as torch.autocast gives them to a matrix product: all but float64 in its dtype, where it is on."""
+    if not torch.compiler.is_dynamo_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
@@ -97,6 +103,8 @@ def indices(op: str, name: str, x: Any, other_name: str, other: Tensor) -> None:
 
 def number(op: str, name: str, x: Any) -> float:
     """An option, which gets no gradient."""
+    if type(x) is float:
+        return x
     if isinstance(x, Tensor) and x.requires_grad:
         raise TypeError(f"{op}: {name} gets no gradient; pass {name}.item(), or multiply the tensors by it yourself")
     if isinstance(x, int | float):
@@ -108,6 +116,8 @@ def number(op: str, name: str, x: Any) -> float:
 
 
 def softcap(op: str, x: Any) -> float:
+    if type(x) is float and x >= 0.0:
+        return x
     cap = number(op, "softcap", x)
     if not cap >= 0.0:
         raise ValueError(f"{op}: softcap must be positive, or 0 for none, not {cap}")

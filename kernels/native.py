@@ -57,7 +57,7 @@ def warn_of_missing() -> None:
         f"fastllm: {_MISSING}. Until then ops on CPU tensors run as plain PyTorch, which is slower and takes more "
         "memory (`fastllm info` shows what this install has)",
         RuntimeWarning,
-        stacklevel=4,  # select, the op, its caller
+        stacklevel=5,  # _find_kernels, select, the op, its caller
     )
 
 

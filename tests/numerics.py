@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastllm.kernels.triton_launch import LOOP_COLS
+
+Case = TypeVar("Case")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,6 +38,13 @@ def assert_accurate(
         f"{what}: error {error.flatten()[worst]:.3e} where {exact.flatten()[worst]:.3e} was expected; "
         f"PyTorch's own largest error is {allowed:.3e}"
     )
+
+
+def on_gpus(cases: Sequence[Case]) -> list[tuple[str, torch.dtype, Case]]:
+    """(backend, dtype, case) for tests on a GPU: of CUDA C++ all; of Triton, which compiles each for a second, every
+    case in one dtype, in turn."""
+    found = [("cuda", dtype, case) for case in cases for dtype in DTYPES]
+    return found + [("triton", DTYPES[i % len(DTYPES)], case) for i, case in enumerate(cases)]
 
 
 def long_row(backend: str, cols: int) -> int:

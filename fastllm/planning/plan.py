@@ -16,6 +16,7 @@ from rich.table import Table
 from .. import config as configs
 from .. import console
 from ..config import ActivationCheckpointing, Config
+from ..console import short
 from ..errors import UserError, did_you_mean
 from ..files import write_atomic
 from ..hardware import GPUS, Gpu, this_machine
@@ -223,14 +224,6 @@ def _placed(config: Config, gpu: Gpu, arguments: PlanArguments) -> tuple[Plan, M
         if found.fits(needed) or count == counts[-1]:
             break
     return found, needed
-
-
-def short(number: float) -> str:
-    """1.52B, 124M, 65.5k."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number < 1000 * size else f"{number / size:,.0f}{unit}"
-    return f"{number:.0f}"
 
 
 def duration(seconds: float) -> str:

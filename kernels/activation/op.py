@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function, operator
+from ..library import differentiable_once, empty_like, function, operator
 from . import reference
 
 
@@ -31,7 +31,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     checks.floating("swiglu", "gate", gate, min_dim=0)
     checks.on("swiglu", "up", up, "gate", gate)
     checks.floating("swiglu", "up", up, min_dim=0)
-    checks.sized("swiglu", "up", up, tuple(gate.shape))
+    checks.sized("swiglu", "up", up, gate.shape)
     if gate.dtype != up.dtype:
         common = torch.promote_types(gate.dtype, up.dtype)
         gate, up = gate.to(common), up.to(common)
@@ -66,9 +66,9 @@ _swiglu = function(_SwiGLU)
 
 @operator(strided="gate up")
 def swiglu_forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
-    return gate.new_empty(gate.shape)
+    return empty_like(gate)
 
 
 @operator(strided="dout gate up")
 def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
+    return empty_like(gate), empty_like(gate)

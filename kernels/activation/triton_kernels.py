@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..native import as_rows
-from ..triton_launch import on_device, row_offsets, row_strides
+from ..triton_launch import Kernel, cdiv, multiple, power_of_two, row_offsets, rows_at
 
 ELEMENTS = 2048  # of a program's tile
 
@@ -25,30 +25,32 @@ def place(rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     return row, col, (row < rows)[:, None] & (col < cols)
 
 
-@triton.jit
+@Kernel
 def forward_kernel(
     GATE, UP, OUT, rows, cols, gate_inner, gate_outer, gate_step, up_inner, up_outer, up_step,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    cols = multiple(cols, ALIGNED)
     row, col, mask = place(rows, cols, ROWS, COLS)
-    gate_at = row_offsets(row, gate_inner, gate_outer, gate_step)[:, None] + col
-    up_at = row_offsets(row, up_inner, up_outer, up_step)[:, None] + col
+    gate_at = row_offsets(row, gate_inner, gate_outer, gate_step, ALIGNED, NESTED)[:, None] + col
+    up_at = row_offsets(row, up_inner, up_outer, up_step, ALIGNED, NESTED)[:, None] + col
     gate = tl.load(GATE + gate_at, mask, other=0.0).to(tl.float32)
     up = tl.load(UP + up_at, mask, other=0.0).to(tl.float32)
     out = gate * sigmoid(gate) * up
     tl.store(OUT + (row * cols)[:, None] + col, out.to(OUT.dtype.element_ty), mask)
 
 
-@triton.jit
+@Kernel
 def backward_kernel(
     DOUT, GATE, UP, DGATE, DUP, rows, cols, dout_inner, dout_outer, dout_step,
     gate_inner, gate_outer, gate_step, up_inner, up_outer, up_step,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    cols = multiple(cols, ALIGNED)
     row, col, mask = place(rows, cols, ROWS, COLS)
-    dout_at = row_offsets(row, dout_inner, dout_outer, dout_step)[:, None] + col
-    gate_at = row_offsets(row, gate_inner, gate_outer, gate_step)[:, None] + col
-    up_at = row_offsets(row, up_inner, up_outer, up_step)[:, None] + col
+    dout_at = row_offsets(row, dout_inner, dout_outer, dout_step, ALIGNED, NESTED)[:, None] + col
+    gate_at = row_offsets(row, gate_inner, gate_outer, gate_step, ALIGNED, NESTED)[:, None] + col
+    up_at = row_offsets(row, up_inner, up_outer, up_step, ALIGNED, NESTED)[:, None] + col
     dout = tl.load(DOUT + dout_at, mask, other=0.0).to(tl.float32)
     gate = tl.load(GATE + gate_at, mask, other=0.0).to(tl.float32)
     up = tl.load(UP + up_at, mask, other=0.0).to(tl.float32)
@@ -59,25 +61,35 @@ def backward_kernel(
     tl.store(DGATE + out_at, (dout * up * (s + silu * (1.0 - s))).to(DGATE.dtype.element_ty), mask)
 
 
-def _tile(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid of a launch, and its arguments rows, cols, ROWS and COLS."""
-    cols = x.shape[-1]
-    rows = x.numel() // cols
-    block = min(ELEMENTS, triton.next_power_of_2(cols))
-    tile = {"rows": rows, "cols": cols, "ROWS": ELEMENTS // block if block >= 32 else 64, "COLS": block}
-    return (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(cols, block)), tile
+def _tile(cols: int) -> tuple[int, int]:
+    """Rows and columns."""
+    block = min(ELEMENTS, power_of_two(cols))
+    return ELEMENTS // block if block >= 32 else 64, block
 
 
 def swiglu_forward(gate: Tensor, up: Tensor, backend: str, out: Tensor) -> None:
     gate, up = as_rows(gate), as_rows(up)
-    grid, tile = _tile(out)
-    with on_device(out):
-        forward_kernel[grid](GATE=gate, UP=up, OUT=out, **row_strides(gate=gate, up=up), **tile)
+    cols = out.shape[-1]
+    at, *layout = rows_at(gate, up, sizes=(cols,))
+    rows = out.numel() // cols
+    tile_rows, tile_cols = _tile(cols)
+    forward_kernel(
+        (cdiv(rows, tile_rows), cdiv(cols, tile_cols), 1),
+        (gate, up, out),
+        (rows, cols, *at),
+        (*layout, tile_rows, tile_cols),
+    )
 
 
 def swiglu_backward(dout: Tensor, gate: Tensor, up: Tensor, backend: str, dgate: Tensor, dup: Tensor) -> None:
     dout, gate, up = as_rows(dout), as_rows(gate), as_rows(up)
-    grid, tile = _tile(dgate)
-    strides = row_strides(dout=dout, gate=gate, up=up)
-    with on_device(dgate):
-        backward_kernel[grid](DOUT=dout, GATE=gate, UP=up, DGATE=dgate, DUP=dup, **strides, **tile)
+    cols = dgate.shape[-1]
+    at, *layout = rows_at(dout, gate, up, sizes=(cols,))
+    rows = dgate.numel() // cols
+    tile_rows, tile_cols = _tile(cols)
+    backward_kernel(
+        (cdiv(rows, tile_rows), cdiv(cols, tile_cols), 1),
+        (dout, gate, up, dgate, dup),
+        (rows, cols, *at),
+        (*layout, tile_rows, tile_cols),
+    )

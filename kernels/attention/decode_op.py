@@ -86,7 +86,7 @@ def flash_decode(
             "flash_decode: it has no gradient, and an argument requires one; call it under torch.no_grad(), or "
             "flash_attention, which has"
         )
-    chosen = backends.select("flash_decode", q, backend, lambda _: too_wide(q, v_cache))
+    chosen = backends.select("flash_decode", q, backend, too_wide(q, v_cache))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
@@ -103,5 +103,5 @@ def flash_decode(
         )
     else:
         sinks = None if sinks is None else sinks.float()
-        out, lse = attention_decode(q, k_cache, v_cache, cache_seqlens, sinks, options, chosen)
-    return (out, lse) if return_lse else out
+        out, lse = attention_decode(q, k_cache, v_cache, cache_seqlens, sinks, options, return_lse, chosen)
+    return (out, lse) if return_lse and lse is not None else out  # there is one where it was asked for

@@ -22,7 +22,7 @@ def attention_forward(
     packing: Packing,
     options: Options,
     backend: str,
-    *outputs: Tensor,
+    *outputs: Tensor | None,
 ) -> None:
     KERNELS[backend].attention_forward(q, k, v, sinks, *_int64(*packing[:2]), options, *outputs, *place(q))
 
@@ -54,6 +54,6 @@ def attention_decode(
     sinks: Tensor | None,
     options: Options,
     backend: str,
-    *outputs: Tensor,
+    *outputs: Tensor | None,
 ) -> None:
     KERNELS[backend].attention_decode(q, k, v, *_int64(seqlens_k), sinks, options, *outputs, *place(q))

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function, has_values, in_torch_func
+from ..library import differentiable_once, differentiated, function, has_values
 from . import reference
 from .operators import attention_backward, attention_forward
 from .options import UNBOUNDED, Options, Window, bounds
-from .packing import Packing, check_packing
+from .packing import UNPACKED, Packing, check_packing
 
 LARGEST_HEAD = 256
 
@@ -86,8 +86,8 @@ def flash_attention(
         cu_seqlens_q, cu_seqlens_k: ``[sequences + 1]`` int32 or int64, where packed sequences start and end,
             from 0 to the number of tokens; q, k, v then have no batch dimension, and sequences don't see each
             other. cu_seqlens_k defaults to cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence, a hint that saves a host synchronisation
-            on a GPU.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence: on a GPU nothing then waits for it, as CUDA graphs
+            demand. Tokens beyond one that is too small become NaN there; on a CPU it is an error.
         return_lse: also return the scores' log-sum-exp, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``),
             float32, -inf where nothing is seen; gradients flow through it.
         deterministic: the same gradients, bit for bit, at every call.
@@ -108,19 +108,20 @@ def flash_attention(
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, cu_seqlens that don't
-            rise from 0 to the tokens (on a GPU with FASTLLM_DEBUG=1), or a ``backend`` that can't run this call.
+            rise from 0 to the tokens or a max_seqlen that is too small (on a GPU with FASTLLM_DEBUG=1), or a
+            ``backend`` that can't run this call.
     """
     packed = cu_seqlens_q is not None
-    if layout not in ("bshd", "bhsd") or (packed and layout != "bshd"):
-        raise ValueError(f"flash_attention: layout must be 'bshd' or, without cu_seqlens, 'bhsd', not {layout!r}")
-    if layout == "bhsd":
+    if layout != "bshd":
+        if layout != "bhsd" or packed:
+            raise ValueError(f"flash_attention: layout must be 'bshd' or, without cu_seqlens, 'bhsd', not {layout!r}")
         for name, t in (("q", q), ("k", k), ("v", v)):
             checks.floating("flash_attention", name, t, min_dim=4)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     q, k, v = check_heads("flash_attention", q, k, v, ("k", "v"), 3 if packed else 4)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.number("flash_attention", "scale", scale)
     options = Options(scale, *bounds("flash_attention", causal, window), checks.softcap("flash_attention", softcap))
-    if causal and not packed and not torch.compiler.is_compiling() and q.shape[1] > k.shape[1] > 0:
+    if causal and not packed and q.shape[1] > k.shape[1] > 0 and not torch.compiler.is_compiling():
         warnings.warn(
             f"flash_attention: causal, with more queries ({q.shape[1]}) than keys ({k.shape[1]}): the first see none "
             "and give 0"
@@ -142,17 +143,19 @@ def flash_attention(
             checks.indices("flash_attention", name, cu, "q", q)
             if cu.dim() != 1 or cu.numel() == 0:
                 raise ValueError(f"flash_attention: {name} must be [sequences + 1], it has shape {list(cu.shape)}")
-        checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape))
-    chosen = backends.select("flash_attention", q, backend, lambda _: too_wide(q, v))
+        checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
+    chosen = backends.select("flash_attention", q, backend, too_wide(q, v))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
+    packing = UNPACKED
+    if cu_seqlens_q is not None:
+        packing = Packing(cu_seqlens_q, cu_seqlens_k, max_seqlen_q or 0, max_seqlen_k or 0)
     if chosen == "torch":
         out, lse = _torch(q, k, v, sinks, packing, options, return_lse)
     else:
-        tensors = [t for t in (q, k, v, sinks) if t is not None]
-        differentiated = in_torch_func() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        out, lse = _flash_attention(q, k, v, sinks, packing, options, differentiated, bool(deterministic), chosen)
+        wanted = differentiated(q, k, v, sinks)
+        run = _flash_attention if wanted else _FlashAttention.forward
+        out, lse = run(q, k, v, sinks, packing, options, wanted, wanted or return_lse, bool(deterministic), chosen)
     if layout == "bhsd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse and lse is not None else out  # there is one where it was asked for
@@ -165,23 +168,32 @@ def check_heads(
     layout = "[tokens, heads, head_dim]" if dims == 3 else "[batch, seq, heads, head_dim]"
     for name, t in zip(("q", *names), (q, k, v), strict=True):
         checks.floating(op, name, t)
-        if t.dim() != dims:
+        if t.ndim != dims:
             raise ValueError(f"{op}: {name} must be {layout}, it has shape {list(t.shape)}")
     q, k, v = checks.autocast(q, k, v)
-    checks.like(op, names[0], k, "q", q, shape=(*q.shape[: dims - 3], k.shape[-3], k.shape[-2], q.shape[-1]))
-    checks.like(op, names[1], v, names[0], k, shape=(*k.shape[:-1], v.shape[-1]))
-    if q.shape[-1] == 0 or v.shape[-1] == 0:
+    *batch, _, heads, dim = q.shape
+    *batch_k, seq_k, kv_heads, dim_k = k.shape
+    *rest_v, dim_v = v.shape
+    if not (
+        (k.dtype is v.dtype is q.dtype and k.device == v.device == q.device)
+        and (batch_k == batch and dim_k == dim and rest_v == [*batch, seq_k, kv_heads])
+    ):  # one of these says what is wrong
+        checks.like(op, names[0], k, "q", q, shape=(*batch, seq_k, kv_heads, dim))
+        checks.like(op, names[1], v, names[0], k, shape=(*batch, seq_k, kv_heads, dim_v))
+    if dim == 0 or dim_v == 0:
         raise ValueError(f"{op}: head_dim, the last dimension, of q or {names[1]} is 0; it needs at least 1")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+    if kv_heads == 0 or heads % kv_heads:
         raise ValueError(
-            f"{op}: the heads of q ({q.shape[-2]}) must be a multiple of those of {' and '.join(names)} ({k.shape[-2]})"
+            f"{op}: the heads of q ({heads}) must be a multiple of those of {' and '.join(names)} ({kv_heads})"
         )
     return q, k, v
 
 
-def too_wide(q: Tensor, v: Tensor) -> str | None:
-    wide = max(q.shape[-1], v.shape[-1]) > LARGEST_HEAD
-    return f"its kernels take a head_dim up to {LARGEST_HEAD}" if wide else None
+def too_wide(q: Tensor, v: Tensor) -> backends.WhyNot | None:
+    """For backends.select."""
+    if q.shape[-1] <= LARGEST_HEAD and v.shape[-1] <= LARGEST_HEAD:
+        return None
+    return lambda backend: f"its kernels take a head_dim up to {LARGEST_HEAD}"
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -194,15 +206,16 @@ class _FlashAttention(torch.autograd.Function):
         packing: Packing,
         options: Options,
         differentiated: bool,
+        wants_lse: bool,
         deterministic: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         wide_sinks = None if sinks is None else sinks.float()
-        return attention_forward(q, k, v, wide_sinks, packing, options, differentiated, backend)
+        return attention_forward(q, k, v, wide_sinks, packing, options, differentiated, wants_lse, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, sinks, packing, ctx.options, _, ctx.deterministic, ctx.backend = inputs
+        q, k, v, sinks, packing, ctx.options, _, _, ctx.deterministic, ctx.backend = inputs
         ctx.max_seqlens = packing[2:]
         ctx.save_for_backward(q, k, v, sinks, *output, *packing[:2])
         ctx.set_materialize_grads(False)
@@ -211,7 +224,7 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, out, lse, cu_q, cu_k = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 9
+            return (None,) * 10
         dout = torch.zeros_like(out) if dout is None else dout
         packing = Packing(cu_q, cu_k, *ctx.max_seqlens)
         dq, dk, dv, delta = attention_backward(
@@ -223,7 +236,7 @@ class _FlashAttention(torch.autograd.Function):
             dsinks = -(share * delta).sum(-1)
             dsinks = (dsinks if cu_q is not None else dsinks.sum(0)).to(sinks.dtype)
         grads = (differentiable_once("flash_attention", q, g) for g in (dq, dk, dv, dsinks))
-        return (*grads, *(None,) * 5)
+        return (*grads, *(None,) * 6)
 
 
 _flash_attention = function(_FlashAttention)

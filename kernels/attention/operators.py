@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import launchers, operator
+from ..library import empty_like, launchers, operator
 from .options import Options
 from .packing import Packing, check_packing
 
@@ -21,14 +21,16 @@ def _launch_forward(
     packing: Packing,
     options: Options,
     differentiated: bool,
+    wants_lse: bool,
     backend: str,
-    *outputs: Tensor,
+    *outputs: Tensor | None,
 ) -> None:
-    check_packing(q, k, packing)
-    q, k, v = map(in_rows, (q, k, v))
+    q, k, v = in_rows(q, k, v)
     kernels = launchers(__package__, backend)
-    few = packing.cu_seqlens_q is None and q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[2]
-    if few and not differentiated:
+    packed = packing.cu_seqlens_q is not None
+    if packed:
+        check_packing(q, k, packing)
+    if not (packed or differentiated) and q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[2]:
         kernels.attention_decode(q, k, v, None, sinks, options, backend, *outputs)
     else:
         kernels.attention_forward(q, k, v, sinks, packing, options, backend, *outputs)
@@ -43,13 +45,14 @@ def attention_forward(
     packing: Packing,
     options: Options,
     differentiated: bool,
+    wants_lse: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``out``; ``lse``, float32, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``). ``sinks`` are float32.
 
     ``differentiated``: by the kernel that gives a sequence the same bits alone and packed.
     """
-    return _out_and_lse(q, v)
+    return _out_and_lse(q, v, wants_lse)
 
 
 def _launch_backward(
@@ -67,7 +70,7 @@ def _launch_backward(
     *grads: Tensor,
 ) -> None:
     check_packing(q, k, packing)
-    dout, q, k, v = map(in_rows, (dout, q, k, v))
+    dout, q, k, v = in_rows(dout, q, k, v)
     rest = out, lse, packing, options, deterministic, backend, *grads
     launchers(__package__, backend).attention_backward(dout, dlse, q, k, v, *rest)
 
@@ -90,7 +93,7 @@ def attention_backward(
 
     ``delta``, like lse, is ``dout · out - dlse``: less the gradient of a constant added to a query's scores.
     """
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), lse.new_empty(lse.shape)
+    return empty_like(q), empty_like(k), empty_like(v), empty_like(lse)
 
 
 def _launch_decode(
@@ -100,10 +103,11 @@ def _launch_decode(
     seqlens_k: Tensor | None,
     sinks: Tensor | None,
     options: Options,
+    wants_lse: bool,
     backend: str,
-    *outputs: Tensor,
+    *outputs: Tensor | None,
 ) -> None:
-    q, k, v = map(in_rows, (q, k, v))
+    q, k, v = in_rows(q, k, v)
     launchers(__package__, backend).attention_decode(q, k, v, seqlens_k, sinks, options, backend, *outputs)
 
 
@@ -115,17 +119,22 @@ def attention_decode(
     seqlens_k: Tensor | None,
     sinks: Tensor | None,
     options: Options,
+    wants_lse: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``out`` and ``lse``, as of attention_forward; ``sinks`` are float32."""
-    return _out_and_lse(q, v)
+    return _out_and_lse(q, v, wants_lse)
 
 
-def in_rows(x: Tensor) -> Tensor:
-    """``x`` itself where its last dimension is contiguous, as kernels want it, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+def in_rows(*tensors: Tensor) -> list[Tensor]:
+    """Those whose last dimension is contiguous, as kernels want it, themselves; copies of others."""
+    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors]
 
 
-def _out_and_lse(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-    return out, q.new_empty((*q.shape[:-3], q.shape[-2], q.shape[-3]), dtype=torch.float32)
+def _out_and_lse(q: Tensor, v: Tensor, wants_lse: bool) -> tuple[Tensor, Tensor | None]:
+    # sizes one by one: PyTorch reads a tuple of them more slowly
+    *batch, seq, heads, dim = q.shape
+    dim_v = v.shape[-1]
+    out = empty_like(q) if dim == dim_v else torch.empty(*batch, seq, heads, dim_v, dtype=q.dtype, device=q.device)
+    lse = torch.empty(*batch, heads, seq, dtype=torch.float32, device=q.device) if wants_lse else None
+    return out, lse

@@ -30,12 +30,12 @@ Window = int | tuple[int | None, int | None] | None
 
 def bounds(op: str, causal: bool, window: Window) -> tuple[int, int]:
     """``left`` and ``right`` of the public arguments."""
+    if window is None:
+        return UNBOUNDED, 0 if causal else UNBOUNDED
     if isinstance(window, (tuple, list)):
         if len(window) != 2:
             raise ValueError(f"{op}: window must be a number of keys or (left, right), not {window}")
         left, right = window
-    elif window is None:
-        left = right = None
     else:
         keys = checks.integer(op, "window", window)
         if keys < 1 or not causal:

@@ -10,25 +10,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import on_device
+from ..triton_launch import Kernel, cdiv, multiple
 from . import triton_tuning
 from .options import Options
 from .packing import Packing
 from .triton_tiles import (
     LOG2E,
-    NOT_SPECIALIZED,
-    batch_stride,
-    common_arguments,
+    constants,
+    first_row,
     group_size,
-    head_strides,
     key_stages,
     load_rows,
     logits,
+    option_numbers,
     padded,
+    places,
     sequence,
-    shape_class,
     sizes,
     stages,
+    start_of,
+    store_missed,
     store_rows,
     tile_indices,
     visible,
@@ -37,17 +38,17 @@ from .triton_tiles import (
 DELTA_ROWS = 16  # tokens of a program
 
 
-@triton.jit
+@Kernel
 def delta_kernel(
     DOUT, OUT, DLSE, DELTA, seq, heads, blocks, d_batch, d_seq, d_head,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """rowsum(dout · out) - dlse, of ROWS tokens of one head."""
     item, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * ROWS
     batch, head = tl.cast(item // heads, tl.int64), item % heads
-    DOUT += batch * d_batch + head * tl.cast(d_head, tl.int64)
+    DOUT = start_of(DOUT, batch, 0, head, d_batch, d_seq, d_head, ALIGNED)
     OUT += (batch * seq * heads + head) * DIM
-    dout = load_rows(DOUT, first, d_seq, seq, True, DIM, ROWS, BLOCK_D).to(tl.float32)
+    dout = load_rows(DOUT, first, multiple(d_seq, ALIGNED), seq, True, DIM, ROWS, BLOCK_D).to(tl.float32)
     out = load_rows(OUT, first, heads * DIM, seq, True, DIM, ROWS, BLOCK_D).to(tl.float32)
     delta = tl.sum(dout * out, 1)
     row = first + tl.arange(0, ROWS)
@@ -75,13 +76,13 @@ def score_gradient(s, p, dp, delta, softcap, SOFTCAP: tl.constexpr):
     return ds
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@Kernel
 def dkdv_kernel(
     Q, K, V, DOUT, LSE, DELTA, CU_Q, CU_K, DK, DV,
     seq_q, seq_k, heads, heads_per_kv, blocks, items, group_size,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head,
-    dk_batch, dv_batch, lse_batch, lse_head, scale, softcap, left, right, dk_scale,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    lse_batch, lse_head, scale, softcap, left, right, dk_scale,
+    ALIGNED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FUSE_SCALE: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -93,14 +94,17 @@ def dkdv_kernel(
     start = block * BLOCK_N
     if start >= seq_k:
         return
-    K += batch * k_batch + first_k * k_seq + kv_head * tl.cast(k_head, tl.int64)
-    V += batch * v_batch + first_k * v_seq + kv_head * tl.cast(v_head, tl.int64)
-    Q += batch * q_batch + first_q * q_seq
-    DOUT += batch * d_batch + first_q * d_seq
+    K = start_of(K, batch, first_k, kv_head, k_batch, k_seq, k_head, ALIGNED)
+    V = start_of(V, batch, first_k, kv_head, v_batch, v_seq, v_head, ALIGNED)
+    q_seq, q_head, d_seq, d_head = (
+        multiple(q_seq, ALIGNED), multiple(q_head, ALIGNED), multiple(d_seq, ALIGNED), multiple(d_head, ALIGNED)
+    )  # fmt: skip
+    Q += batch * multiple(q_batch, ALIGNED) + first_q * q_seq
+    DOUT += batch * multiple(d_batch, ALIGNED) + first_q * d_seq
     LSE += batch * lse_batch + first_q
     DELTA += batch * lse_batch + first_q
-    k = load_rows(K, start, k_seq, seq_k, True, DIM, BLOCK_N, BLOCK_D)
-    v = load_rows(V, start, v_seq, seq_k, True, DIM_V, BLOCK_N, BLOCK_V)
+    k = load_rows(K, start, multiple(k_seq, ALIGNED), seq_k, True, DIM, BLOCK_N, BLOCK_D)
+    v = load_rows(V, start, multiple(v_seq, ALIGNED), seq_k, True, DIM_V, BLOCK_N, BLOCK_V)
     shift = seq_k - seq_q
     key = start + tl.arange(0, BLOCK_N)
     last_key = tl.minimum(start + BLOCK_N, seq_k) - 1
@@ -132,8 +136,13 @@ def dkdv_kernel(
         dp = tl.dot(v, dout.T, input_precision="ieee")
         ds = score_gradient(s, p, dp, delta[None, :], softcap, SOFTCAP)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-    DK += batch * dk_batch + first_k * (kv_heads * DIM) + kv_head * DIM
-    DV += batch * dv_batch + first_k * (kv_heads * DIM_V) + kv_head * DIM_V
+    first_k = first_row(CU_K, batch, first_k, seq_k)
+    DK += first_k * (kv_heads * DIM) + kv_head * DIM
+    DV += first_k * (kv_heads * DIM_V) + kv_head * DIM_V
+    if CU_K is not None:  # noqa: SIM102 (one is known when compiling)
+        if block == blocks - 1:
+            store_missed(DK, blocks * BLOCK_N, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
+            store_missed(DV, blocks * BLOCK_N, kv_heads * DIM_V, seq_k, DIM_V, BLOCK_N, BLOCK_V)
     store_rows(DK, dk * dk_scale, start, kv_heads * DIM, seq_k, DIM, BLOCK_N, BLOCK_D)
     store_rows(DV, dv, start, kv_heads * DIM_V, seq_k, DIM_V, BLOCK_N, BLOCK_V)
 
@@ -159,13 +168,13 @@ def add_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@Kernel
 def dq_kernel(
     Q, K, V, DOUT, LSE, DELTA, CU_Q, CU_K, DQ,
     seq_q, seq_k, heads, heads_per_kv, blocks, items, group_size,
     q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, d_batch, d_seq, d_head,
-    dq_batch, lse_batch, lse_head, scale, softcap, left, right, dq_scale,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr,
+    lse_batch, lse_head, scale, softcap, left, right, dq_scale,
+    ALIGNED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FUSE_SCALE: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -176,13 +185,14 @@ def dq_kernel(
     row = (blocks - 1 - block) * BLOCK_M  # longest first
     if row >= seq_q:
         return
-    Q += batch * q_batch + first_q * q_seq + head * tl.cast(q_head, tl.int64)
-    K += batch * k_batch + first_k * k_seq + head // heads_per_kv * tl.cast(k_head, tl.int64)
-    V += batch * v_batch + first_k * v_seq + head // heads_per_kv * tl.cast(v_head, tl.int64)
-    DOUT += batch * d_batch + first_q * d_seq + head * tl.cast(d_head, tl.int64)
+    Q = start_of(Q, batch, first_q, head, q_batch, q_seq, q_head, ALIGNED)
+    K = start_of(K, batch, first_k, head // heads_per_kv, k_batch, k_seq, k_head, ALIGNED)
+    V = start_of(V, batch, first_k, head // heads_per_kv, v_batch, v_seq, v_head, ALIGNED)
+    DOUT = start_of(DOUT, batch, first_q, head, d_batch, d_seq, d_head, ALIGNED)
+    k_seq, v_seq = multiple(k_seq, ALIGNED), multiple(v_seq, ALIGNED)
     statistics = batch * lse_batch + head * tl.cast(lse_head, tl.int64) + first_q
-    q = load_rows(Q, row, q_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
-    dout = load_rows(DOUT, row, d_seq, seq_q, True, DIM_V, BLOCK_M, BLOCK_V)
+    q = load_rows(Q, row, multiple(q_seq, ALIGNED), seq_q, True, DIM, BLOCK_M, BLOCK_D)
+    dout = load_rows(DOUT, row, multiple(d_seq, ALIGNED), seq_q, True, DIM_V, BLOCK_M, BLOCK_V)
     rows = row + tl.arange(0, BLOCK_M)
     lse, delta = load_statistics(LSE + statistics, DELTA + statistics, rows, seq_q)
     shift = seq_k - seq_q
@@ -203,7 +213,10 @@ def dq_kernel(
         dq, q, dout, lse, delta, K, V, k_seq, v_seq, rows + shift, edge, end, seq_k, scale, softcap, left, right,
         True, LEFT, RIGHT, SOFTCAP, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
-    DQ += batch * dq_batch + first_q * (heads * DIM) + head * DIM
+    DQ += first_row(CU_Q, batch, first_q, seq_q) * (heads * DIM) + head * DIM
+    if CU_Q is not None:  # noqa: SIM102 (one is known when compiling)
+        if block == 0:
+            store_missed(DQ, blocks * BLOCK_M, heads * DIM, seq_q, DIM, BLOCK_M, BLOCK_D)
     store_rows(DQ, dq * dq_scale, row, heads * DIM, seq_q, DIM, BLOCK_M, BLOCK_D)
 
 
@@ -232,54 +245,47 @@ def attention_backward(
     size = sizes(q, k, v, packing)
     sequences, seq_q, seq_k, heads, heads_per_kv, dim, dim_v = size
     bytes_per_token = (dim + dim_v) * q.element_size()
-    given = common_arguments(q, k, v, lse, packing, options, size)
-    given |= {"DOUT": dout, "DELTA": delta, **head_strides(d=dout)}
+    at, even = places(q, k, v, dout)
+    known = constants(options, dim, dim_v)
+    numbers = *at, *size.of_lse(q), *option_numbers(options), options.scale
+    tensors = q, k, v, dout, lse, delta, *packing[:2]
 
     def call_dkdv(config: triton_tuning.Config) -> None:
-        blocks, items = triton.cdiv(seq_k, config["BLOCK_N"]), sequences * heads // heads_per_kv
-        dkdv_kernel[(blocks * items,)](
-            DK=dk,
-            DV=dv,
-            blocks=blocks,
-            items=items,
-            group_size=group_size(seq_q, heads_per_kv * bytes_per_token, 1, items),
-            dk_batch=batch_stride(dk),
-            dv_batch=batch_stride(dv),
-            dk_scale=options.scale,
-            **given,
-            **config,
+        block_m, block_n, warps, stages = config
+        blocks, items = cdiv(seq_k, block_n), sequences * heads // heads_per_kv
+        group = group_size(seq_q, heads_per_kv * bytes_per_token, 1, items)
+        dkdv_kernel(
+            (blocks * items, 1, 1),
+            (*tensors, dk, dv),
+            (seq_q, seq_k, heads, heads_per_kv, blocks, items, group, *numbers),
+            (even, *known, block_m, block_n),
+            warps,
+            num_stages=stages,
         )
 
     def call_dq(config: triton_tuning.Config) -> None:
-        blocks, items = triton.cdiv(seq_q, config["BLOCK_M"]), sequences * heads
-        dq_kernel[(blocks * items,)](
-            DQ=dq,
-            blocks=blocks,
-            items=items,
-            group_size=group_size(seq_k, bytes_per_token, heads_per_kv, items),
-            dq_batch=batch_stride(dq),
-            dq_scale=options.scale,
-            **given,
-            **config,
+        block_m, block_n, warps, stages = config
+        blocks, items = cdiv(seq_q, block_m), sequences * heads
+        group = group_size(seq_k, bytes_per_token, heads_per_kv, items)
+        dq_kernel(
+            (blocks * items, 1, 1),
+            (*tensors, dq),
+            (seq_q, seq_k, heads, heads_per_kv, blocks, items, group, *numbers),
+            (even, *known, block_m, block_n),
+            warps,
+            num_stages=stages,
         )
 
-    shape = shape_class(sequences * heads, heads_per_kv, seq_q, seq_k, options.left, options.right)
-    with on_device(q):
-        tokens = q.shape[-3]
-        blocks = triton.cdiv(tokens, DELTA_ROWS)
-        delta_kernel[(blocks * (delta.numel() // tokens),)](
-            DOUT=dout,
-            OUT=out,
-            DLSE=dlse,
-            DELTA=delta,
-            seq=tokens,
-            heads=heads,
-            blocks=blocks,
-            DIM=dim_v,
-            BLOCK_D=padded(dim_v),
-            ROWS=DELTA_ROWS,
-            **head_strides(d=dout),
-        )
-        if seq_k:
-            triton_tuning.launch("dkdv", q, v, options, shape, call_dkdv)
-        triton_tuning.launch("dq", q, v, options, shape, call_dq)
+    tokens = q.shape[-3]
+    blocks = cdiv(tokens, DELTA_ROWS)
+    at_dout, even_dout = places(dout)
+    delta_kernel(
+        (blocks * (delta.numel() // tokens), 1, 1),
+        (dout, out, dlse, delta),
+        (tokens, heads, blocks, *at_dout),
+        (even_dout, dim_v, padded(dim_v), DELTA_ROWS),
+    )
+    shape = (sequences * heads, heads_per_kv, seq_q, seq_k, options.left, options.right)
+    if seq_k:
+        triton_tuning.launch("dkdv", q, v, options, shape, call_dkdv)
+    triton_tuning.launch("dq", q, v, options, shape, call_dq)

@@ -7,31 +7,30 @@ of all heads that share a key.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import on_device, processors
+from ..triton_launch import Kernel, cdiv, multiple, power_of_two, processors
 from . import triton_tuning
 from .options import Options
 from .triton_forward import attend_stages
-from .triton_tiles import LN2, LOG2E, fuses_scale, head_strides, key_stages, option_arguments, padded, shape_class
+from .triton_tiles import LN2, LOG2E, constants, key_stages, option_numbers, padded, places, start_of
 
 PROGRAMS = 2  # of a multiprocessor, which hide each other's waits
-MOST_SPLITS = 64
+FEW_SPLITS, MOST_SPLITS = 8, 64
 
 
-@triton.jit(do_not_specialize=["seq_q", "seq_k", "row_blocks", "splits", "left", "right"])
+@Kernel
 def decode_kernel(
     Q, K, V, SINKS, LENGTHS, OUT, LSE,
     seq_q, seq_k, heads, heads_per_kv, row_blocks, splits,
-    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, out_split, lse_split,
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, rows,
     scale, softcap, left, right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FUSE_SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FUSE_SCALE: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """OUT and LSE have one part per split, each as if its keys were all."""
+    """OUT and LSE have one part per split, of ``rows``, each as if its keys were all."""
     split, block = tl.program_id(0) % splits, tl.program_id(0) // splits
     kv_heads = heads // heads_per_kv
     item, block = block // row_blocks, block % row_blocks
@@ -42,10 +41,12 @@ def decode_kernel(
     query, head = row // heads_per_kv, kv_head * heads_per_kv + row % heads_per_kv
     inside = (query < seq_q)[:, None]
     col = tl.arange(0, BLOCK_D)[None, :]
-    offsets = batch * q_batch + query.to(tl.int64) * q_seq + head.to(tl.int64) * q_head
+    offsets = query.to(tl.int64) * multiple(q_seq, ALIGNED) + head.to(tl.int64) * multiple(q_head, ALIGNED)
+    Q += batch * multiple(q_batch, ALIGNED)
     q = tl.load(Q + offsets[:, None] + col, inside & (col < DIM), other=0.0)
-    K += batch * k_batch + kv_head * tl.cast(k_head, tl.int64)
-    V += batch * v_batch + kv_head * tl.cast(v_head, tl.int64)
+    K = start_of(K, batch, 0, kv_head, k_batch, k_seq, k_head, ALIGNED)
+    V = start_of(V, batch, 0, kv_head, v_batch, v_seq, v_head, ALIGNED)
+    k_seq, v_seq = multiple(k_seq, ALIGNED), multiple(v_seq, ALIGNED)
     shift = seq_k - seq_q
     lowest = block * BLOCK_M // heads_per_kv
     highest = tl.minimum(((block + 1) * BLOCK_M - 1) // heads_per_kv, seq_q - 1)
@@ -66,16 +67,18 @@ def decode_kernel(
         left, right, LEFT, RIGHT, SOFTCAP, FUSE_SCALE, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    OUT += split * out_split + ((batch * seq_q + query) * heads + head)[:, None] * DIM_V
+    first = split.to(tl.int64) * rows
+    OUT += (first + (batch * seq_q + query) * heads + head)[:, None] * DIM_V
     col_v = tl.arange(0, BLOCK_V)[None, :]
     tl.store(OUT + col_v, acc.to(OUT.dtype.element_ty), inside & (col_v < DIM_V))
-    LSE += split * lse_split + (batch * heads + head) * seq_q
-    tl.store(LSE + query, (row_max + tl.log2(row_sum)) * LN2, query < seq_q)
+    if LSE is not None:
+        LSE += first + (batch * heads + head) * seq_q
+        tl.store(LSE + query, (row_max + tl.log2(row_sum)) * LN2, query < seq_q)
 
 
-@triton.jit
+@Kernel
 def combine_kernel(
-    PARTS, PART_LSE, OUT, LSE, seq_q, heads, splits, out_split, lse_split,
+    PARTS, PART_LSE, OUT, LSE, seq_q, heads, splits, rows,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The parts of a row, each weighted by its share of the sum of exponentials."""
@@ -83,15 +86,16 @@ def combine_kernel(
     query, head = row // heads % seq_q, row % heads
     split, col = tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)[None, :]
     lse_offset = (row // heads // seq_q * heads + head) * seq_q + query
-    lse = tl.load(PART_LSE + split * lse_split + lse_offset, split < splits, other=float("-inf")) * LOG2E
+    lse = tl.load(PART_LSE + split.to(tl.int64) * rows + lse_offset, split < splits, other=float("-inf")) * LOG2E
     row_max = tl.max(lse, 0)
     weight = tl.exp2(lse - tl.where(row_max == float("-inf"), 0.0, row_max))
     row_sum = tl.sum(weight, 0)
-    offsets = split[:, None].to(tl.int64) * out_split + row * DIM + col
+    offsets = (split[:, None].to(tl.int64) * rows + row) * DIM + col
     parts = tl.load(PARTS + offsets, (split < splits)[:, None] & (col < DIM), other=0.0)
     out = tl.sum(parts * weight[:, None], 0, keep_dims=True) / tl.where(row_sum == 0.0, 1.0, row_sum)
     tl.store(OUT + row * DIM + col, out.to(OUT.dtype.element_ty), col < DIM)
-    tl.store(LSE + lse_offset, (row_max + tl.log2(row_sum)) * LN2)
+    if LSE is not None:
+        tl.store(LSE + lse_offset, (row_max + tl.log2(row_sum)) * LN2)
 
 
 def attention_decode(
@@ -103,57 +107,40 @@ def attention_decode(
     options: Options,
     backend: str,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
 ) -> None:
     (batch, seq_q, heads, dim), (_, capacity, kv_heads, _) = q.shape, k.shape
-    rows, dim_v = seq_q * (heads // kv_heads), v.shape[-1]
+    heads_per_kv, dim_v = heads // kv_heads, v.shape[-1]
+    group_rows = seq_q * heads_per_kv
     most_keys = min(capacity, options.left + options.right + seq_q)
+    rows = batch * seq_q * heads
+    at, even = places(q, k, v)
 
     def call(config: triton_tuning.Config) -> None:
-        block = min(config["BLOCK_M"], max(16, triton.next_power_of_2(rows)))
-        row_blocks = triton.cdiv(rows, block)
-        programs, blocks = batch * kv_heads * row_blocks, triton.cdiv(most_keys, config["BLOCK_N"])
+        block_m, block_n, warps, stages = config
+        block_m = min(block_m, max(16, power_of_two(group_rows)))
+        row_blocks = cdiv(group_rows, block_m)
+        programs, blocks = batch * kv_heads * row_blocks, cdiv(most_keys, block_n)
         splits = max(1, min(PROGRAMS * processors(q.device) // programs, blocks, MOST_SPLITS))
         parts, part_lse = out, lse
         if splits > 1:
-            parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
-            part_lse = lse.new_empty((splits, *lse.shape))
-        given = {
-            "seq_q": seq_q,
-            "heads": heads,
-            "splits": splits,
-            "out_split": out.numel(),
-            "lse_split": lse.numel(),
-        }
-        decode_kernel[(programs * splits,)](
-            Q=q,
-            K=k,
-            V=v,
-            SINKS=sinks,
-            LENGTHS=seqlens_k,
-            OUT=parts,
-            LSE=part_lse,
-            seq_k=capacity,
-            heads_per_kv=heads // kv_heads,
-            row_blocks=row_blocks,
-            FUSE_SCALE=fuses_scale(options),
-            **given,
-            **head_strides(q=q, k=k, v=v),
-            **option_arguments(options, dim, dim_v),
-            **config | {"BLOCK_M": block},
+            parts = torch.empty(splits, rows, dim_v, dtype=torch.float32, device=q.device)
+            part_lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
+        decode_kernel(
+            (programs * splits, 1, 1),
+            (q, k, v, sinks, seqlens_k, parts, part_lse),
+            (seq_q, capacity, heads, heads_per_kv, row_blocks, splits, *at, rows, *option_numbers(options)),
+            (even, *constants(options, dim, dim_v), block_m, block_n),
+            warps,
+            num_stages=stages,
         )
         if splits > 1:
-            combine_kernel[(lse.numel(),)](
-                PARTS=parts,
-                PART_LSE=part_lse,
-                OUT=out,
-                LSE=lse,
-                DIM=dim_v,
-                BLOCK_D=padded(dim_v),
-                SPLITS=triton.next_power_of_2(splits),
-                **given,
+            combine_kernel(
+                (rows, 1, 1),
+                (parts, part_lse, out, lse),
+                (seq_q, heads, splits, rows),
+                (dim_v, padded(dim_v), FEW_SPLITS if splits <= FEW_SPLITS else MOST_SPLITS),
             )
 
-    shape = shape_class(batch * kv_heads, rows, capacity, options.left, options.right)
-    with on_device(q):
-        triton_tuning.launch("decode", q, v, options, shape, call)
+    shape = (batch * kv_heads, group_rows, capacity, options.left, options.right)
+    triton_tuning.launch("decode", q, v, options, shape, call)

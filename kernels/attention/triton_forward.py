@@ -9,24 +9,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import on_device
+from ..triton_launch import Kernel, cdiv, multiple
 from . import triton_tuning
 from .options import Options
 from .packing import Packing
 from .triton_tiles import (
     LN2,
     LOG2E,
-    NOT_SPECIALIZED,
-    batch_stride,
-    common_arguments,
-    fuses_scale,
+    constants,
+    first_row,
     group_size,
     key_stages,
     load_rows,
     logits,
+    option_numbers,
+    places,
     sequence,
-    shape_class,
     sizes,
+    start_of,
+    store_missed,
     store_rows,
     tile_indices,
     visible,
@@ -86,13 +87,13 @@ def attend_stages(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+@Kernel
 def forward_kernel(
     Q, K, V, SINKS, CU_Q, CU_K, OUT, LSE,
     seq_q, seq_k, heads, heads_per_kv, blocks, items, group_size,
-    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, o_batch, lse_batch, lse_head,
+    q_batch, q_seq, q_head, k_batch, k_seq, k_head, v_batch, v_seq, v_head, lse_batch, lse_head,
     scale, softcap, left, right,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FUSE_SCALE: tl.constexpr,
+    ALIGNED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, FUSE_SCALE: tl.constexpr,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -103,10 +104,11 @@ def forward_kernel(
     row = (blocks - 1 - block) * BLOCK_M  # longest first
     if row >= seq_q:
         return
-    Q += batch * q_batch + first_q * q_seq + head * tl.cast(q_head, tl.int64)
-    K += batch * k_batch + first_k * k_seq + head // heads_per_kv * tl.cast(k_head, tl.int64)
-    V += batch * v_batch + first_k * v_seq + head // heads_per_kv * tl.cast(v_head, tl.int64)
-    q = load_rows(Q, row, q_seq, seq_q, True, DIM, BLOCK_M, BLOCK_D)
+    Q = start_of(Q, batch, first_q, head, q_batch, q_seq, q_head, ALIGNED)
+    K = start_of(K, batch, first_k, head // heads_per_kv, k_batch, k_seq, k_head, ALIGNED)
+    V = start_of(V, batch, first_k, head // heads_per_kv, v_batch, v_seq, v_head, ALIGNED)
+    k_seq, v_seq = multiple(k_seq, ALIGNED), multiple(v_seq, ALIGNED)
+    q = load_rows(Q, row, multiple(q_seq, ALIGNED), seq_q, True, DIM, BLOCK_M, BLOCK_D)
     rows = row + tl.arange(0, BLOCK_M)
     shift = seq_k - seq_q
     begin, full, edge, end = key_stages(
@@ -123,13 +125,19 @@ def forward_kernel(
         left, right, LEFT, RIGHT, SOFTCAP, FUSE_SCALE, DIM, DIM_V, BLOCK_N, BLOCK_D, BLOCK_V,
     )  # fmt: skip
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
-    OUT += batch * o_batch + first_q * (heads * DIM_V) + head * DIM_V
+    OUT += first_row(CU_Q, batch, first_q, seq_q) * (heads * DIM_V) + head * DIM_V
+    if CU_Q is not None:  # noqa: SIM102 (one is known when compiling)
+        if block == 0:
+            store_missed(OUT, blocks * BLOCK_M, heads * DIM_V, seq_q, DIM_V, BLOCK_M, BLOCK_V)
     store_rows(OUT, acc, row, heads * DIM_V, seq_q, DIM_V, BLOCK_M, BLOCK_V)
-    tl.store(
-        LSE + batch * lse_batch + head * tl.cast(lse_head, tl.int64) + first_q + rows,
-        (row_max + tl.log2(row_sum)) * LN2,
-        rows < seq_q,
-    )
+    if LSE is not None:
+        LSE += batch * lse_batch + head * tl.cast(lse_head, tl.int64) + first_q
+        tl.store(LSE + rows, (row_max + tl.log2(row_sum)) * LN2, rows < seq_q)
+        if CU_Q is not None:  # noqa: SIM102 (one is known when compiling)
+            if block == 0:
+                for missed in range(row + BLOCK_M, seq_q, BLOCK_M):
+                    there = missed + tl.arange(0, BLOCK_M)
+                    tl.store(LSE + there, tl.full([BLOCK_M], float("nan"), tl.float32), there < seq_q)
 
 
 def attention_forward(
@@ -141,26 +149,26 @@ def attention_forward(
     options: Options,
     backend: str,
     out: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
 ) -> None:
     size = sizes(q, k, v, packing)
-    items, bytes_per_token = size.sequences * size.heads, (size.dim + size.dim_v) * k.element_size()
-    given = common_arguments(q, k, v, lse, packing, options, size)
+    sequences, seq_q, seq_k, heads, heads_per_kv, dim, dim_v = size
+    items = sequences * heads
+    at, even = places(q, k, v)
+    group = group_size(seq_k, (dim + dim_v) * k.element_size(), heads_per_kv, items)
+    tensors = (q, k, v, sinks, *packing[:2], out, lse)
 
     def call(config: triton_tuning.Config) -> None:
-        blocks = triton.cdiv(size.seq_q, config["BLOCK_M"])
-        forward_kernel[(blocks * items,)](
-            SINKS=sinks,
-            OUT=out,
-            blocks=blocks,
-            items=items,
-            group_size=group_size(size.seq_k, bytes_per_token, size.heads_per_kv, items),
-            o_batch=batch_stride(out),
-            FUSE_SCALE=fuses_scale(options),
-            **given,
-            **config,
+        block_m, block_n, warps, stages = config
+        blocks = cdiv(seq_q, block_m)
+        forward_kernel(
+            (blocks * items, 1, 1),
+            tensors,
+            (seq_q, seq_k, heads, heads_per_kv, blocks, items, group, *at, *size.of_lse(q), *option_numbers(options)),
+            (even, *constants(options, dim, dim_v), block_m, block_n),
+            warps,
+            num_stages=stages,
         )
 
-    shape = shape_class(items, size.seq_q, size.seq_k, options.left, options.right)
-    with on_device(q):
-        triton_tuning.launch("forward", q, v, options, shape, call)
+    shape = (items, seq_q, seq_k, options.left, options.right)
+    triton_tuning.launch("forward", q, v, options, shape, call)

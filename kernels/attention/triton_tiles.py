@@ -6,21 +6,21 @@ positions: the window's lower edge, blocks that are visible throughout, and the 
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_launch import tanh
+from ..triton_launch import multiple, power_of_two, tanh
 from .options import UNBOUNDED, Options
 from .packing import Packing, longest
 
 L2_BYTES = 2**24  # keys and values that programs running at once share in the L2 cache
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2))
-NOT_SPECIALIZED = ["seq_q", "seq_k", "blocks", "items", "group_size", "left", "right"]
 
 
 @triton.jit
@@ -45,6 +45,22 @@ def sequence(CU, index, seq):
 
 
 @triton.jit
+def start_of(X, batch, first, head, batch_stride, seq_stride, head_stride, ALIGNED: tl.constexpr):
+    """Where the rows of a head begin, those of a sequence or of the packed tokens from ``first``."""
+    X += batch * multiple(batch_stride, ALIGNED) + first * multiple(seq_stride, ALIGNED)
+    return X + head.to(tl.int64) * multiple(head_stride, ALIGNED)
+
+
+@triton.jit
+def first_row(CU, batch, first, seq):
+    """The row of a sequence's first token in a contiguous tensor."""
+    row = first
+    if CU is None:
+        row = batch * seq
+    return row
+
+
+@triton.jit
 def load_rows(X, first, stride, end, BOUNDED: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS] from row ``first``; rows past the end are 0."""
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
@@ -64,6 +80,13 @@ def store_rows(X, tile, first, stride, end, DIM: tl.constexpr, ROWS: tl.constexp
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)[None, :]
     offsets = X + tl.cast(first, tl.int64) * stride + (row.to(tl.int64) * stride)[:, None] + col
     tl.store(offsets, tile.to(X.dtype.element_ty), (row < end - first)[:, None] & (col < DIM))
+
+
+@triton.jit
+def store_missed(X, first, stride, end, DIM: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """NaN in the rows that no program computes, where max_seqlen is less than a sequence's length."""
+    for row in range(first, end, ROWS):
+        store_rows(X, tl.full([ROWS, COLS], float("nan"), tl.float32), row, stride, end, DIM, ROWS, COLS)
 
 
 @triton.jit
@@ -113,71 +136,49 @@ class Sizes(NamedTuple):
     dim: int
     dim_v: int
 
+    def of_lse(self, q: Tensor) -> tuple[int, int]:
+        """The numbers lse_batch and lse_head: lse is [batch, heads, seq_q], or [heads, tokens]."""
+        return 0 if q.dim() == 3 else self.heads * self.seq_q, q.shape[-3]
+
 
 def sizes(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Sizes:
     cu_q, cu_k, max_q, max_k = packing
     sequences = q.shape[0] if cu_q is None else len(cu_q) - 1
-    (heads, dim), kv_heads = q.shape[-2:], k.shape[-2]
+    heads, dim, kv_heads = q.shape[-2], q.shape[-1], k.shape[-2]
     return Sizes(
         sequences, longest(q, cu_q, max_q), longest(k, cu_k, max_k), heads, heads // kv_heads, dim, v.shape[-1]
     )
 
 
-def batch_stride(x: Tensor) -> int:
-    return x.stride(0) if x.dim() == 4 else 0  # packed sequences have no batch
+def places(*tensors: Tensor) -> tuple[tuple[int, ...], bool]:
+    """The numbers batch, seq and head of each tensor, its strides, and whether they are all aligned."""
+    found: list[int] = []
+    bits = 0
+    for x in tensors:
+        *batch, seq, head, _ = x.stride()
+        first = batch[0] if batch and x.shape[0] > 1 else 0  # packed sequences have no batch
+        found += (first, seq, head)
+        bits |= first | seq | head
+    return tuple(found), bits % 8 == 0
 
 
-def head_strides(**tensors: Tensor) -> dict[str, int]:
-    """For ``x`` the keywords x_batch, x_seq and x_head."""
-    found = {}
-    for name, x in tensors.items():
-        found |= {f"{name}_batch": batch_stride(x), f"{name}_seq": x.stride(-3), f"{name}_head": x.stride(-2)}
-    return found
+def option_numbers(options: Options) -> tuple[float, float, int, int]:
+    """What every kernel is told of the options, scale, softcap, left and right; the scales as ``logits`` wants them."""
+    scale, left, right, softcap = options
+    if softcap:
+        return scale / softcap, softcap * LOG2E.value, left, right
+    return scale * LOG2E.value, 0.0, left, right
 
 
-def common_arguments(
-    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, packing: Packing, options: Options, size: Sizes
-) -> dict[str, Any]:
-    """What the forward kernel and those of the backward pass have in common, by keyword."""
-    return {
-        "Q": q,
-        "K": k,
-        "V": v,
-        "LSE": lse,
-        "CU_Q": packing.cu_seqlens_q,
-        "CU_K": packing.cu_seqlens_k,
-        "seq_q": size.seq_q,
-        "seq_k": size.seq_k,
-        "heads": size.heads,
-        "heads_per_kv": size.heads_per_kv,
-        "lse_batch": 0 if q.dim() == 3 else size.heads * size.seq_q,  # [batch, heads, seq_q] or [heads, tokens]
-        "lse_head": q.shape[-3],
-        **head_strides(q=q, k=k, v=v),
-        **option_arguments(options, size.dim, size.dim_v),
-    }
+@functools.lru_cache(maxsize=1024)
+def constants(options: Options, dim: int, dim_v: int) -> tuple[int, ...]:
+    """LEFT, RIGHT, SOFTCAP, FUSE_SCALE, DIM, DIM_V, BLOCK_D and BLOCK_V of the options and the head dimensions.
 
-
-def option_arguments(options: Options, dim: int, dim_v: int) -> dict[str, float]:
-    """What every kernel is told of the options and of head dimensions; the scales as ``logits`` wants them."""
-    scale, softcap = options.scale, options.softcap
-    return {
-        "scale": scale / softcap if softcap else scale * LOG2E.value,
-        "softcap": softcap * LOG2E.value if softcap else 0.0,
-        "left": options.left,
-        "right": options.right,
-        "LEFT": options.left < UNBOUNDED,
-        "RIGHT": options.right < UNBOUNDED,
-        "SOFTCAP": softcap > 0,
-        "DIM": dim,
-        "BLOCK_D": padded(dim),
-        "DIM_V": dim_v,
-        "BLOCK_V": padded(dim_v),
-    }
-
-
-def fuses_scale(options: Options) -> bool:
-    """Whether the largest score can be found before scaling, and the scale go into a multiply-add."""
-    return options.scale > 0 and options.softcap == 0
+    FUSE_SCALE: the largest score can be found before scaling, and the scale go into a multiply-add.
+    """
+    scale, left, right, softcap = options
+    fuses_scale = scale > 0 and softcap == 0
+    return left < UNBOUNDED, right < UNBOUNDED, softcap > 0, fuses_scale, dim, dim_v, padded(dim), padded(dim_v)
 
 
 def group_size(seq: int, bytes_per_token: int, heads_per_kv: int, items: int) -> int:
@@ -186,9 +187,4 @@ def group_size(seq: int, bytes_per_token: int, heads_per_kv: int, items: int) ->
 
 
 def padded(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
-def shape_class(*sizes: int | bool) -> str:
-    """Shapes that share a tuned configuration: sizes to the next power of two."""
-    return " ".join(str(triton.next_power_of_2(n)) if isinstance(n, int) and n > 1 else str(int(n)) for n in sizes)
+    return max(16, power_of_two(dim))

@@ -1,4 +1,4 @@
-"""Tile sizes of the attention kernels: a table that needs no search, and a search for who wants one.
+"""Tile sizes of the attention kernels: what was measured on this kind of GPU, else a table, and a search on request.
 
 ``FASTLLM_AUTOTUNE=1`` times a short list at the first call of each class of shapes and keeps the winner in
 ``$FASTLLM_CACHE_DIR`` (``~/.cache/fastllm``) for this GPU, Triton and kernel source.
@@ -13,21 +13,30 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
 
+from ..measured import MEASURED_TILES
+from ..triton_launch import power_of_two
 from .options import Options
 from .triton_tiles import padded
 
-Config = dict[str, int]
+# Read once: a launch costs microseconds.
+AUTOTUNE = os.environ.get("FASTLLM_AUTOTUNE") == "1"
 
 
-def _config(m: int, n: int, warps: int, stages: int) -> Config:
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+class Config(NamedTuple):
+    """Queries and keys of a tile, warps, and the stages of Triton's software pipeline."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
 
 
-# (queries, keys, warps, stages) by head dimension, for two-byte types: nothing here spills (benchmarks/aot.py).
+# By head dimension, for two-byte types: nothing here spills (benchmarks/aot.py).
 _HALF = {
     "sm_80": {
         "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
@@ -38,9 +47,9 @@ _HALF = {
         "decode": {64: (64, 64, 8, 3), 128: (64, 64, 8, 3), 256: (32, 32, 4, 2)},
     },
     "sm_90": {
-        "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 2)},
+        "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 3), 256: (128, 32, 8, 3)},
         "forward with more": {64: (128, 64, 8, 3), 128: (128, 64, 8, 3)},
-        "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 3), 256: (16, 64, 8, 2)},
+        "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 3), 256: (32, 32, 8, 2)},
         "dkdv with more": {128: (32, 128, 8, 2)},
         "dq": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
         "decode": {64: (64, 128, 8, 3), 128: (64, 64, 8, 3), 256: (32, 64, 4, 3)},
@@ -58,6 +67,7 @@ _HALF = {
         "dkdv with more": {128: (16, 64, 8, 1)},
         "dq": {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 16, 8, 1)},
         "decode": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 32, 4, 1)},
+        "decode with more": {128: (64, 32, 4, 1)},
     },
 }
 # float32 has no tensor cores: small tiles.
@@ -81,13 +91,28 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def default(kernel: str, target: str, dim: int, itemsize: int, more: bool) -> Config:
-    """A configuration for the padded head dimension ``dim``; ``more``: a window or softcap, which take registers."""
+@functools.cache
+def gpu_name(device: torch.device) -> str:
+    """As measured.py has it; of what is no GPU nothing."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def default(kernel: str, target: str, dim: int, itemsize: int, more: bool, gpu: str = "") -> Config:
+    """The configuration for the padded head dimension ``dim``; ``more``: a window or softcap, which take registers.
+
+    That which was measured to be the fastest on the kind of GPU named ``gpu`` (of two-byte types), else the table's.
+    """
     if target == "cpu":
-        return _config(*_INTERPRETER)
+        return Config(*_INTERPRETER)
+    measured = MEASURED_TILES.get((gpu, kernel, max(64, dim), more)) if itemsize == 2 else None
+    return _listed(kernel, target, dim, itemsize, more) if measured is None else Config(*measured)
+
+
+@functools.cache
+def _listed(kernel: str, target: str, dim: int, itemsize: int, more: bool) -> Config:
     table = _FLOAT if itemsize == 4 else _HALF[_family(target)]
     tiles = table[kernel] | (table.get(f"{kernel} with more", {}) if more else {})
-    return _config(*tiles[max(64, dim)])
+    return Config(*tiles[max(64, dim)])
 
 
 def _family(target: str) -> str:
@@ -98,15 +123,25 @@ def _family(target: str) -> str:
 
 
 def launch(
-    kernel: str, q: torch.Tensor, v: torch.Tensor, options: Options, shape: str, call: Callable[[Config], None]
+    kernel: str,
+    q: torch.Tensor,
+    v: torch.Tensor,
+    options: Options,
+    shape: tuple[int, ...],
+    call: Callable[[Config], None],
 ) -> None:
-    """Launches with the default configuration or, where the user asked for a search, with the fastest."""
+    """Launches with the default configuration or, where the user asked for a search, with the fastest for ``shape``."""
     target, dim = architecture(q.device), padded(max(q.shape[-1], v.shape[-1]))
     more = options.windowed or options.softcap > 0
-    config = default(kernel, target, dim, q.element_size(), more)
-    if os.environ.get("FASTLLM_AUTOTUNE") == "1" and target != "cpu":
-        config = _tuned(f"{kernel} {q.dtype} {dim} {more} {shape}", q.device, config, call)
+    config = default(kernel, target, dim, q.element_size(), more, gpu_name(q.device))
+    if AUTOTUNE and target != "cpu":
+        config = _tuned(f"{kernel} {q.dtype} {dim} {more} {_shape_class(*shape)}", q.device, config, call)
     call(config)
+
+
+def _shape_class(*sizes: int) -> str:
+    """Shapes that share a tuned configuration: sizes to the next power of two."""
+    return " ".join(str(power_of_two(n)) for n in sizes)
 
 
 def _tuned(key: str, device: torch.device, config: Config, call: Callable[[Config], None]) -> Config:
@@ -118,7 +153,7 @@ def _tuned(key: str, device: torch.device, config: Config, call: Callable[[Confi
     for candidate in _candidates(config):
         try:
             times.append((triton.testing.do_bench(lambda c=candidate: call(c)), candidate))
-        except triton.TritonError:  # more shared memory or registers than there are
+        except Exception:  # more shared memory or registers than there are, or any pass of the compiler that gave up
             continue
     known[key] = min(times, key=lambda t: t[0])[1] if times else config
     _write(path, known)
@@ -127,17 +162,20 @@ def _tuned(key: str, device: torch.device, config: Config, call: Callable[[Confi
 
 def _candidates(config: Config) -> list[Config]:
     """The default, and each with one thing changed."""
-    m, n, warps, stages = config.values()
+    m, n, warps, stages = config
     tiles = [(m, n), (m // 2, n), (m * 2, n), (m, n // 2), (m, n * 2)]
-    found = [_config(*t, warps, stages) for t in tiles if min(t) >= 16]
-    return [*found, *(_config(m, n, w, s) for w, s in ((warps, stages + 1), (4, stages), (8, stages)) if w and s)]
+    found = [Config(*t, warps, stages) for t in tiles if min(t) >= 16]
+    return [*found, *(Config(m, n, w, s) for w, s in ((warps, stages + 1), (4, stages), (8, stages)) if w and s)]
 
 
 @functools.cache
 def _cache(gpu: str) -> Path:
     folder = Path(__file__).parent
-    source = b"".join(
-        (folder / f"triton_{part}.py").read_bytes() for part in ("tiles", "forward", "backward", "decode", "tuning")
+    source = (
+        b"".join(
+            (folder / f"triton_{part}.py").read_bytes() for part in ("tiles", "forward", "backward", "decode", "tuning")
+        )
+        + (folder.parent / "triton_launch.py").read_bytes()
     )
     digest = hashlib.sha256(f"{gpu} {triton.__version__}".encode() + source).hexdigest()[:16]
     root = os.environ.get("FASTLLM_CACHE_DIR") or Path.home() / ".cache" / "fastllm"
@@ -148,7 +186,7 @@ def _cache(gpu: str) -> Path:
 def _winners(path: Path) -> dict[str, Config]:
     try:
         found = json.loads(path.read_text())
-        return {k: _config(*(int(n) for n in v)) for k, v in found.items()}
+        return {k: Config(*(int(n) for n in v)) for k, v in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -157,7 +195,7 @@ def _write(path: Path, winners: dict[str, Config]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({k: list(v.values()) for k, v in winners.items()}, file)
+            json.dump(winners, file)
         os.replace(file.name, path)
     except OSError:
         pass  # the winner is kept in memory

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function, has_values, launchers, operator
+from ..library import differentiable_once, empty_like, function, has_values, launchers, operator
 from . import reference, sharded
 from .options import Options, Targets, Upstream
 
@@ -174,8 +174,8 @@ def _launch_forward(
 @operator(strided="logits", launch=_launch_forward)
 def cross_entropy_forward(logits: Tensor, targets: Targets, options: Options, backend: str) -> tuple[Tensor, Tensor]:
     """The loss and the log-sum-exp of each row; of a shard, its share of both (csrc/cross_entropy.h)."""
-    loss, lse = (logits.new_empty(targets.target.shape, dtype=torch.float32) for _ in range(2))
-    return loss, lse
+    loss = torch.empty(targets.target.shape[0], dtype=torch.float32, device=logits.device)
+    return loss, empty_like(loss)
 
 
 def _launch_backward(
@@ -195,7 +195,7 @@ def _launch_inplace(logits: Tensor, *rest: Any) -> None:
 def cross_entropy_backward(
     logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str
 ) -> Tensor:
-    return logits.new_empty(logits.shape)
+    return empty_like(logits)
 
 
 @operator(strided="dloss", launch=_launch_inplace, mutates="logits")
@@ -260,7 +260,10 @@ def torch_loss(
 
 def check_range(op: str, target: Tensor, options: Options) -> None:
     """Raise where a target is no class: always on a CPU; on a GPU, which must be waited for, when debugging."""
-    if has_values() and (target.device.type == "cpu" or checks.DEBUG):
+    if (target.is_cpu or checks.DEBUG) and target.numel() and has_values():
+        low, high = target.aminmax()
+        if low.item() >= 0 and high.item() < options.classes:
+            return
         out = (target != options.ignore_index) & ((target < 0) | (target >= options.classes))
         if out.any():
             raise IndexError(
@@ -282,7 +285,7 @@ def check_target(op: str, name: str, x: Tensor, target: Tensor, probabilities: i
         checks.sized(op, "target", target, (*x.shape[:-1], probabilities))
         return
     checks.indices(op, "target", target, name, x)
-    checks.sized(op, "target", target, tuple(x.shape[:-1]))
+    checks.sized(op, "target", target, x.shape[:-1])
 
 
 def check_classes(op: str, classes: int) -> None:

@@ -75,7 +75,7 @@ def normaliser(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: 
     """What a mean divides by: the weights of the valid targets; 1 where there is none, which leaves 0."""
     valid = target != ignore_index
     if weight is None:
-        return valid.sum().clamp(min=1).to(dtype)
+        return torch.count_nonzero(valid).clamp(min=1).to(dtype)
     norm = torch.where(valid, weight.to(dtype)[target.masked_fill(~valid, 0).long()], 0.0).sum()
     return torch.where(norm == 0, 1.0, norm)
 

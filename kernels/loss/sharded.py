@@ -46,9 +46,11 @@ def shard_of(logits: Tensor, group: ProcessGroup | None) -> Shard:
     if not isinstance(logits, Tensor) or logits.dim() == 0:
         return Shard(logits, None, 0, 0)  # for the checks to refuse
     cols = logits.shape[-1]
+    if group is None:
+        return Shard(logits, None, 0, cols)
     from torch import distributed
 
-    if group is None or distributed.get_world_size(group) == 1:
+    if distributed.get_world_size(group) == 1:
         return Shard(logits, None, 0, cols)
     return Shard(logits, group, cols * distributed.get_rank(group), cols * distributed.get_world_size(group))
 

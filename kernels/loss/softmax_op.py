@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function, operator
+from ..library import differentiable_once, empty_like, function, operator
 from . import reference
 
 
@@ -89,9 +89,9 @@ _softmax = function(_Softmax)
 
 @operator(strided="x mask")
 def softmax_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, backend: str) -> Tensor:
-    return x.new_empty(x.shape)
+    return empty_like(x)
 
 
 @operator(strided="dy y")
 def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str) -> Tensor:
-    return y.new_empty(y.shape)
+    return empty_like(y)

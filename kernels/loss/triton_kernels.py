@@ -8,7 +8,7 @@ twice. Cross-entropy always takes that loop, forward; its backward is elementwis
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 import triton
@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..native import as_rows
-from ..triton_launch import LOOP_COLS, on_device, row_offsets, row_strides, tanh, tile
+from ..triton_launch import (
+    LOOP_COLS,
+    Kernel,
+    cdiv,
+    multiple,
+    power_of_two,
+    row_offsets,
+    rows_at,
+    tanh,
+    tile,
+)
 from .native import BOOLEAN, as_mask
 from .options import Options, Targets, Upstream
 
@@ -45,9 +55,10 @@ def _columns(offsets, inside, end, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def _mask_offsets(row, middle, inner, outer_stride, middle_stride, inner_stride):
+def _mask_offsets(row, middle, inner, outer_stride, middle_stride, inner_stride, ALIGNED: tl.constexpr):
     group = row // inner
-    return group // middle * outer_stride + group % middle * middle_stride + row % inner * inner_stride
+    outer, inner_offsets = row_offsets(group, middle, outer_stride, middle_stride, ALIGNED, True), row % inner
+    return outer + inner_offsets * multiple(inner_stride, ALIGNED)
 
 
 @triton.jit
@@ -67,21 +78,23 @@ def _shift(row_max):
     return tl.where(row_max == float("-inf"), 0.0, row_max)
 
 
-@triton.jit
+@Kernel
 def softmax_forward_kernel(
     X, MASK, Y,
     rows, cols, queries, x_inner, x_outer, x_step,
     m_middle, m_inner, m_outer, m_middle_step, m_step, scale,
-    KIND: tl.constexpr, CAUSAL: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, LOOP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    cols = multiple(cols, ALIGNED)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)[None, :]
     inside = (row < rows)[:, None]
     end = cols
     if CAUSAL:
         end = _visible(row, cols, queries)[:, None]
-    x_row = row_offsets(row, x_inner, x_outer, x_step)[:, None]
-    m_row = _mask_offsets(row, m_middle, m_inner, m_outer, m_middle_step, m_step)[:, None]
+    x_row = row_offsets(row, x_inner, x_outer, x_step, ALIGNED, NESTED)[:, None]
+    m_row = _mask_offsets(row, m_middle, m_inner, m_outer, m_middle_step, m_step, ALIGNED)[:, None]
     y_row = (row * cols)[:, None]
     if LOOP:
         row_max = tl.full([ROWS], float("-inf"), tl.float32)
@@ -120,20 +133,22 @@ def _pair(dy_row, y_row, offsets, inside, end, CAUSAL: tl.constexpr):
     return tl.where(seen, dy, 0.0), tl.where(seen, y, 0.0)
 
 
-@triton.jit
+@Kernel
 def softmax_backward_kernel(
     DY, Y, DX,
     rows, cols, queries, dy_inner, dy_outer, dy_step, y_inner, y_outer, y_step, scale,
-    CAUSAL: tl.constexpr, LOOP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, CAUSAL: tl.constexpr, LOOP: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
+    cols = multiple(cols, ALIGNED)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)[None, :]
     inside = (row < rows)[:, None]
     end = cols
     if CAUSAL:
         end = _visible(row, cols, queries)[:, None]
-    dy_row = DY + row_offsets(row, dy_inner, dy_outer, dy_step)[:, None]
-    y_row = Y + row_offsets(row, y_inner, y_outer, y_step)[:, None]
+    dy_row = DY + row_offsets(row, dy_inner, dy_outer, dy_step, ALIGNED, NESTED)[:, None]
+    y_row = Y + row_offsets(row, y_inner, y_outer, y_step, ALIGNED, NESTED)[:, None]
     dx_row = DX + (row * cols)[:, None]
     if LOOP:
         products = tl.zeros([ROWS, COLS], tl.float32)
@@ -156,50 +171,32 @@ def softmax_forward(x: Tensor, mask: Tensor | None, scale: float, causal: bool, 
     cols, queries = x.shape[-1], x.shape[-2] if causal else 0
     rows = x.numel() // cols
     mask, kind = as_mask(mask, x)
-    m_sizes, m_strides = ((1, 1, 1), (0, 0, 0)) if mask is None else (mask.shape, mask.stride())
+    sizes, strides = ((1, 1, 1), (0, 0, 0)) if mask is None else (mask.shape, mask.stride()[:3])
     x = as_rows(x)
-    config = tile(cols, LONGEST_FORWARD)
-    with on_device(x):
-        softmax_forward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
-            X=x,
-            MASK=mask.view(torch.uint8) if kind == BOOLEAN else mask,
-            Y=y,
-            rows=rows,
-            cols=cols,
-            queries=queries,
-            m_middle=m_sizes[1],
-            m_inner=m_sizes[2],
-            m_outer=m_strides[0],
-            m_middle_step=m_strides[1],
-            m_step=m_strides[2],
-            scale=scale,
-            KIND=kind,
-            CAUSAL=causal,
-            LOOP=cols > config["COLS"],
-            **row_strides(x=x),
-            **config,
-        )
+    at, *layout = rows_at(x, sizes=(cols, *strides))
+    tile_rows, tile_cols, warps = tile(cols, LONGEST_FORWARD)
+    softmax_forward_kernel(
+        (cdiv(rows, tile_rows), 1, 1),
+        (x, mask.view(torch.uint8) if mask is not None and kind == BOOLEAN else mask, y),
+        (rows, cols, queries, *at, sizes[1], sizes[2], *strides, scale),
+        (*layout, kind, causal, cols > tile_cols, tile_rows, tile_cols),
+        warps,
+    )
 
 
 def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend: str, dx: Tensor) -> None:
     cols, queries = y.shape[-1], y.shape[-2] if causal else 0
     rows = y.numel() // cols
     dy, y = as_rows(dy), as_rows(y)
-    config = tile(cols, LONGEST_BACKWARD)
-    with on_device(y):
-        softmax_backward_kernel[(triton.cdiv(rows, config["ROWS"]),)](
-            DY=dy,
-            Y=y,
-            DX=dx,
-            rows=rows,
-            cols=cols,
-            queries=queries,
-            scale=scale,
-            CAUSAL=causal,
-            LOOP=cols > config["COLS"],
-            **row_strides(dy=dy, y=y),
-            **config,
-        )
+    at, *layout = rows_at(dy, y, sizes=(cols,))
+    tile_rows, tile_cols, warps = tile(cols, LONGEST_BACKWARD)
+    softmax_backward_kernel(
+        (cdiv(rows, tile_rows), 1, 1),
+        (dy, y, dx),
+        (rows, cols, queries, *at, scale),
+        (*layout, causal, cols > tile_cols, tile_rows, tile_cols),
+        warps,
+    )
 
 
 # ---- cross-entropy ----
@@ -213,41 +210,41 @@ def _capped(logit, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _target(
-    TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes, HAS_WEIGHT: tl.constexpr
-):
+def _target(TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes):
     """Of a row: (ignored, the target's column or -1, (1 - e) * w_t, that + e * mean weight)."""
     t = tl.load(TARGET + row)
     ignored = t == ignore_index
     valid = (t >= 0) & (t < classes) & (t != ignore_index)
     col = tl.where(valid & (t >= first_class) & (t < first_class + cols), t - first_class, -1)
     target_weight, mean = 1.0 - label_smoothing, 1.0
-    if HAS_WEIGHT:
+    if WEIGHT is not None:
         target_weight *= tl.load(WEIGHT + tl.where(valid, t, 0))
         mean = tl.load(MEAN)
     target_weight = tl.where(valid, target_weight, float("nan"))  # out of range
     return ignored, col, target_weight, target_weight + label_smoothing * mean
 
 
-@triton.jit
+@Kernel
 def cross_entropy_forward_kernel(
     LOGITS, TARGET, WEIGHT, MEAN, LOSS, LSE,
     cols, logits_inner, logits_outer, logits_step,
-    ignore_index, label_smoothing, z_loss, softcap, first_class, classes,
-    HAS_WEIGHT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr, COLS: tl.constexpr,
+    ignore_index: tl.int64, label_smoothing, z_loss, softcap, first_class, classes,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
+    cols = multiple(cols, ALIGNED)
     row = tl.program_id(0).to(tl.int64)
-    logits = LOGITS + row_offsets(row, logits_inner, logits_outer, logits_step)
+    logits = LOGITS + row_offsets(row, logits_inner, logits_outer, logits_step, ALIGNED, NESTED)
     row_max = tl.full([1], float("-inf"), tl.float32)
     row_sum = tl.zeros([COLS], tl.float32)
     weighted_sum = tl.zeros([COLS], tl.float32)
-    for start in range(0, cols, COLS):
+    for start in tl.range(0, cols, COLS, num_stages=2):  # the next block is on its way
         offsets = start + tl.arange(0, COLS)
         s = _capped(tl.load(logits + offsets, offsets < cols, other=0.0).to(tl.float32), softcap, CAPPED)
         if SMOOTHED:
             weighted = s
-            if HAS_WEIGHT:
-                weighted = s * tl.load(WEIGHT + first_class + offsets, offsets < cols, other=0.0)
+            if WEIGHT is not None:
+                weighted = s * tl.load(WEIGHT + multiple(first_class, ALIGNED) + offsets, offsets < cols, other=0.0)
             weighted_sum += tl.where(offsets < cols, weighted, 0.0)
         s = tl.where(offsets < cols, s, float("-inf"))
         next_max = tl.maximum(row_max, tl.max(s, 0))
@@ -257,7 +254,7 @@ def cross_entropy_forward_kernel(
     lse = tl.sum(_shift(row_max)) + tl.log(tl.sum(row_sum))
 
     ignored, col, target_weight, total_weight = _target(
-        TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes, HAS_WEIGHT
+        TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes
     )
     target_logit = _capped(tl.load(logits + col, col >= 0, other=0.0).to(tl.float32), softcap, CAPPED)
     loss = target_weight * tl.where(col >= 0, target_logit, 0.0)
@@ -269,30 +266,30 @@ def cross_entropy_forward_kernel(
     tl.store(LSE + row, lse)
 
 
-@triton.jit
+@Kernel
 def cross_entropy_backward_kernel(
     LOGITS, TARGET, WEIGHT, MEAN, LSE, DLOSS, DLSE, DLOGITS,
     cols, logits_inner, logits_outer, logits_step, dloss_stride,
-    ignore_index, label_smoothing, z_loss, softcap, first_class, classes,
-    HAS_WEIGHT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr,
-    HAS_DLOSS: tl.constexpr, HAS_DLSE: tl.constexpr, COLS: tl.constexpr,
+    ignore_index: tl.int64, label_smoothing, z_loss, softcap, first_class, classes,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A program takes a block of a row. It reads the block before it writes it: DLOGITS may be LOGITS."""
+    cols = multiple(cols, ALIGNED)
     blocks = tl.cdiv(cols, COLS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     offsets = tl.program_id(0) % blocks * COLS + tl.arange(0, COLS)
     ignored, col, target_weight, total_weight = _target(
-        TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes, HAS_WEIGHT
+        TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes
     )
     lse = tl.load(LSE + row)
     dlse, dloss = 0.0, 0.0  # dlse: the whole gradient of the log-sum-exp, also through the loss
-    if HAS_DLOSS:
+    if DLOSS is not None:
         dloss = tl.where(ignored, 0.0, tl.load(DLOSS + row * dloss_stride))
         dlse = tl.where(ignored, 0.0, dloss * (total_weight + 2.0 * z_loss * lse))
-    if HAS_DLSE:
+    if DLSE is not None:
         dlse += tl.load(DLSE + row)
     active = (dlse != 0.0) | (dloss != 0.0)  # else 0, whatever the logits hold
-    logits = LOGITS + row_offsets(row, logits_inner, logits_outer, logits_step)
+    logits = LOGITS + row_offsets(row, logits_inner, logits_outer, logits_step, ALIGNED, NESTED)
     logit = tl.load(logits + offsets, offsets < tl.where(active, cols, 0), other=0.0).to(tl.float32)
     slope = 1.0
     if CAPPED:
@@ -301,29 +298,18 @@ def cross_entropy_backward_kernel(
     gradient = tl.exp(logit - lse) * dlse - tl.where(offsets == col, dloss * target_weight, 0.0)
     if SMOOTHED:
         smooth = dloss * label_smoothing / classes
-        if HAS_WEIGHT:
-            smooth = smooth * tl.load(WEIGHT + first_class + offsets, offsets < cols, other=0.0)
+        if WEIGHT is not None:
+            smooth = smooth * tl.load(WEIGHT + multiple(first_class, ALIGNED) + offsets, offsets < cols, other=0.0)
         gradient -= smooth
     gradient = tl.where(active, gradient * slope, 0.0)
     tl.store(DLOGITS + row * cols + offsets, gradient.to(DLOGITS.dtype.element_ty), offsets < cols)
 
 
-def _loss_arguments(targets: Targets, options: Options) -> dict[str, Any]:
-    """The arguments that both cross-entropy kernels have beside the logits."""
-    return {
-        "TARGET": targets.target,
-        "WEIGHT": targets.class_weight,
-        "MEAN": targets.mean_weight,
-        "HAS_WEIGHT": targets.class_weight is not None,
-        "SMOOTHED": options.label_smoothing != 0,
-        "CAPPED": options.softcap != 0,
-        **options._asdict(),
-    }
-
-
-def _block(cols: int) -> dict[str, int]:
-    block = min(LOOP_COLS, triton.next_power_of_2(max(1, cols)))  # a shard may have no column
-    return {"COLS": block, "num_warps": min(8, max(1, block // 512))}
+@functools.lru_cache(maxsize=1024)
+def _block(cols: int) -> tuple[int, int]:
+    """Columns of a program's tile, and warps."""
+    block = min(LOOP_COLS, power_of_two(cols))  # a shard may have no column
+    return block, min(8, max(1, block // 512))
 
 
 def cross_entropy_forward(
@@ -331,37 +317,34 @@ def cross_entropy_forward(
 ) -> None:
     logits = as_rows(logits)
     cols = logits.shape[-1]
-    with on_device(logits):
-        cross_entropy_forward_kernel[(loss.numel(),)](
-            LOGITS=logits,
-            LOSS=loss,
-            LSE=lse,
-            cols=cols,
-            WHOLE=cols == options.classes,
-            **row_strides(logits=logits),
-            **_loss_arguments(targets, options),
-            **_block(cols),
-        )
+    at, *layout = rows_at(logits, sizes=(cols, options.first_class))
+    block, warps = _block(cols)
+    cross_entropy_forward_kernel(
+        (loss.numel(), 1, 1),
+        (logits, *targets, loss, lse),
+        (cols, *at, *options),
+        (
+            *layout,
+            options.label_smoothing != 0,
+            options.softcap != 0,
+            cols == options.classes,
+            block,
+        ),
+        warps,
+    )
 
 
 def cross_entropy_backward(
     logits: Tensor, targets: Targets, lse: Tensor, upstream: Upstream, options: Options, backend: str, dlogits: Tensor
 ) -> None:
     logits = as_rows(logits)
-    cols, config = logits.shape[-1], _block(logits.shape[-1])
-    dloss, dlse = upstream
-    with on_device(logits):
-        cross_entropy_backward_kernel[(lse.numel() * triton.cdiv(cols, config["COLS"]),)](
-            LOGITS=logits,
-            LSE=lse,
-            DLOSS=dloss,
-            DLSE=dlse,
-            DLOGITS=dlogits,
-            cols=cols,
-            dloss_stride=0 if dloss is None else dloss.stride(0),
-            HAS_DLOSS=dloss is not None,
-            HAS_DLSE=dlse is not None,
-            **row_strides(logits=logits),
-            **_loss_arguments(targets, options),
-            **config,
-        )
+    cols = logits.shape[-1]
+    at, *layout = rows_at(logits, sizes=(cols, options.first_class))
+    block, warps = _block(cols)
+    cross_entropy_backward_kernel(
+        (lse.numel() * cdiv(cols, block), 1, 1),
+        (logits, *targets, lse, *upstream, dlogits),
+        (cols, *at, 0 if upstream.dloss is None else upstream.dloss.stride(0), *options),
+        (*layout, options.label_smoothing != 0, options.softcap != 0, block),
+        warps,
+    )

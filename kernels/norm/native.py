@@ -14,8 +14,9 @@ def rms_norm_forward(
     residual: Tensor | None,
     eps: float,
     weight_offset: float,
+    differentiated: bool,
     backend: str,
-    *outputs: Tensor,
+    *outputs: Tensor | None,
 ) -> None:
     rows = as_rows(x), weight, as_rows(residual)
     KERNELS[backend].rms_norm_forward(*rows, eps, weight_offset, *outputs, *place(x))
@@ -31,11 +32,11 @@ def rms_norm_backward(
     need_dweight: bool,
     backend: str,
     dx: Tensor,
-    dweight: Tensor,
+    dweight: Tensor | None,
 ) -> None:
     device, stream = place(x)
     workspace = None
-    if dweight.numel():
+    if dweight is not None:
         partials = KERNELS[backend].rms_norm_partials(x, device)
         workspace = torch.empty(partials, x.shape[-1], dtype=torch.float32, device=x.device)
     KERNELS[backend].rms_norm_backward(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import differentiable_once, function, operator
+from ..library import differentiable_once, differentiated, empty_like, function, operator
 from . import reference
 
 
@@ -72,25 +72,29 @@ def rms_norm(
     if residual is not None:
         checks.on("rms_norm", "residual", residual, "x", x)
         checks.not_wider("rms_norm", "residual", residual, "x", x)
-        checks.sized("rms_norm", "residual", residual, tuple(x.shape))
+        checks.sized("rms_norm", "residual", residual, x.shape)
         if residual.dtype != x.dtype:
             residual = residual.to(torch.promote_types(x.dtype, residual.dtype))
     if weight is not None and weight.dtype not in (x.dtype, torch.float32):
         weight = weight.float()
 
-    eps = checks.number("rms_norm", "eps", eps)
-    weight_offset = checks.number("rms_norm", "weight_offset", weight_offset)
+    if type(eps) is not float:
+        eps = checks.number("rms_norm", "eps", eps)
+    if type(weight_offset) is not float:
+        weight_offset = checks.number("rms_norm", "weight_offset", weight_offset)
 
     def why_not(backend: str) -> str | None:
-        two = residual is not None and residual.dtype != x.dtype and backend == "cuda"
-        return "its kernel takes a residual in the dtype of x" if two else None
+        return "its kernel takes a residual in the dtype of x" if backend == "cuda" else None
 
-    chosen = backends.select("rms_norm", x, backend, why_not)
+    two_dtypes = residual is not None and residual.dtype != x.dtype
+    chosen = backends.select("rms_norm", x, backend, why_not if two_dtypes else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
         return reference.rms_norm(x, weight, eps=eps, residual=residual, weight_offset=weight_offset)
-    y, h, _ = _rms_norm(x, weight, residual, eps, weight_offset, chosen)
+    wanted = differentiated(x, weight, residual)
+    run = _rms_norm if wanted else rms_norm_forward
+    y, h, _ = run(x, weight, residual, eps, weight_offset, wanted, chosen)
     return y if residual is None else (y, h)
 
 
@@ -104,18 +108,19 @@ class _RMSNorm(torch.autograd.Function):
         residual: Tensor | None,
         eps: float,
         weight_offset: float,
+        differentiated: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return rms_norm_forward(x, weight, residual, eps, weight_offset, backend)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return rms_norm_forward(x, weight, residual, eps, weight_offset, differentiated, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        x, weight, residual, _, ctx.weight_offset, ctx.backend = inputs
+        x, weight, residual, _, ctx.weight_offset, _, ctx.backend = inputs
         ctx.dtype = x.dtype
         _, h, rstd = output
         ctx.has_residual = residual is not None
         ctx.save_for_backward(h if ctx.has_residual else x, weight, rstd)
-        ctx.mark_non_differentiable(*((rstd,) if ctx.has_residual else (h, rstd)))
+        ctx.mark_non_differentiable(*(t for t in ((rstd,) if ctx.has_residual else (h, rstd)) if t is not None))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -128,7 +133,7 @@ class _RMSNorm(torch.autograd.Function):
             dx = differentiable_once("rms_norm", x, dx)
             dweight = differentiable_once("rms_norm", x, dweight) if wanted else None
         dresidual = dx if ctx.has_residual else None
-        return None if dx is None else dx.to(ctx.dtype), dweight, dresidual, None, None, None
+        return None if dx is None else dx.to(ctx.dtype), dweight, dresidual, None, None, None, None
 
 
 _rms_norm = function(_RMSNorm)
@@ -136,11 +141,20 @@ _rms_norm = function(_RMSNorm)
 
 @operator(strided="x residual")
 def rms_norm_forward(
-    x: Tensor, weight: Tensor | None, residual: Tensor | None, eps: float, weight_offset: float, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``y``; ``h``, x + residual, empty without a residual; ``rstd``, float32, one per row."""
-    h = x.new_empty(0) if residual is None else residual.new_empty(x.shape)
-    return x.new_empty(x.shape), h, x.new_empty(x.shape[:-1], dtype=torch.float32)
+    x: Tensor,
+    weight: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    differentiated: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``y``; ``h``, x + residual; ``rstd``, float32, one per row, which the backward needs."""
+    h = None if residual is None else empty_like(residual)
+    rstd = None
+    if differentiated:
+        rstd = torch.empty(x.numel() // x.shape[-1], dtype=torch.float32, device=x.device)
+    return empty_like(x), h, rstd
 
 
 @operator(strided="dy x dh")
@@ -153,7 +167,6 @@ def rms_norm_backward(
     weight_offset: float,
     need_dweight: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """``dx`` and ``dweight``, empty where it is not needed; ``x`` is what was normalised."""
-    dx = x.new_empty(x.shape)
-    return dx, x.new_empty(0) if weight is None or not need_dweight else weight.new_empty(weight.shape)
+) -> tuple[Tensor, Tensor | None]:
+    """``dx`` and ``dweight``; ``x`` is what was normalised."""
+    return empty_like(x), None if weight is None or not need_dweight else empty_like(weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks
-from ..library import function, has_values, launchers, operator
+from ..library import empty_like, function, has_values, launchers, operator
 from ..native import as_rows
 from . import reference
 from .inplace import changes_alone, check_inplace
@@ -63,11 +63,11 @@ def rope(
             f"rope: cos must be [max_seq, up to {q.shape[-1] // 2}] for a head_dim of {q.shape[-1]}, "
             f"it has shape {list(cos.shape)}"
         )
-    checks.parameter("rope", "cos", cos, "q", q, tuple(cos.shape))
-    checks.parameter("rope", "sin", sin, "q", q, tuple(cos.shape))
+    checks.parameter("rope", "cos", cos, "q", q, cos.shape)
+    checks.parameter("rope", "sin", sin, "q", q, cos.shape)
     if positions is not None:
         checks.indices("rope", "positions", positions, "q", q)
-        checks.sized("rope", "positions", positions, tuple(q.shape[:-2]))
+        checks.sized("rope", "positions", positions, q.shape[:-2])
     elif cos.shape[0] < q.shape[-3]:
         raise ValueError(f"rope: cos and sin hold {cos.shape[0]} positions, q has {q.shape[-3]}")
 
@@ -165,7 +165,7 @@ def _launch_inplace(x: Tensor, *rest: Any) -> None:
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool, backend: str
 ) -> Tensor:
-    return x.new_empty(x.shape)
+    return empty_like(x)
 
 
 @operator(launch=_launch_inplace, mutates="x")

@@ -18,6 +18,9 @@ def test_results_round_trip(tmp_path):
     result = Result({"device": "d"}, {"copy": 9.0}, rows(BEFORE), [accuracy.Error("a", "b", "c", "d", 1.0, 2.0, True)])
     result.write(tmp_path / "deep" / "r.json")
     assert Result.read(tmp_path / "deep" / "r.json") == result
+    result.rows[0].host = 3e-5
+    result.write(tmp_path / "gpu.json")
+    assert Result.read(tmp_path / "gpu.json") == result
     (tmp_path / "old.json").write_text('{"rows": []}')
     with pytest.raises(UserError, match="no result file of version 1"):
         Result.read(tmp_path / "old.json")
@@ -32,10 +35,12 @@ def test_the_best_leaves_its_inputs_alone():
 def test_a_gpus_report_has_shares_of_its_data_sheet():
     stamp = {"device": "d", "gpu": "NVIDIA H200", "timed": "in turns"}
     slow = replace(rows({PYTORCH: 1.0})[0], error="OutOfMemoryError: a|b", seconds=0.0)
-    found = [*rows({"fastllm cuda": 0.001}), slow]  # 1e9 bytes in a millisecond
+    ours = replace(rows({"fastllm cuda": 0.001})[0], host=2e-5)  # 1e9 bytes in a millisecond
+    found = [ours, *rows({"fastllm triton": 0.002}), slow]
     text = report.report(Result(stamp, {"copy": 4000.0, "bfloat16": 700.0, "float32": 50.0}, found), [])
     assert "Its data sheet says 4800 GB/s and 989 TFLOP/s." in text
-    assert "| 1,000 GB/s | 25% | 21% |" in text
+    assert "| fastllm cuda | 1 | 0.02 | 0.02 |  | 1,000 GB/s | 25% | 21% |" in text
+    assert "| fastllm triton | 2 | 0.04 | waits |" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert "OutOfMemoryError: a/b" in table[-1]

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +13,9 @@ from benchmarks import scaling
 from benchmarks.cases import OURS, PYTORCH
 from benchmarks.scaling import LENGTH, PROCESSES, SIZE, Point
 from fastllm.config import ParallelConfig
+from tests.limits import HANG
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_point_is_a_training_run():
@@ -19,6 +26,27 @@ def test_a_point_is_a_training_run():
     assert 0 < point.low <= point.seconds <= point.high
     assert 0 < point.mfu < 2
     assert point.planned == pytest.approx(point.memory, rel=0.34)
+
+
+def test_a_machine_without_tyro(tmp_path):
+    """Only the command line needs it; benchmarks also run where nothing can be installed."""
+    for missing in ("tyro", "ruff"):
+        (tmp_path / f"{missing}.py").write_text("raise ImportError('not installed')")
+    program = tmp_path / "program.py"
+    program.write_text("""
+import benchmarks.__main__, benchmarks.goals, benchmarks.gpu, benchmarks.small_shapes, benchmarks.tiles
+from benchmarks import scaling
+
+if __name__ == "__main__":
+    point = scaling.Point(scaling.SIZE, 1, "small", scaling.PYTORCH, 1024)
+    scaling.measure(point, scaling._with(scaling._small(1), 1024, 2, 256), 0.01)
+    assert not point.error and point.seconds > 0, point.error
+""")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    found = subprocess.run(
+        [sys.executable, str(program)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG
+    )
+    assert found.returncode == 0, found.stderr
 
 
 def test_what_fails_says_so():

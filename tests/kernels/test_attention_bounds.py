@@ -47,7 +47,7 @@ def test_forward_and_backward(window, dtype):
         given = inputs(seq_q, seq_k, dim, dim_v, dtype)
         options = Options(dim**-0.5, *window, 0.0)
         dout = torch.randn(2, seq_q, 4, dim_v).to(dtype)
-        out, lse = operators.attention_forward(*given, None, UNPACKED, options, True, "cpu")
+        out, lse = operators.attention_forward(*given, None, UNPACKED, options, True, True, "cpu")
         got = operators.attention_backward(dout, None, *given, out, lse, UNPACKED, options, False, "cpu")[:3]
         plain = with_gradients(lambda *leaves: eager(*leaves, *window), given, [dout])
         exact = with_gradients(lambda *leaves: eager(*leaves, *window), given, [dout], Tensor.double)
@@ -70,7 +70,7 @@ def test_decode(window, dtype):
     for (dim, dim_v), seq_q in zip([*WIDTHS, (1, 256)], (1, 3, 17, 2, 5), strict=True):
         q, k, v = inputs(seq_q, 700, dim, dim_v, dtype)
         options, lengths = Options(dim**-0.5, *window, 0.0), torch.tensor([700, 333])
-        out, lse = operators.attention_decode(q, k, v, lengths, None, options, "cpu")
+        out, lse = operators.attention_decode(q, k, v, lengths, None, options, True, "cpu")
         assert lse.shape == (2, 4, seq_q)
         for i, n in enumerate(lengths.tolist()):
             one = [q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n]]
@@ -84,13 +84,13 @@ def test_packed_sequences_see_themselves_alone():
     q, k, v = (torch.cat([s[i][0] for s in sequences]) for i in range(3))
     cu = [torch.tensor([0, *n]).cumsum(0) for n in zip(*lengths, strict=True)]
     packing = Packing(*cu, 0, 0)
-    out, lse = operators.attention_forward(q, k, v, None, packing, options, True, "cpu")
+    out, lse = operators.attention_forward(q, k, v, None, packing, options, True, True, "cpu")
     dout = torch.randn_like(out)
     grads = operators.attention_backward(dout, None, q, k, v, out, lse, packing, options, False, "cpu")[:3]
     for i, sequence in enumerate(sequences):
         one = [t[:1] for t in sequence]
         queries, keys = (slice(c[i], c[i + 1]) for c in cu)
-        alone = operators.attention_forward(*one, None, UNPACKED, options, True, "cpu")
+        alone = operators.attention_forward(*one, None, UNPACKED, options, True, True, "cpu")
         assert torch.equal(out[queries], alone[0][0]) and torch.equal(lse[:, queries], alone[1][0])
         back = operators.attention_backward(dout[None, queries], None, *one, *alone, UNPACKED, options, False, "cpu")
         for a, b, at in zip(grads, back, (queries, keys, keys), strict=False):

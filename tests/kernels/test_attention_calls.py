@@ -83,7 +83,7 @@ def test_strided_heads_are_read_in_place(kernel):
     other = [torch.randn(2, 4, 45, 16).transpose(1, 2) for _ in range(3)]
     for tensors in (views, other):
         for t in tensors:
-            assert in_rows(t) is t and not t.is_contiguous()
+            assert in_rows(t)[0] is t and not t.is_contiguous()
         grads = [torch.randn(2, 45, 4, 16).transpose(1, 2).contiguous().transpose(1, 2)]
         call = partial(flash_attention, backend=kernel)
         copies = with_gradients(call, [t.contiguous() for t in tensors], grads)
@@ -212,13 +212,15 @@ def test_operators(kernel):
     q, k, v = qkv(9, 12, 4, 2, 16)
     ops, options = torch.ops.fastllm, (0.25, 4, 0, 0.0)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        ops.attention_forward, (q, k, v, None, *(None, None, 0, 0), *options, True, kernel), test_utils=tests
-    )
-    out, lse = ops.attention_forward(q, k, v, None, None, None, 0, 0, *options, True, kernel)
+    for wants_lse in (False, True):
+        given = (q, k, v, None, *(None, None, 0, 0), *options, wants_lse, wants_lse, kernel)
+        torch.library.opcheck(ops.attention_forward, given, test_utils=tests)
+        torch.library.opcheck(
+            ops.attention_decode, (q, k, v, None, None, *options, wants_lse, kernel), test_utils=tests
+        )
+    out, lse = ops.attention_forward(q, k, v, None, None, None, 0, 0, *options, True, True, kernel)
     rest = (q, k, v, out, lse, None, None, 0, 0, *options, False, kernel)
     torch.library.opcheck(ops.attention_backward, (out, lse, *rest), test_utils=tests)
-    torch.library.opcheck(ops.attention_decode, (q, k, v, None, None, *options, kernel), test_utils=tests)
 
 
 def test_only_what_is_wanted(kernel):

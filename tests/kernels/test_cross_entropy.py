@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastllm.kernels import CrossEntropyLoss, cross_entropy, use_backend
-from tests.numerics import DTYPES, assert_accurate, long_row, with_gradients
+from tests.numerics import DTYPES, assert_accurate, long_row, on_gpus, with_gradients
 
 IGNORE = -100
 
@@ -457,9 +457,11 @@ def test_compile_with_inductor():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend_on_gpu", ["triton", "cuda"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (4096, 128), (33, 1000), (64, 32000), (9, 131080), (3, 262144)])
+@pytest.mark.parametrize(
+    ("backend_on_gpu", "dtype", "shape"),
+    on_gpus([(1, 1), (7, 3), (4096, 128), (33, 1000), (64, 32000), (9, 131080), (3, 262144)]),
+    ids=str,
+)
 def test_on_a_gpu(backend_on_gpu, dtype, shape):
     logits, target = (t.cuda() for t in inputs(*shape, dtype))
     check(logits, target, backend_on_gpu)

@@ -115,7 +115,7 @@ def check_attention(n: dict[str, int], kernel: str, causal: bool, packed: bool) 
         cu = [torch.arange(n["batch"] + 1) * n[length] for length in ("seq_q", "seq_k")]
         packing = Packing(*cu, n["seq_q"], n["seq_k"])
     where = f"{n} causal={causal} packed={packed}"
-    out, lse = operators.attention_forward(q, k, v, None, packing, options, True, kernel)
+    out, lse = operators.attention_forward(q, k, v, None, packing, options, True, True, kernel)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
     grads = operators.attention_backward(dout, dlse, q, k, v, out, lse, packing, options, False, kernel)[:3]
     if n["heads"] == 0 or n["kv_heads"] == 0:
@@ -157,7 +157,7 @@ def test_decode(kernel):
         q, k, v = attention_inputs(n)
         lengths = None if holds is None else torch.full((n["batch"],), holds)
         out, lse = operators.attention_decode(
-            q, k, v, lengths, None, Options(0.3, *bounds("", causal, None), 0.0), kernel
+            q, k, v, lengths, None, Options(0.3, *bounds("", causal, None), 0.0), True, kernel
         )
         keys = min(n["seq_k"], n["seq_k"] if holds is None else holds)
         if n["heads"] == 0:

@@ -5,8 +5,12 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastllm.kernels import library, native
+from fastllm.kernels import library, native, rms_norm, swiglu
+from fastllm.kernels.norm.op import rms_norm_forward
 
 
 class Options(NamedTuple):
@@ -95,3 +99,84 @@ def test_the_binding_refuses_what_it_would_misread():
     ]:
         with pytest.raises(error, match=message):
             call(**wrong)
+
+
+def test_who_wants_to_see_operators_sees_them():
+    """A plain call goes straight to its kernel; one under a dispatch mode, a profiler or a tracer is an operator's."""
+    x, options = torch.randn(4), Options(2.0, 3)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Seen():
+        assert torch.equal(scaled(x, options, None, "cpu"), x[:3] * 2)
+    assert "fastllm::test_only_scaled" in names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        scaled(x, options, None, "cpu")
+    assert "fastllm::test_only_scaled" in {event.key for event in profile.key_averages()}
+    traced = torch.jit.trace(lambda x: scaled(x, options, None, "cpu"), x)
+    assert torch.equal(traced(x + 1), (x + 1)[:3] * 2)  # a constant would be that of x
+    with FakeTensorMode() as mode:
+        assert scaled(mode.from_tensor(x), options, None, "cpu").shape == (3,)
+
+
+def test_a_write_is_seen_by_autograd():
+    """Under no_grad too, where no autograd Function says so."""
+    x = torch.randn(4, requires_grad=True).clone()
+    y = x.square().sum()
+    with torch.no_grad():
+        scaled_(x, Options(2.0, 4), "cpu")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_what_is_not_there_is_none_or_for_the_dispatcher_empty():
+    x = torch.randn(2, 4)
+    assert rms_norm_forward(x, None, None, 1e-6, 0.0, False, "cpu")[1:] == (None, None)
+    y, h, rstd = torch.ops.fastllm.rms_norm_forward(x, None, None, 1e-6, 0.0, False, "cpu")
+    assert h.shape == rstd.shape == (0,)
+    assert torch.equal(y, rms_norm_forward(x, None, None, 1e-6, 0.0, True, "cpu")[0])
+
+
+def test_a_tensor_left_over_from_a_transform():
+    """It has no memory of its own."""
+    kept: list[Tensor] = []
+    torch.func.grad(lambda x: kept.append(x * 2) or x.sum())(torch.ones(3, 4))
+    torch.testing.assert_close(rms_norm(kept[0]), torch.ones(3, 4))
+    leaf = kept[0].detach().requires_grad_()
+    rms_norm(leaf, torch.ones(4)).sum().backward()
+    assert leaf.grad.shape == (3, 4)
+    leaf = torch.ones(3, 4, requires_grad=True)
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(leaf)
+    rms_norm(kept[1]).sum().backward()
+    assert leaf.grad.shape == (3, 4)
+
+
+def test_a_subclass_that_dispatches_computes_in_its_own_way():
+    """It may have no memory, and wait for what fills it; here both parts are normalised."""
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    both = rms_norm(TwoTensor(x, y))
+    assert isinstance(both, TwoTensor)
+    assert torch.equal(both.a, rms_norm(x)) and torch.equal(both.b, rms_norm(y))
+    fake = FakeTensorMode().from_tensor(x)  # the mode is not on
+    assert rms_norm(fake).shape == (3, 4)
+
+
+def test_tensors_whose_memory_is_not_what_they_hold():
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    assert torch.equal(swiglu(torch._neg_view(x), y), swiglu(-x, y))
+    imaginary = torch.randn(3, 1, dtype=torch.complex64).conj().imag
+    assert imaginary.is_neg() and torch.equal(swiglu(imaginary, imaginary), swiglu(*[imaginary.clone()] * 2))
+    assert not swiglu(torch._efficientzerotensor(3, 4), y).any()
+
+
+def test_gradients_in_a_batch():
+    """torch.autograd.grad has a vmap of its own."""
+    x, dy = torch.randn(3, 4, requires_grad=True), torch.randn(2, 3, 4)
+    y = rms_norm(x)
+    (batch,) = torch.autograd.grad(y, x, dy, retain_graph=True, is_grads_batched=True)
+    for dx, each in zip(batch, dy, strict=True):
+        assert torch.equal(dx, torch.autograd.grad(y, x, each, retain_graph=True)[0])

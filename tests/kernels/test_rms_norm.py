@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastllm.kernels import RMSNorm, rms_norm, use_backend
-from tests.numerics import DTYPES, assert_accurate, long_row, with_gradients
+from tests.numerics import DTYPES, assert_accurate, long_row, on_gpus, with_gradients
 
 
 def inputs(shape, dtype, weight="same", residual=False, seed=0) -> tuple[list[Tensor | None], list[Tensor]]:
@@ -240,8 +240,10 @@ def test_double_backward_raises(backend):
 def test_opcheck(backend):
     for dtype, weight, residual in [(torch.float32, "same", True), (torch.bfloat16, "none", False)]:
         (x, w, r), (dy, dh) = inputs((2, 3, 16), dtype, weight, residual)
-        y, h, rstd = torch.ops.fastllm.rms_norm_forward(x, w, r, 1e-6, 0.0, backend)
-        torch.library.opcheck(torch.ops.fastllm.rms_norm_forward, (x, w, r, 1e-6, 0.0, backend))
+        y, h, rstd = torch.ops.fastllm.rms_norm_forward(x, w, r, 1e-6, 0.0, True, backend)
+        for differentiated in (False, True):
+            args = (x, w, r, 1e-6, 0.0, differentiated, backend)
+            torch.library.opcheck(torch.ops.fastllm.rms_norm_forward, args)
         args = (dy, x, w, rstd, dh if residual else None, 0.0, w is not None, backend)
         torch.library.opcheck(torch.ops.fastllm.rms_norm_backward, args)
 
@@ -289,10 +291,10 @@ def test_export():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend_on_gpu", ["triton", "cuda"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (7, 3), (5, 64), (4096, 128), (33, 1000), (257, 4096), (64, 8192), (9, 65536), (3, 262144)]
+    ("backend_on_gpu", "dtype", "shape"),
+    on_gpus([(1, 1), (7, 3), (5, 64), (4096, 128), (33, 1000), (257, 4096), (64, 8192), (9, 65536), (3, 262144)]),
+    ids=str,
 )
 def test_on_a_gpu(backend_on_gpu, dtype, shape):
     tensors, grads = inputs(shape, dtype, residual=True)

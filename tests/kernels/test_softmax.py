@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastllm.kernels import explain, softmax, use_backend
-from tests.numerics import DTYPES, assert_accurate, long_row, with_gradients
+from tests.numerics import DTYPES, assert_accurate, long_row, on_gpus, with_gradients
 
 
 def inputs(shape, dtype, seed=None) -> tuple[Tensor, Tensor]:
@@ -289,10 +289,10 @@ def test_compile(backend, dynamic):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend_on_gpu", ["triton", "cuda"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (7, 3), (4096, 128), (33, 1000), (257, 4096), (9, 65536), (3, 262144), (2, 999983)]
+    ("backend_on_gpu", "dtype", "shape"),
+    on_gpus([(1, 1), (7, 3), (4096, 128), (33, 1000), (257, 4096), (9, 65536), (3, 262144), (2, 999983)]),
+    ids=str,
 )
 def test_on_a_gpu(backend_on_gpu, dtype, shape):
     x, g = (t.cuda() for t in inputs(shape, dtype))

@@ -12,11 +12,12 @@ from benchmarks.cases import OURS
 from fastllm import config as configs
 from fastllm.cli import main
 from fastllm.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from fastllm.console import short
 from fastllm.hardware import GPUS
 from fastllm.model.flops import count_parameters, flops_per_token
 from fastllm.planning import memory as planned
 from fastllm.planning.memory import estimate_memory
-from fastllm.planning.plan import Plan, duration, short
+from fastllm.planning.plan import Plan, duration
 from fastllm.planning.presets import PRESETS
 from fastllm.planning.scaling_laws import budget, model_of_depth, model_of_size
 

@@ -1,0 +1,101 @@
+"""What is read out of machine code, from lines of real kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.aot import problems
+from benchmarks.machine_code import blocks, read_amd, read_instructions
+
+WIDE = """
+        /*0190*/                   LDG.E.128.CONSTANT R4, desc[UR8][R2.64] ;
+        /*01a0*/              @!P0 LDGSTS.E.BYPASS.LTC128B.128 [R17], desc[UR8][R14.64] ;
+        /*0200*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR4], R24, !UPT ;
+        /*0210*/                   STG.E desc[UR8][R6.64], R9 ;
+        /*0220*/                   STG.E.128 desc[UR8][R2.64], R4 ;
+"""
+NARROW = """
+        /*0080*/                   LDG.E.U16 R0, [R2.64] ;
+        /*0090*/                   LDG.E.64 R4, [R2.64+0x10] ;
+        /*00a0*/                   STG.E.U16 [R4.64], R0 ;
+        /*00b0*/                   STG.E.U8 [R4.64+0x2], R0 ;
+        /*00c0*/                   CALL.REL.NOINC 0x550 ;
+        /*00d0*/                   CALL.ABS.NOINC R2 ;
+"""
+AMD = """
+	global_load_dwordx4 v[2:5], v[0:1], off
+	buffer_load_ushort v2, v3, s[4:7], 0 offen
+	v_mfma_f32_32x32x8_bf16_1k a[0:15], v[4:5], v[8:9], a[0:15]
+	s_swappc_b64 s[30:31], s[4:5]
+	global_store_dwordx2 v[0:1], v[2:3], off
+    .vgpr_count:     130
+    .private_segment_fixed_size: 0
+    .group_segment_fixed_size: 16384
+"""
+
+
+NOTHING = dict.fromkeys(("tensor_core", "load", "store", "stores", "calls"), 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "row"),
+    [
+        (WIDE, {"tensor_core": 1, "load": 16, "store": 16, "stores": 2, "calls": 0}),
+        (NARROW, {"tensor_core": 0, "load": 8, "store": 2, "stores": 2, "calls": 2}),
+        ("UTMALDG.4D [UR8], [UR4] ; UTMASTG.4D [UR8], [UR4] ;", NOTHING | {"stores": 1}),
+        ("LDG.E.ENL2.256 R8, R4, desc[UR6][R2.64] ;", NOTHING | {"load": 32}),
+    ],
+)  # fmt: skip
+def test_instructions(code, row):
+    assert read_instructions(code) == row
+
+
+def test_amd():
+    assert read_amd(AMD, 256) == {
+        "registers": 130, "local": 0, "shared": 16384,
+        "tensor_core": 1, "load": 16, "store": 8, "stores": 1, "calls": 1,
+        "blocks": 3,  # 136 registers: three waves on each SIMD, of which a block takes one
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "shared", "threads", "expected"),
+    [
+        ("sm_90a", 32, 0, 128, 16),  # by threads
+        ("sm_90a", 33, 0, 128, 12),  # 40 registers a thread
+        ("sm_90a", 255, 100_000, 128, 2),
+        ("sm_90a", 168, 100_000, 128, 2),  # by shared memory
+        ("sm_80", 64, 0, 1024, 1),
+        ("sm_120", 32, 0, 1024, 1),
+        ("sm_120", 16, 0, 32, 24),  # by blocks
+        ("gfx942", 72, 0, 512, 3),
+        ("gfx942", 24, 40_000, 256, 1),
+    ],
+)
+def test_blocks_of_a_multiprocessor(target, registers, shared, threads, expected):
+    assert blocks(target, registers, shared, threads) == expected
+
+
+ROW = {"registers": 40, "local": 0, "shared": 0, "tensor_core": 4, "load": 16, "store": 16, "stores": 2, "calls": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"store": 4}, "loads and stores 16 and 4 bytes at once, the table has 16 and 16"),
+        ({"load": 8}, "loads and stores 8 and 16"),
+        ({"calls": 1}, "1 calls"),
+        ({"tensor_core": 0}, "lost its 4 tensor-core instructions"),
+        ({"local": 8}, "8 bytes of local memory"),
+        ({"shared": 300_000}, "300000 bytes of shared memory, there are 232448"),
+        ({"registers": 48}, ""),
+    ],
+    ids=str,
+)
+def test_what_got_worse_is_a_problem_with_any_compiler(change, message):
+    old = {"kernel": {"sm_90a": ROW}}
+    new = {"kernel": {"sm_90a": ROW | change}}
+    found = problems("triton", new, old, same_compiler=False)
+    assert len(found) == bool(message) and all(message in line for line in found)
+    assert problems("triton", new, old, same_compiler=True)
+    assert not problems("triton", old, old, same_compiler=True)
