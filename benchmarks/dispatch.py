@@ -152,7 +152,7 @@ def main() -> None:
         facts = ", ".join(f"{name} {value}" for name, value in stamp().items())
         path = FOLDER / device_name() / "dispatch.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"# What a call costs on the host\n\n{facts}\n\n{table}\n{__doc__.strip().splitlines()[-4]}\n")
+        path.write_text(f"# What a call costs on the host\n\n{facts}\n\n{table}")
 
 
 if __name__ == "__main__":
