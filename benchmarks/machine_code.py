@@ -10,7 +10,7 @@ TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf(?:ma|mac)_\
 # Instructions of global memory: LDG.E.128, LDGSTS.E.BYPASS.128 (to shared memory), global_load_dwordx4.
 LOADS = re.compile(r"\b(?:LDG(?:STS)?((?:\.\w+)*)|(?:global|buffer|flat)_load_(\w+))")
 STORES = re.compile(r"\b(?:STG((?:\.\w+)*)|(?:global|buffer|flat)_store_(\w+))")
-BULK = re.compile(r"\bUTMA(?:LDG|STG)")  # a tile at once
+BULK_STORES = re.compile(r"\bUTMASTG")  # of a tile at once
 CALLS = re.compile(r"\b(?:CALL\.\w+|s_swappc_b64)\b")  # the slow paths of divisions and the like
 AMD_BYTES = {"dwordx4": 16, "b128": 16, "dwordx3": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4, "short": 2,
              "ushort": 2, "sshort": 2, "b16": 2, "byte": 1, "ubyte": 1, "sbyte": 1}  # fmt: skip
@@ -36,7 +36,7 @@ def read_instructions(code: str) -> Row:
         "tensor_core": len(TENSOR_CORE.findall(code)),
         "load": max(loads, default=0),
         "store": max(stores, default=0),
-        "stores": len(stores) + len(BULK.findall(code.replace("UTMALDG", ""))),
+        "stores": len(stores) + len(BULK_STORES.findall(code)),
         "calls": len(CALLS.findall(code)),
     }
 

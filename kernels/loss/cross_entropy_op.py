@@ -154,7 +154,6 @@ class _CrossEntropy(torch.autograd.Function):
         arguments = (logits, Targets(*targets), lse, Upstream(dloss, dlse), ctx.options, ctx.backend)
         if ctx.inplace and logits.is_contiguous() and has_values():
             cross_entropy_backward_(*arguments)
-            torch.autograd.graph.increment_version(logits)
             dlogits = logits.detach()
         else:
             dlogits = cross_entropy_backward(*arguments)

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from benchmarks import __main__ as command
@@ -12,6 +20,22 @@ from benchmarks import accuracy
 def compiled_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter, which other tests want, is too slow for all ops."""
     monkeypatch.setattr(accuracy.backends, "TRITON_INTERPRET", False)
+
+
+@pytest.fixture
+def outside_the_interpreter() -> Callable[[str], Any]:
+    """What ``call`` of a module of benchmarks/ returns ("module.call") in a process where Triton compiles."""
+
+    def run(place: str) -> Any:
+        module, call = place.split(".")
+        code = f"import json; from benchmarks.{module} import {call}; print(json.dumps({call}()))"
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        root = Path(__file__).resolve().parents[2]
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 @pytest.fixture

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
@@ -26,14 +20,9 @@ MOST = {
 }
 
 
-def test_calls_enter_few_functions():
+def test_calls_enter_few_functions(outside_the_interpreter):
     """Whoever makes a call longer should know what for: a microsecond or so for every seven functions."""
-    code = "import json; from benchmarks.dispatch import counts; print(json.dumps(counts()))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = outside_the_interpreter("dispatch.counts")
     assert found.keys() == MOST.keys()
     assert all(min(calls.values()) > 20 for calls in found.values())  # our ops, not PyTorch's
     too_many = {

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
@@ -25,13 +19,8 @@ MORE = {
 }
 
 
-def test_sizes_and_strides_compile_nothing_again():
-    code = "import json; from benchmarks.variants import variants; print(json.dumps(variants()))"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=root)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+def test_sizes_and_strides_compile_nothing_again(outside_the_interpreter):
+    found = outside_the_interpreter("variants.variants")
     launched = {kernel for kernels in found.values() for kernel in kernels}
     assert launched >= {
         "forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel", "decode_kernel", "combine_kernel",
