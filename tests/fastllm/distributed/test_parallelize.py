@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastllm.config import ParallelConfig
 from fastllm.distributed.mesh import ParallelDims, process_group
@@ -158,6 +159,7 @@ class Problem(Exception):
 def end_first(rank: int) -> None:
     with process_group(small_run.CPU) as heartbeat:
         heartbeat.advice = "do this"
+        dist.barrier()  # rank 0 keeps the store, to which the other's heartbeat connects
         if rank == 0:
             raise Problem
 
