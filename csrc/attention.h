@@ -50,9 +50,11 @@ struct AttentionBackward : Attention {
 };
 
 // A few queries against long sequences of keys: seen [batch] of the len_k keys hold something, the last query
-// stands at the last of them. Keys are split in parts; the workspace keeps what each part gave.
+// stands at the last of them. Keys are split in parts.
 struct AttentionDecode : Attention {
   const int64_t* seen;  // or null: all
+  float* parts;         // on a GPU [splits, sequences * len_q * heads, dim_v + 1], or null: one part
+  int64_t splits;
   void* out;
   float* lse;
 };

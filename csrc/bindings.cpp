@@ -20,6 +20,7 @@
 #include "cpu/kernels.h"
 #endif
 #ifdef FASTLLM_CUDA
+#include "cuda/attention.h"
 #include "cuda/cross_entropy.h"
 #include "cuda/rms_norm.h"
 #include "cuda/rope.h"
@@ -98,7 +99,9 @@ Attention attention(const TensorView& q, const TensorView& k, const TensorView& 
 AttentionForward attention_forward(const TensorView& q, const TensorView& k, const TensorView& v,
                                    const TensorView& sinks, const TensorView& cu_q, const TensorView& cu_k,
                                    const AttentionOptions& options, const TensorView& out, const TensorView& lse) {
-  return {attention(q, k, v, sinks, cu_q, cu_k, options), out.dense(), lse.dense<float>()};
+  AttentionForward a{attention(q, k, v, sinks, cu_q, cu_k, options), out.dense(), lse.dense<float>()};
+  a.dim_v = out.sizes()[-1];  // that of v may be padded
+  return a;
 }
 
 AttentionBackward attention_backward(const TensorView& dout, const TensorView& dlse, const TensorView& q,
@@ -106,14 +109,19 @@ AttentionBackward attention_backward(const TensorView& dout, const TensorView& d
                                      const TensorView& lse, const TensorView& cu_q, const TensorView& cu_k,
                                      const AttentionOptions& options, const TensorView& dq, const TensorView& dk,
                                      const TensorView& dv, const TensorView& delta) {
-  return {attention(q, k, v, {}, cu_q, cu_k, options), dout.heads(), out.dense(), lse.dense<float>(),
-          dlse.dense<float>(), delta.dense<float>(), dq.dense(), dk.dense(), dv.dense()};
+  AttentionBackward a{attention(q, k, v, {}, cu_q, cu_k, options), dout.heads(), out.dense(), lse.dense<float>(),
+                      dlse.dense<float>(), delta.dense<float>(), dq.dense(), dk.dense(), dv.dense()};
+  a.dim = dq.sizes()[-1], a.dim_v = dv.sizes()[-1];  // those of q, k and v may be padded
+  return a;
 }
 
 AttentionDecode attention_decode(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& seen,
-                                 const TensorView& sinks, const AttentionOptions& options, const TensorView& out,
-                                 const TensorView& lse) {
-  return {attention(q, k, v, sinks, {}, {}, options), seen.dense<int64_t>(), out.dense(), lse.dense<float>()};
+                                 const TensorView& sinks, const AttentionOptions& options, const TensorView& parts,
+                                 const TensorView& out, const TensorView& lse) {
+  AttentionDecode a{attention(q, k, v, sinks, {}, {}, options), seen.dense<int64_t>(), parts.dense<float>(),
+                    parts ? parts.sizes()[0] : 1, out.dense(), lse.dense<float>()};
+  a.dim_v = out.sizes()[-1];
+  return a;
 }
 
 SoftmaxForward softmax_forward(const TensorView& x, const TensorView& mask, int mask_kind, float scale, bool causal,
@@ -229,6 +237,13 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   });
   def_cuda(on_cuda, "rms_norm_forward", rms_norm_forward, cuda::rms_norm_forward);
   def_cuda(on_cuda, "rms_norm_backward", rms_norm_backward, cuda::rms_norm_backward);
+  on_cuda.def("attention_splits", [](const TensorView& q, const TensorView& k, const TensorView& v,
+                                     const AttentionOptions& options, int device) {
+    return cuda::attention_splits(attention(q, k, v, {}, {}, {}, options), device);
+  });
+  def_cuda(on_cuda, "attention_forward", attention_forward, cuda::attention_forward);
+  def_cuda(on_cuda, "attention_backward", attention_backward, cuda::attention_backward);
+  def_cuda(on_cuda, "attention_decode", attention_decode, cuda::attention_decode);
   def_cuda(on_cuda, "softmax_forward", softmax_forward, cuda::softmax_forward);
   def_cuda(on_cuda, "softmax_backward", softmax_backward, cuda::softmax_backward);
   def_cuda(on_cuda, "cross_entropy_forward", cross_entropy_forward, cuda::cross_entropy_forward);

@@ -101,10 +101,12 @@ class TensorView {
     return {data(), n[1], stride[0], stride[1]};
   }
 
-  // [batch, tokens, heads, dim], or packed documents without the batch; the last dimension is contiguous.
+  // [batch, tokens, heads, dim], or packed documents without the batch; the last dimension is contiguous. The stride of
+  // a dimension of one can be any number: 0.
   Heads heads() const {
-    const Dims stride = strides();
-    return {data(), stride.size() == 4 ? stride[0] : 0, stride[-3], stride[-2]};
+    const Dims n = sizes(), stride = strides();
+    const auto step = [&](Py_ssize_t i) { return n[i] == 1 ? 0 : stride[i]; };
+    return {data(), stride.size() == 4 ? step(0) : 0, step(-3), step(-2)};
   }
 
   // A mask as native.as_mask gives it: [outer, middle, inner, cols].

@@ -26,6 +26,7 @@ __device__ inline T* dynamic_shared() {
 __device__ inline void forget(uint4& words) {
   asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
 }
+__device__ inline void forget(int& value) { asm volatile("" : "+r"(value)); }
 __device__ inline void forget(float& value) { asm volatile("" : "+f"(value)); }
 
 // Stores 16 bytes of global memory at once. nvcc takes the plain store of a uint4 apart where it has moved the
@@ -61,6 +62,10 @@ __device__ inline void copy_async(void* to, const void* from, bool there = true)
                "r"(there ? 16 : 0)
                : "memory");
 }
+__device__ inline void copy_async(float* to, const float* from, bool there = true) {  // the same of 4 bytes
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
+               : "memory");
+}
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 __device__ inline void wait_copies() {
@@ -86,14 +91,14 @@ __device__ inline void load_matrices_transposed(uint32_t (&matrices)[4], const v
 // d: (g, c) (g, c + 1) (g + 8, c) (g + 8, c + 1); of a the pairs from (g, c), (g + 8, c), (g, c + 8), (g + 8, c + 8);
 // of b the pairs down the column from (c, g), (c + 8, g).
 __device__ inline void multiply(__half, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ inline void multiply(__nv_bfloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

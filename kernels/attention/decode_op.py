@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from . import reference
-from .op import check_heads, too_wide
+from .op import check_heads, limits
 from .operators import attention_decode
 from .options import Options, Window, bounds
 
@@ -34,7 +34,7 @@ def flash_decode(
     return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
-@backends.op("triton", "cpu")
+@backends.op("triton", "cuda", "cpu")
 def flash_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -63,7 +63,7 @@ def flash_decode(
             included; None: all of them. What lies beyond is not looked at and may be NaN. A number outside
             0..capacity counts as the nearest in it.
         causal, scale, window, softcap, sinks, return_lse: as in :func:`flash_attention`.
-        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
+        backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
 
     Returns:
         ``[batch, seq_q, heads, head_dim of v_cache]`` in the dtype of q; with return_lse ``(out, lse)``, lse
@@ -86,7 +86,7 @@ def flash_decode(
             "flash_decode: it has no gradient, and an argument requires one; call it under torch.no_grad(), or "
             "flash_attention, which has"
         )
-    chosen = backends.select("flash_decode", q, backend, too_wide(q, v_cache))
+    chosen = backends.select("flash_decode", q, backend, limits(q, v_cache))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":

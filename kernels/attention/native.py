@@ -1,8 +1,9 @@
-"""Attention in the native module: C++ on CPUs (csrc/cpu/attention*.cpp)."""
+"""Attention in the native module: C++ on CPUs (csrc/cpu/attention*.cpp), CUDA C++ (csrc/cuda/attention*.cu)."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..native import KERNELS, place
@@ -12,6 +13,22 @@ from .packing import Packing
 
 def _int64(*indices: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.to(torch.int64) for x in indices]
+
+
+UNIT = 8  # elements of 16 bytes, which the CUDA kernels copy at once
+
+
+def _in_units(backend: str, *tensors: Tensor) -> list[Tensor]:
+    """Those whose rows the kernels can read; copies, with zeros in the last columns, of others (head_dim 75)."""
+    if backend == "cpu":
+        return list(tensors)
+    return [x if _aligned(x) else F.pad(x, (0, -x.shape[-1] % UNIT)).contiguous() for x in tensors]
+
+
+def _aligned(x: Tensor) -> bool:
+    *sizes, dim = x.shape
+    strides = (stride for size, stride in zip(sizes, x.stride(), strict=False) if size > 1)
+    return x.data_ptr() % (2 * UNIT) == 0 and not any(n % UNIT for n in (dim, *strides))
 
 
 def attention_forward(
@@ -24,6 +41,7 @@ def attention_forward(
     backend: str,
     *outputs: Tensor | None,
 ) -> None:
+    q, k, v = _in_units(backend, q, k, v)
     KERNELS[backend].attention_forward(q, k, v, sinks, *_int64(*packing[:2]), options, *outputs, *place(q))
 
 
@@ -42,6 +60,7 @@ def attention_backward(
     *grads: Tensor,
 ) -> None:
     """The same gradients at every call, whatever ``deterministic`` says."""
+    dout, q, k, v = _in_units(backend, dout, q, k, v)
     inputs = dout, dlse, q, k, v, out, lse, *_int64(*packing[:2])
     KERNELS[backend].attention_backward(*inputs, options, *grads, *place(q))
 
@@ -54,6 +73,14 @@ def attention_decode(
     sinks: Tensor | None,
     options: Options,
     backend: str,
-    *outputs: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> None:
-    KERNELS[backend].attention_decode(q, k, v, *_int64(seqlens_k), sinks, options, *outputs, *place(q))
+    q, k, v = _in_units(backend, q, k, v)
+    parts = None
+    if backend == "cuda":
+        splits = KERNELS[backend].attention_splits(q, k, v, options, place(q)[0])
+        if splits > 1:
+            rows, dim = out.shape[:-1].numel(), out.shape[-1]
+            parts = torch.empty(splits, rows, dim + 1, dtype=torch.float32, device=q.device)
+    KERNELS[backend].attention_decode(q, k, v, *_int64(seqlens_k), sinks, options, parts, out, lse, *place(q))

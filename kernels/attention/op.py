@@ -43,7 +43,7 @@ def flash_attention(
     return_lse: bool = False, deterministic: bool = False, layout: str = "bshd", backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
-@backends.op("triton", "cpu")
+@backends.op("triton", "cuda", "cpu")
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -93,7 +93,7 @@ def flash_attention(
         deterministic: the same gradients, bit for bit, at every call.
         layout: ``"bshd"``, or ``"bhsd"``: q, k, v and the output are ``[batch, heads, seq, head_dim]``. Neither
             copies anything.
-        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
+        backend: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
 
     Returns:
         ``[batch, seq_q, heads, head_dim of v]`` in the dtype of q, in this memory order; with return_lse
@@ -144,7 +144,7 @@ def flash_attention(
             if cu.dim() != 1 or cu.numel() == 0:
                 raise ValueError(f"flash_attention: {name} must be [sequences + 1], it has shape {list(cu.shape)}")
         checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
-    chosen = backends.select("flash_attention", q, backend, too_wide(q, v))
+    chosen = backends.select("flash_attention", q, backend, limits(q, v))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     packing = UNPACKED
@@ -189,11 +189,17 @@ def check_heads(
     return q, k, v
 
 
-def too_wide(q: Tensor, v: Tensor) -> backends.WhyNot | None:
+def limits(q: Tensor, v: Tensor) -> backends.WhyNot | None:
     """For backends.select."""
-    if q.shape[-1] <= LARGEST_HEAD and v.shape[-1] <= LARGEST_HEAD:
+    if q.shape[-1] > LARGEST_HEAD or v.shape[-1] > LARGEST_HEAD:
+        return lambda backend: f"its kernels take a head_dim up to {LARGEST_HEAD}"
+    return _no_float32 if q.dtype is torch.float32 else None
+
+
+def _no_float32(backend: str) -> str | None:
+    if backend != "cuda":
         return None
-    return lambda backend: f"its kernels take a head_dim up to {LARGEST_HEAD}"
+    return "its kernels take float16 and bfloat16, which tensor cores multiply exactly; float32 has triton"
 
 
 class _FlashAttention(torch.autograd.Function):
