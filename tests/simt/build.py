@@ -18,9 +18,14 @@ REPOSITORY = SIMT.parent.parent
 CACHE = REPOSITORY / "build" / "simt"
 
 # Kernels view their registers as other types; NaN and infinity must behave as they do on the GPU, and
-# products are not fused into sums unless the source says so. An access that is not aligned calls simt.cpp.
+# products are not fused into sums unless the source says so. An access that is not aligned calls simt.cpp. Each variable
+# has a section of its own, of which SHARED gathers some.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
-         "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-fsanitize=alignment"]  # fmt: skip
+         "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-fsanitize=alignment",
+         "-fdata-sections"]  # fmt: skip
+
+SHARED = SIMT / "shared.ld"
+OWN_FLAGS = ["-O3"]  # for the emulator's sources, which every operation runs
 
 
 def build(
@@ -45,9 +50,10 @@ def build(
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     command = [*compiler, *FLAGS, *flags, *(f"-I{path}" for path in include)]
-    sources = [*map(Path, sources), SIMT / "simt.cpp"]
+    own = sorted(SIMT.glob("*.cpp"))
+    sources = [*map(Path, sources), *own]
 
-    target = CACHE / f"{name}-{_key(command, sources, include)}" / f"{name}{suffix}"
+    target = CACHE / f"{name}-{_key([*command, *OWN_FLAGS], sources, include)}" / f"{name}{suffix}"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +65,14 @@ def build(
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # the largest first: the time is that of the last to end
             jobs = sorted(zip(sources, objects, strict=True), key=lambda job: -job[0].stat().st_size)
-            list(pool.map(lambda job: _run([*command, "-x", "c++", "-c", job[0], "-o", job[1]]), jobs))
+
+            def compile(job: tuple[Path, Path]) -> None:
+                own_flags = OWN_FLAGS if job[0] in own else []
+                _run([*command, *own_flags, "-x", "c++", "-c", job[0], "-o", job[1]])
+
+            list(pool.map(compile, jobs))
         library = Path(folder, target.name)
-        _run([*compiler, *flags, "-shared", *objects, "-ldl", "-o", library])
+        _run([*compiler, *flags, "-shared", *objects, f"-Wl,-T,{SHARED}", "-ldl", "-o", library])
         os.replace(library, target)  # whole or not at all
     return target
 
@@ -71,7 +82,7 @@ def _key(command: Sequence[str], sources: Sequence[Path], include: Sequence[Path
     version = subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout
     folders = {REPOSITORY / "csrc", *(path for path in include if path.is_relative_to(REPOSITORY))}
     headers = {path.resolve() for folder in folders for path in folder.rglob("*.h")}
-    for part in (version, "\0".join(command).encode(), *map(_content, sources), *map(_content, sorted(headers))):
+    for part in (version, "\0".join(command).encode(), *map(_content, [*sources, SHARED, *sorted(headers)])):
         digest.update(hashlib.sha256(part).digest())
     return digest.hexdigest()[:16]
 

@@ -12,6 +12,7 @@
 #include <string>
 #include <tuple>
 
+#include "copies.h"
 #include "simt.h"
 
 #define __global__
@@ -20,7 +21,10 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
-#define __shared__ static  // one block runs at a time
+
+// One block runs at a time. The tag, a part of the variable's name for the linker, is how shared.ld finds it: GCC heeds
+// no section attribute in a template.
+#define __shared__ static __attribute__((abi_tag("simt_shared")))
 
 struct float2 {
   float x, y;
@@ -60,7 +64,9 @@ inline T __ldg(const T* from) {
 inline void __syncthreads(SIMT_CALLER) { simt::barrier({"__syncthreads", function, file, line}); }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_CALLER) {
-  simt::collective(mask, {"__syncwarp", function, file, line}, nullptr, [](const simt::Lanes&) {});
+  simt::collective(mask, {"__syncwarp", function, file, line}, nullptr, [](const simt::Lanes& lanes) {
+    if (lanes.mask == 0xffffffffu) simt::make_copies_visible_to(lanes.first / warpSize);
+  });
 }
 
 namespace simt {
@@ -150,7 +156,11 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
 };
 
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
@@ -197,14 +207,15 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   if (device < 0 || device >= simt::kDevices) return cudaErrorInvalidDevice;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 4; return cudaSuccess;  // few: small inputs fill them
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 227 << 10; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(simt::shared_per_multiprocessor()); return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(simt::shared_per_block()); return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
 
 template <typename Kernel>
 inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || bytes > 227 << 10) return cudaErrorInvalidValue;
+  if (bytes < 0 || size_t(bytes) > simt::shared_per_block()) return cudaErrorInvalidValue;
   simt::shared_limit(reinterpret_cast<const void*>(kernel)) = bytes;
   return cudaSuccess;
 }

@@ -1,8 +1,9 @@
 #include "simt.h"
 
+#include "copies.h"
+
 #include <cxxabi.h>
 #include <dlfcn.h>
-#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -26,24 +27,28 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
+// Of the section that shared.ld makes; null where it has nothing in it.
+extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_simt_shared[], __stop_simt_shared[];
+
 namespace simt {
 namespace {
 
 constexpr size_t kStack = 256 << 10;  // address space; only pages that are touched take memory
 constexpr size_t kPage = 4096;
-constexpr size_t kMaxShared = 227 << 10;
 
 enum class State { ready, at_barrier, at_collective, ended };
 
-// A fiber serves a thread of one block after the other. makecontext starts it; from then on it is
-// switched by _setjmp and _longjmp, which, unlike swapcontext, make no system call.
+// A fiber serves a thread of one block after the other. makecontext starts it; from then on it is switched by the
+// compiler's setjmp and longjmp, which save three registers and leave the rest to the compiler.
+using Place = void* [5];
+
 struct Fiber {
   Fiber();
   ~Fiber() { munmap(stack, kStack); }
 
   char* stack;
   ucontext_t start;
-  jmp_buf here;
+  Place here;
   bool started = false;
 
   State state = State::ready;
@@ -59,9 +64,10 @@ struct Scheduler {
   std::deque<int> ready;
   int current = -1;
   int at_barrier = 0;
-  jmp_buf home;
+  Place home;
 
   const void* kernel = nullptr;
+  size_t shared_bytes = 0;  // dynamic
   const std::function<void()>* body = nullptr;
   std::exception_ptr error;
 
@@ -69,9 +75,9 @@ struct Scheduler {
   std::mt19937_64 random;
   bool newest_first = false;  // one warp runs far ahead of the others
 
-  void run_block(size_t shared_bytes);
+  void run_block();
   int next();
-  void resume(Fiber& fiber);
+  [[noreturn]] void go_on();
   void yield();
   void release(int thread);
   std::string where() const;
@@ -79,6 +85,8 @@ struct Scheduler {
 };
 
 Scheduler scheduler;
+size_t shared_of_multiprocessor = kMaxShared + 1024;
+std::map<const void*, size_t> shared_limits;  // of kernels
 bool recording = false;
 std::string recorded;
 std::mutex one_grid_at_a_time;
@@ -88,6 +96,7 @@ void fiber_main() {
   for (;;) {
     try {
       (*scheduler.body)();
+      end_copies();
     } catch (...) {
       scheduler.error = std::current_exception();
     }
@@ -103,10 +112,13 @@ Fiber::Fiber() {
   mprotect(stack, kPage, PROT_NONE);  // an overflow faults rather than overwrites the next stack
 }
 
-void Scheduler::resume(Fiber& fiber) {
+// Leaves the thread that runs now for the next one, or for run_block.
+__attribute__((noinline)) void Scheduler::go_on() {
+  if (ready.empty() || error) __builtin_longjmp(home, 1);
+  current = next();
+  Fiber& fiber = *fibers[current];
   threadIdx = fiber.thread;
-  if (_setjmp(home) != 0) return;
-  if (fiber.started) _longjmp(fiber.here, 1);
+  if (fiber.started) __builtin_longjmp(fiber.here, 1);
   fiber.started = true;
   getcontext(&fiber.start);
   fiber.start.uc_stack.ss_sp = fiber.stack;
@@ -114,10 +126,11 @@ void Scheduler::resume(Fiber& fiber) {
   fiber.start.uc_link = nullptr;
   makecontext(&fiber.start, fiber_main, 0);
   setcontext(&fiber.start);
+  std::abort();
 }
 
-void Scheduler::yield() {
-  if (_setjmp(fibers[current]->here) == 0) _longjmp(home, 1);
+__attribute__((noinline)) void Scheduler::yield() {
+  if (__builtin_setjmp(fibers[current]->here) == 0) go_on();
 }
 
 void Scheduler::release(int thread) {
@@ -135,8 +148,10 @@ int Scheduler::next() {
   return thread;
 }
 
-void Scheduler::run_block(size_t shared_bytes) {
+__attribute__((noinline)) void Scheduler::run_block() {
   std::memset(shared_bytes_of_block, 0xff, shared_bytes);  // NaN in every floating-point type
+  std::memset(__start_simt_shared, 0xff, size_t(__stop_simt_shared - __start_simt_shared));
+  begin_copies(threads);
   at_barrier = 0;
   error = nullptr;
   ready.resize(threads);
@@ -146,10 +161,7 @@ void Scheduler::run_block(size_t shared_bytes) {
     newest_first = random() % 2;
     std::shuffle(ready.begin(), ready.end(), random);
   }
-  while (!ready.empty() && !error) {
-    current = next();
-    resume(*fibers[current]);
-  }
+  if (__builtin_setjmp(home) == 0) go_on();
   const bool stuck = !error && std::any_of(fibers.begin(), fibers.begin() + threads,
                                            [](const auto& fiber) { return fiber->state != State::ended; });
   if (stuck) error = std::make_exception_ptr(std::runtime_error(deadlock()));
@@ -159,14 +171,6 @@ void Scheduler::run_block(size_t shared_bytes) {
       if (fiber->state != State::ended) fiber->started = false;
     std::rethrow_exception(error);
   }
-}
-
-std::string text(const uint3& index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
-}
-
-std::string text(const Site& site) {
-  return std::string(site.operation) + " in " + site.function + " (" + site.file + ":" + std::to_string(site.line) + ")";
 }
 
 std::string Scheduler::where() const {
@@ -207,6 +211,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, const s
   gridDim = grid;
   blockDim = block;
   s.kernel = kernel;
+  s.shared_bytes = shared_bytes;
   s.body = &thread;
   s.threads = int(block.x * block.y * block.z);
   while (int(s.fibers.size()) < s.threads) s.fibers.push_back(std::make_unique<Fiber>());
@@ -221,8 +226,16 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, const s
   if (s.seed != 0) std::shuffle(order.begin(), order.end(), s.random);
   for (const uint64_t index : order) {
     blockIdx = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
-    s.run_block(shared_bytes);
+    s.run_block();
   }
+}
+
+std::string text(const uint3& index) {
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+}
+
+std::string text(const Site& site) {
+  return std::string(site.operation) + " in " + site.function + " (" + site.file + ":" + std::to_string(site.line) + ")";
 }
 
 void set_seed(uint64_t seed) { scheduler.seed = seed; }
@@ -237,14 +250,17 @@ void barrier(const Site& site) {
     for (int t = 0; t < s.threads; ++t) {
       const Site& other = s.fibers[t]->site;
       if (other.line != site.line || std::strcmp(other.file, site.file) != 0)
-        fail(site, ("met by threads at another barrier, " + text(other)).c_str());
+        fail(site, "met by threads at another barrier, " + text(other));
     }
+    make_copies_visible();
     for (int t = 0; t < s.threads; ++t) s.release(t);
   }
   s.yield();
 }
 
+int thread() { return scheduler.current; }
 int lane() { return scheduler.current % warpSize; }
+uint3 thread_index(int thread) { return scheduler.fibers[thread]->thread; }
 
 void collective(unsigned mask, const Site& site, void* argument, void (*resolve)(const Lanes&)) {
   Scheduler& s = scheduler;
@@ -258,6 +274,7 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
   const int first = s.current - lane();
   Lanes lanes;
   lanes.mask = mask;
+  lanes.first = first;
   bool complete = true;
   for (int l = 0; l < warpSize && complete; ++l) {
     if (!lanes.has(l)) continue;
@@ -265,7 +282,7 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
     if (!complete) break;
     const Fiber& other = *s.fibers[first + l];
     complete = other.state == State::at_collective && other.mask == mask &&
-               std::strcmp(other.site.operation, site.operation) == 0;
+               (other.site.operation == site.operation || std::strcmp(other.site.operation, site.operation) == 0);
     lanes.arguments[l] = other.argument;
   }
   if (complete) {
@@ -276,8 +293,9 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
   s.yield();
 }
 
-void fail(const Site& site, const char* message) {
-  throw std::runtime_error(scheduler.where() + ", thread " + text(threadIdx) + ": " + text(site) + ": " + message);
+void fail(const Site& site, const std::string& message, int thread) {
+  const uint3 index = thread < 0 ? threadIdx : thread_index(thread);
+  throw std::runtime_error(scheduler.where() + ", thread " + text(index) + ": " + text(site) + ": " + message);
 }
 
 int& device() {
@@ -295,11 +313,17 @@ const char* name_of(const void* kernel) {
 }
 
 unsigned char* dynamic_shared() { return shared_bytes_of_block; }
-
-size_t& shared_limit(const void* kernel) {
-  static std::map<const void*, size_t> limits;
-  return limits.try_emplace(kernel, 48 << 10).first->second;
+size_t shared_size() { return scheduler.shared_bytes; }
+bool in_static_shared(const void* pointer, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(__start_simt_shared);
+  const size_t size = reinterpret_cast<uintptr_t>(__stop_simt_shared) - begin;
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(pointer) - begin;
+  return offset < size && size - offset >= bytes;
 }
+
+size_t shared_per_multiprocessor() { return shared_of_multiprocessor; }
+size_t shared_per_block() { return shared_of_multiprocessor - 1024; }
+size_t& shared_limit(const void* kernel) { return shared_limits.try_emplace(kernel, 48 << 10).first->second; }
 
 [[noreturn]] void misaligned(const char* file, int line, int alignment, const void* pointer) {
   std::ostringstream message;
@@ -331,6 +355,14 @@ EXPORT void __ubsan_handle_type_mismatch_v1(const Misaligned* at, const void* po
 }
 
 EXPORT void simt_set_seed(uint64_t seed) { simt::set_seed(seed); }
+
+// A GPU of so much shared memory for each multiprocessor; false where it is more than the emulator has.
+EXPORT bool simt_set_shared_memory(size_t per_multiprocessor) {
+  if (per_multiprocessor < 49 << 10 || per_multiprocessor > simt::kMaxShared + 1024) return false;
+  simt::shared_of_multiprocessor = per_multiprocessor;
+  simt::shared_limits.clear();
+  return true;
+}
 EXPORT int simt_device() { return simt::device(); }
 
 // From now on, or no more.

@@ -1,5 +1,5 @@
 // The emulator's core: a grid of blocks whose threads run as fibers of one OS thread. cuda_runtime.h
-// puts CUDA's names on top; simt_ptx.h adds instructions by `collective`.
+// puts CUDA's names on top; copies.h and tensor_cores.h add instructions.
 #pragma once
 
 #include <cstddef>
@@ -45,6 +45,7 @@ void barrier(const Site& site);
 class Lanes {
  public:
   unsigned mask = 0;
+  int first = 0;  // the thread that is lane 0
   void* arguments[warpSize] = {};
 
   bool has(int lane) const { return mask >> lane & 1; }
@@ -54,13 +55,19 @@ class Lanes {
   }
 };
 
+int thread();  // the one that runs now, of the block
 int lane();
+uint3 thread_index(int thread);
 
 // The lanes in `mask` wait for each other; the last one to come calls `resolve`, which reads and writes
 // the arguments of all of them; then all go on.
 void collective(unsigned mask, const Site& site, void* argument, void (*resolve)(const Lanes&));
 
-[[noreturn]] void fail(const Site& site, const char* message);
+// Ends the grid. `thread` did it: by default the one that runs now.
+[[noreturn]] void fail(const Site& site, const std::string& message, int thread = -1);
+
+std::string text(const uint3& index);
+std::string text(const Site& site);
 
 constexpr int kDevices = 2;
 int& device();  // the current one of the calling thread of the host
@@ -69,7 +76,14 @@ void record(const std::string& call);  // what the runtime was called for, where
 
 const char* name_of(const void* kernel);  // mangled, or null
 
+constexpr size_t kMaxShared = 227 << 10;  // of a block, and of the emulator
 unsigned char* dynamic_shared();
-size_t& shared_limit(const void* kernel);  // set by cudaFuncSetAttribute
+size_t shared_size();  // dynamic, of the block that runs now
+bool in_static_shared(const void* pointer, size_t bytes);
+
+// What the GPU has, set by simt_set_shared_memory.
+size_t shared_per_multiprocessor();
+size_t shared_per_block();                 // at most, where a kernel asks for it
+size_t& shared_limit(const void* kernel);  // what it has asked for (cudaFuncSetAttribute)
 
 }  // namespace simt

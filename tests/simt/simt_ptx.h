@@ -1,7 +1,9 @@
 // C++ of the same meaning for the functions of csrc/cuda/ptx.h.
 #pragma once
 
+#include "copies.h"
 #include "simt.h"
+#include "tensor_cores.h"
 
 namespace fastllm::cuda {
 
@@ -22,6 +24,39 @@ inline float approximate_reciprocal(float x) {
   const float exact = 1.0f / x;
   if (std::fabs(exact) < 0x1p-126f) return std::copysign(0.0f, x);
   return std::nextafter(exact, __float_as_uint(x) * 0x9e3779b9u >> 31 ? INFINITY : -INFINITY);
+}
+
+// As far off as the GPU's may be, too, but for whole numbers.
+inline float approximate_exp2(float x) {
+  if (std::fabs(x) < 0x1p-126f) return 1.0f;
+  if (std::isnan(x)) return x;
+  if (x < -126.0f) return 0.0f;
+  const float exact = float(std::exp2(double(x)));
+  if (x == std::floor(x)) return exact;
+  return std::nextafter(exact, __float_as_uint(x) * 0x9e3779b9u >> 31 ? INFINITY : -INFINITY);
+}
+
+inline void copy_async(void* to, const void* from, bool there = true, SIMT_CALLER) {
+  simt::copy_async(to, from, there, {"copy_async", function, file, line});
+}
+inline void commit_copies() { simt::commit_copies(); }
+template <int N>
+inline void wait_copies(SIMT_CALLER) {
+  simt::wait_copies(N, {"wait_copies", function, file, line});
+}
+
+inline void load_matrices(uint32_t (&matrices)[4], const void* row, SIMT_CALLER) {
+  simt::load_matrices(matrices, row, false, {"load_matrices", function, file, line});
+}
+inline void load_matrices_transposed(uint32_t (&matrices)[4], const void* row, SIMT_CALLER) {
+  simt::load_matrices(matrices, row, true, {"load_matrices_transposed", function, file, line});
+}
+
+inline void multiply(__half, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_CALLER) {
+  simt::multiply(simt::Element::float16, d, a, b0, b1, {"multiply", function, file, line});
+}
+inline void multiply(__nv_bfloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_CALLER) {
+  simt::multiply(simt::Element::bfloat16, d, a, b0, b1, {"multiply", function, file, line});
 }
 
 }  // namespace fastllm::cuda
