@@ -17,7 +17,8 @@ struct Unit {
 };
 
 struct Copy {
-  int unit;
+  int unit;          // or -1: of 4 bytes, which only plain loads read, so that no state is kept
+  void* to;
   const void* from;  // null: zeros
 };
 
@@ -35,29 +36,30 @@ std::string place(const Unit& unit) {
          text(thread_index(unit.thread)) + ",";
 }
 
-unsigned char* address(int unit) { return dynamic_shared() + unit * kUnit; }
-
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kUnit == 0; }
 
 // The number of the unit there, or -1 outside dynamic shared memory.
 int unit_at(const void* pointer) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(dynamic_shared());
-  return offset < shared_size() && shared_size() - offset >= kUnit ? int(offset / kUnit) : -1;
+  return offset < shared_size() && shared_size() - offset >= sizeof(float) ? int(offset / kUnit) : -1;
 }
 
 void land(const Copy& copy, const Site& site) {
-  Unit& unit = units[copy.unit];
+  const size_t bytes = copy.unit < 0 ? sizeof(float) : kUnit;
   if (copy.from)
-    std::memcpy(address(copy.unit), copy.from, kUnit);
+    std::memcpy(copy.to, copy.from, bytes);
   else
-    std::memset(address(copy.unit), 0, kUnit);
+    std::memset(copy.to, 0, bytes);
+  if (copy.unit < 0) return;
+  Unit& unit = units[copy.unit];
   unit.state = Unit::landed;
   unit.wait = site;
   landed.push_back(copy.unit);
 }
 
 void forget(const std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) units[copy.unit].state = Unit::clean;
+  for (const Copy& copy : copies)
+    if (copy.unit >= 0) units[copy.unit].state = Unit::clean;
 }
 
 }  // namespace
@@ -72,7 +74,13 @@ void copy_async(void* to, const void* from, bool there, const Site& site) {
     fail(site, "writes shared memory that " + place(unit) + " has not brought yet (wait_copies)");
   std::memset(to, 0xff, kUnit);
   unit = {Unit::pending, thread(), site, {}};
-  of_thread[thread()].begun.push_back({at, there ? from : nullptr});
+  of_thread[thread()].begun.push_back({at, to, there ? from : nullptr});
+}
+
+void copy_async(float* to, const float* from, bool there, const Site& site) {
+  if (unit_at(to) < 0) fail(site, "the destination is not in the block's dynamic shared memory");
+  std::memset(to, 0xff, sizeof *to);
+  of_thread[thread()].begun.push_back({-1, to, there ? from : nullptr});
 }
 
 void commit_copies() {
@@ -119,7 +127,7 @@ void begin_copies(int threads) {
 void end_copies() {
   Thread& mine = of_thread[thread()];
   const auto check = [](const std::vector<Copy>& copies) {
-    if (copies.empty()) return;
+    if (copies.empty() || copies[0].unit < 0) return;
     const Unit& unit = units[copies[0].unit];
     fail(unit.copy, "the thread ends, and has not waited for this copy (commit_copies, wait_copies)");
   };

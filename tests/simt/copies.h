@@ -8,6 +8,7 @@ namespace simt {
 
 // 16 bytes, or as many zeros: NaN is there until the wait.
 void copy_async(void* to, const void* from, bool there, const Site& site);
+void copy_async(float* to, const float* from, bool there, const Site& site);  // 4 bytes
 void commit_copies();
 void wait_copies(int under_way, const Site& site);
 

@@ -49,6 +49,9 @@ inline unsigned __float_as_uint(float value) {
 
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)a * b >> 64); }
 
+using std::max;
+using std::min;
+
 inline float rsqrtf(float value) { return float(1.0 / std::sqrt(double(value))); }
 
 template <typename T>

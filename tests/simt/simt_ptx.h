@@ -13,6 +13,7 @@ inline T* dynamic_shared() {
 }
 
 inline void forget(uint4&) {}
+inline void forget(int&) {}
 inline void forget(float&) {}
 
 inline void store_global(uint4* to, const uint4& words) { *to = words; }  // a wrong alignment is found, see README.md
@@ -37,6 +38,9 @@ inline float approximate_exp2(float x) {
 }
 
 inline void copy_async(void* to, const void* from, bool there = true, SIMT_CALLER) {
+  simt::copy_async(to, from, there, {"copy_async", function, file, line});
+}
+inline void copy_async(float* to, const float* from, bool there = true, SIMT_CALLER) {
   simt::copy_async(to, from, there, {"copy_async", function, file, line});
 }
 inline void commit_copies() { simt::commit_copies(); }
