@@ -28,6 +28,8 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 ALL_ARCHS = ("80", "90a", "100", "120")
+# Each csrc/cuda/attention_*.cu is compiled once for every one of these: element type, and head dimension padded to it.
+ATTENTION = [(element, dim) for element in ("__half", "__nv_bfloat16") for dim in (256, 192, 128, 96, 64)]
 
 # Each CPU source is compiled once for every one of these; the fastest that the processor has is called.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -184,7 +186,13 @@ class BuildNative(build_ext):
             if newest:  # for GPUs that are newer still, the driver compiles PTX
                 options += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
             for source in sorted((CSRC / "cuda").glob("*.cu")):
-                ninja.compile("nvcc", source, work / f"cuda_{source.stem}.o", options)
+                each = ATTENTION if source.stem.startswith("attention_") else []
+                for element, dim in each:
+                    out = work / f"cuda_{source.stem}_{element.strip('_')}_{dim}.o"
+                    one = [f"-DFASTLLM_ELEMENT={element}", f"-DFASTLLM_DIM={dim}"]
+                    ninja.compile("nvcc", source, out, [*options, *one])
+                if not each:
+                    ninja.compile("nvcc", source, work / f"cuda_{source.stem}.o", options)
             # nvcc links: it knows where its static CUDA runtime is, which needs no driver to load.
             ninja.link(
                 [str(nvcc)], target, ["-shared", f"-ccbin={cxx[-1]}", "-Xcompiler=-fopenmp", "-Xlinker=--gc-sections"]

@@ -276,7 +276,7 @@ void backward(const AttentionBackward& a, cudaStream_t stream) {
   if constexpr (D == 64)
     launch_dkdv<T, D, KeysShape<4, 1, 64, false, 2>>(a, stream);
   else if constexpr (D <= 128)
-    launch_dkdv<T, D, KeysShape<8, 1, D == 96 ? 64 : 48, false, 1>>(a, stream);
+    launch_dkdv<T, D, KeysShape<8, 1, D == 96 ? 64 : 32, false, 1>>(a, stream);
   else
     launch_dkdv<T, D, KeysShape<8, 1, D == 192 ? 48 : 32, true, 1>>(a, stream);
   if constexpr (D == 64)
