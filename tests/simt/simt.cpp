@@ -27,8 +27,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Of the section that shared.ld makes; null where it has nothing in it.
-extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_simt_shared[], __stop_simt_shared[];
+// Of the section that shared.ld makes.
+extern "C" __attribute__((visibility("hidden"))) unsigned char simt_shared_begin[], simt_shared_end[];
 
 namespace simt {
 namespace {
@@ -150,7 +150,7 @@ int Scheduler::next() {
 
 __attribute__((noinline)) void Scheduler::run_block() {
   std::memset(shared_bytes_of_block, 0xff, shared_bytes);  // NaN in every floating-point type
-  std::memset(__start_simt_shared, 0xff, size_t(__stop_simt_shared - __start_simt_shared));
+  std::memset(simt_shared_begin, 0xff, size_t(simt_shared_end - simt_shared_begin));
   begin_copies(threads);
   at_barrier = 0;
   error = nullptr;
@@ -315,8 +315,8 @@ const char* name_of(const void* kernel) {
 unsigned char* dynamic_shared() { return shared_bytes_of_block; }
 size_t shared_size() { return scheduler.shared_bytes; }
 bool in_static_shared(const void* pointer, size_t bytes) {
-  const auto begin = reinterpret_cast<uintptr_t>(__start_simt_shared);
-  const size_t size = reinterpret_cast<uintptr_t>(__stop_simt_shared) - begin;
+  const auto begin = reinterpret_cast<uintptr_t>(simt_shared_begin);
+  const size_t size = reinterpret_cast<uintptr_t>(simt_shared_end) - begin;
   const uintptr_t offset = reinterpret_cast<uintptr_t>(pointer) - begin;
   return offset < size && size - offset >= bytes;
 }
