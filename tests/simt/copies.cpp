@@ -22,8 +22,9 @@ struct Copy {
 };
 
 struct Thread {
-  std::vector<Copy> begun;  // since the last commit
-  std::deque<std::vector<Copy>> groups;
+  std::deque<Copy> under_way;
+  std::deque<int> groups;  // how many of them each group has
+  int begun = 0;           // those since the last commit
 };
 
 Unit units[kMaxShared / kUnit];
@@ -56,10 +57,6 @@ void land(const Copy& copy, const Site& site) {
   landed.push_back(copy.unit);
 }
 
-void forget(const std::vector<Copy>& copies) {
-  for (const Copy& copy : copies) units[copy.unit].state = Unit::clean;
-}
-
 }  // namespace
 
 void copy_async(void* to, const void* from, bool there, const Site& site) {
@@ -72,19 +69,25 @@ void copy_async(void* to, const void* from, bool there, const Site& site) {
     fail(site, "writes shared memory that " + place(unit) + " has not brought yet (wait_copies)");
   std::memset(to, 0xff, kUnit);
   unit = {Unit::pending, thread(), site, {}};
-  of_thread[thread()].begun.push_back({at, there ? from : nullptr});
+  Thread& mine = of_thread[thread()];
+  mine.under_way.push_back({at, there ? from : nullptr});
+  ++mine.begun;
 }
 
 void commit_copies() {
   Thread& mine = of_thread[thread()];
-  mine.groups.emplace_back();  // may stay empty, and counts
-  mine.groups.back().swap(mine.begun);
+  mine.groups.push_back(mine.begun);  // an empty group counts, too
+  mine.begun = 0;
 }
 
 void wait_copies(int under_way, const Site& site) {
-  auto& groups = of_thread[thread()].groups;
-  for (; int(groups.size()) > under_way; groups.pop_front())
-    for (const Copy& copy : groups.front()) land(copy, site);
+  Thread& mine = of_thread[thread()];
+  for (; int(mine.groups.size()) > under_way; mine.groups.pop_front()) {
+    for (int i = 0; i < mine.groups.front(); ++i) {
+      land(mine.under_way.front(), site);
+      mine.under_way.pop_front();
+    }
+  }
 }
 
 void check_row(const void* row, int thread, const Site& site) {
@@ -106,25 +109,23 @@ void check_row(const void* row, int thread, const Site& site) {
 }
 
 void begin_copies(int threads) {
-  for (Thread& thread : of_thread) {  // those of a block that an error ended
-    forget(thread.begun);
-    for (const auto& group : thread.groups) forget(group);
-    thread.begun.clear();
-    thread.groups.clear();
-  }
   make_copies_visible();
   if (int(of_thread.size()) < threads) of_thread.resize(threads);
 }
 
 void end_copies() {
   Thread& mine = of_thread[thread()];
-  const auto check = [](const std::vector<Copy>& copies) {
-    if (copies.empty()) return;
-    const Unit& unit = units[copies[0].unit];
-    fail(unit.copy, "the thread ends, and has not waited for this copy (commit_copies, wait_copies)");
-  };
-  for (const auto& group : mine.groups) check(group);
-  check(mine.begun);
+  mine.groups.clear();  // empty ones
+  if (mine.under_way.empty()) return;
+  const Site& site = units[mine.under_way.front().unit].copy;
+  fail(site, "the thread ends, and has not waited for this copy (commit_copies, wait_copies)");
+}
+
+void abandon_copies() {
+  for (Thread& thread : of_thread) {
+    for (const Copy& copy : thread.under_way) units[copy.unit].state = Unit::clean;
+    thread = {};
+  }
 }
 
 void make_copies_visible() {

@@ -62,6 +62,7 @@ struct Scheduler {
   std::vector<std::unique_ptr<Fiber>> fibers;
   int threads = 0;  // of the block; fibers beyond wait for a larger block
   std::deque<int> ready;
+  std::vector<int> at_collective;  // threads of each warp
   int current = -1;
   int at_barrier = 0;
   Place home;
@@ -153,6 +154,7 @@ __attribute__((noinline)) void Scheduler::run_block() {
   std::memset(simt_shared_begin, 0xff, size_t(simt_shared_end - simt_shared_begin));
   begin_copies(threads);
   at_barrier = 0;
+  at_collective.assign((threads + warpSize - 1) / warpSize, 0);
   error = nullptr;
   ready.resize(threads);
   std::iota(ready.begin(), ready.end(), 0);
@@ -169,6 +171,7 @@ __attribute__((noinline)) void Scheduler::run_block() {
   if (error) {
     for (auto& fiber : fibers)  // what stands on their stacks is given up
       if (fiber->state != State::ended) fiber->started = false;
+    abandon_copies();
     std::rethrow_exception(error);
   }
 }
@@ -272,10 +275,11 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
   if ((mask >> lane() & 1) == 0) fail(site, "the mask does not name the calling lane");
 
   const int first = s.current - lane();
+  int& come = s.at_collective[first / warpSize];
   Lanes lanes;
   lanes.mask = mask;
   lanes.first = first;
-  bool complete = true;
+  bool complete = ++come >= __builtin_popcount(mask);
   for (int l = 0; l < warpSize && complete; ++l) {
     if (!lanes.has(l)) continue;
     complete = first + l < s.threads;
@@ -287,6 +291,7 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
   }
   if (complete) {
     resolve(lanes);
+    come -= __builtin_popcount(mask);
     for (int l = 0; l < warpSize; ++l)
       if (lanes.has(l)) s.release(first + l);
   }
