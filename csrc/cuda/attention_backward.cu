@@ -276,7 +276,7 @@ void backward(const AttentionBackward& a, cudaStream_t stream) {
   if constexpr (D == 64)
     launch_dkdv<T, D, KeysShape<4, 1, 64, false, 2>>(a, stream);
   else if constexpr (D <= 128)
-    launch_dkdv<T, D, KeysShape<8, 1, D == 96 ? 64 : 32, false, 1>>(a, stream);
+    launch_dkdv<T, D, KeysShape<8, 1, D == 96 ? 48 : 32, false, 1>>(a, stream);
   else
     launch_dkdv<T, D, KeysShape<8, 1, D == 192 ? 48 : 32, true, 1>>(a, stream);
   if constexpr (D == 64)
@@ -284,7 +284,7 @@ void backward(const AttentionBackward& a, cudaStream_t stream) {
   else if constexpr (D <= 128)
     launch_dq<T, D, QueriesShape<8, 1, 64, 1>>(a, stream);
   else
-    launch_dq<T, D, QueriesShape<4, 1, D == 192 ? 64 : 32, 1>>(a, stream);
+    launch_dq<T, D, QueriesShape<4, 1, D == 192 ? 48 : 32, 1>>(a, stream);
 }
 
 #define FASTLLM_INSTANCE(T, D) template void backward<T, D>(const AttentionBackward&, cudaStream_t);

@@ -18,8 +18,8 @@ REPOSITORY = SIMT.parent.parent
 CACHE = REPOSITORY / "build" / "simt"
 
 # Kernels view their registers as other types; NaN and infinity must behave as they do on the GPU, and
-# products are not fused into sums unless the source says so. An access that is not aligned calls simt.cpp. Each variable
-# has a section of its own, of which SHARED gathers some.
+# products are not fused into sums unless the source says so. An access that is not aligned calls simt.cpp. Each
+# variable has a section of its own, of which SHARED gathers some.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
          "-ffp-contract=off", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-fsanitize=alignment",
          "-fdata-sections"]  # fmt: skip

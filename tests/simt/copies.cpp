@@ -17,14 +17,16 @@ struct Unit {
 };
 
 struct Copy {
-  int unit;          // or -1: of 4 bytes, which only plain loads read, so that no state is kept
+  int unit;  // or -1: of 4 bytes, which plain loads alone read, so that no state is kept
   void* to;
   const void* from;  // null: zeros
+  Site site;
 };
 
 struct Thread {
-  std::vector<Copy> begun;  // since the last commit
-  std::deque<std::vector<Copy>> groups;
+  std::deque<Copy> under_way;
+  std::deque<int> groups;  // how many of them each group has
+  int begun = 0;           // those since the last commit
 };
 
 Unit units[kMaxShared / kUnit];
@@ -41,7 +43,14 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 // The number of the unit there, or -1 outside dynamic shared memory.
 int unit_at(const void* pointer) {
   const uintptr_t offset = reinterpret_cast<uintptr_t>(pointer) - reinterpret_cast<uintptr_t>(dynamic_shared());
-  return offset < shared_size() && shared_size() - offset >= sizeof(float) ? int(offset / kUnit) : -1;
+  return offset < shared_size() && shared_size() - offset >= kUnit ? int(offset / kUnit) : -1;
+}
+
+void begin(const Copy& copy, size_t bytes) {
+  std::memset(copy.to, 0xff, bytes);
+  Thread& mine = of_thread[thread()];
+  mine.under_way.push_back(copy);
+  ++mine.begun;
 }
 
 void land(const Copy& copy, const Site& site) {
@@ -57,11 +66,6 @@ void land(const Copy& copy, const Site& site) {
   landed.push_back(copy.unit);
 }
 
-void forget(const std::vector<Copy>& copies) {
-  for (const Copy& copy : copies)
-    if (copy.unit >= 0) units[copy.unit].state = Unit::clean;
-}
-
 }  // namespace
 
 void copy_async(void* to, const void* from, bool there, const Site& site) {
@@ -72,27 +76,30 @@ void copy_async(void* to, const void* from, bool there, const Site& site) {
   Unit& unit = units[at];
   if (unit.state == Unit::pending)
     fail(site, "writes shared memory that " + place(unit) + " has not brought yet (wait_copies)");
-  std::memset(to, 0xff, kUnit);
   unit = {Unit::pending, thread(), site, {}};
-  of_thread[thread()].begun.push_back({at, to, there ? from : nullptr});
+  begin({at, to, there ? from : nullptr, site}, kUnit);
 }
 
 void copy_async(float* to, const float* from, bool there, const Site& site) {
-  if (unit_at(to) < 0) fail(site, "the destination is not in the block's dynamic shared memory");
-  std::memset(to, 0xff, sizeof *to);
-  of_thread[thread()].begun.push_back({-1, to, there ? from : nullptr});
+  const uintptr_t offset = reinterpret_cast<uintptr_t>(to) - reinterpret_cast<uintptr_t>(dynamic_shared());
+  if (offset + sizeof *to > shared_size()) fail(site, "the destination is not in the block's dynamic shared memory");
+  begin({-1, to, there ? from : nullptr, site}, sizeof *to);
 }
 
 void commit_copies() {
   Thread& mine = of_thread[thread()];
-  mine.groups.emplace_back();  // may stay empty, and counts
-  mine.groups.back().swap(mine.begun);
+  mine.groups.push_back(mine.begun);  // an empty group counts, too
+  mine.begun = 0;
 }
 
 void wait_copies(int under_way, const Site& site) {
-  auto& groups = of_thread[thread()].groups;
-  for (; int(groups.size()) > under_way; groups.pop_front())
-    for (const Copy& copy : groups.front()) land(copy, site);
+  Thread& mine = of_thread[thread()];
+  for (; int(mine.groups.size()) > under_way; mine.groups.pop_front()) {
+    for (int i = 0; i < mine.groups.front(); ++i) {
+      land(mine.under_way.front(), site);
+      mine.under_way.pop_front();
+    }
+  }
 }
 
 void check_row(const void* row, int thread, const Site& site) {
@@ -114,25 +121,23 @@ void check_row(const void* row, int thread, const Site& site) {
 }
 
 void begin_copies(int threads) {
-  for (Thread& thread : of_thread) {  // those of a block that an error ended
-    forget(thread.begun);
-    for (const auto& group : thread.groups) forget(group);
-    thread.begun.clear();
-    thread.groups.clear();
-  }
   make_copies_visible();
   if (int(of_thread.size()) < threads) of_thread.resize(threads);
 }
 
 void end_copies() {
   Thread& mine = of_thread[thread()];
-  const auto check = [](const std::vector<Copy>& copies) {
-    if (copies.empty() || copies[0].unit < 0) return;
-    const Unit& unit = units[copies[0].unit];
-    fail(unit.copy, "the thread ends, and has not waited for this copy (commit_copies, wait_copies)");
-  };
-  for (const auto& group : mine.groups) check(group);
-  check(mine.begun);
+  mine.groups.clear();  // empty ones
+  if (mine.under_way.empty()) return;
+  fail(mine.under_way.front().site, "the thread ends, and has not waited for this copy (commit_copies, wait_copies)");
+}
+
+void abandon_copies() {
+  for (Thread& thread : of_thread) {
+    for (const Copy& copy : thread.under_way)
+      if (copy.unit >= 0) units[copy.unit].state = Unit::clean;
+    thread = {};
+  }
 }
 
 void make_copies_visible() {

@@ -18,6 +18,7 @@ void check_row(const void* row, int thread, const Site& site);
 // The core's part.
 void begin_copies(int threads);         // of a block
 void end_copies();                      // of the calling thread: fails where it has not waited
+void abandon_copies();                  // those of a block that an error ends
 void make_copies_visible();             // to the block
 void make_copies_visible_to(int warp);  // those of its own threads
 

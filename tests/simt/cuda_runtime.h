@@ -23,8 +23,8 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 // One block runs at a time. The tag, a part of the variable's name for the linker, is how shared.ld finds it: GCC heeds
-// no section attribute in a template.
-#define __shared__ static __attribute__((abi_tag("simt_shared")))
+// no section attribute in a template. `used`: what a block finds there is not the zero that C++ promises.
+#define __shared__ static __attribute__((used, abi_tag("simt_shared")))
 
 struct float2 {
   float x, y;

@@ -3,14 +3,12 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <exception>
-#include <string>
-
 #include "cuda/divide.h"
 #include "cuda/launch.h"
 #include "cuda/ptx.h"
 #include "cuda/reduce.h"
 #include "cuda/vec.h"
+#include "selftest.h"
 
 using namespace fastllm;
 using namespace fastllm::cuda;
@@ -66,6 +64,23 @@ __global__ void dynamic_memory(float* out) {
   dynamic_shared<float>()[threadIdx.x] = 0.0f;
 }
 
+// What a block finds in static shared memory, which it then writes.
+template <int kSize>
+__global__ void static_memory_of_template(float* out) {
+  __shared__ float values[kSize][2], more[kSize];
+  for (int i = 0; i < 2; ++i) {
+    out[3 * threadIdx.x + i] = values[threadIdx.x][i];
+    values[threadIdx.x][i] = 0.0f;
+  }
+  out[3 * threadIdx.x + 2] = more[threadIdx.x];
+  more[threadIdx.x] = 0.0f;
+}
+__global__ void static_memory(float* out) {
+  __shared__ float values[96];
+  out[threadIdx.x] = values[threadIdx.x];
+  values[threadIdx.x] = 0.0f;
+}
+
 // Each row of `out` is one kind of shuffle or vote.
 __global__ void shuffles(int* out, int argument, int width) {
   const int t = threadIdx.x, lane = t % warpSize;
@@ -110,21 +125,7 @@ __global__ void reciprocals(const float* in, float* approximate, float* out, int
   }
 }
 
-// ---- what the tests call: the error's text, or null ------------------------------------------------
-
-template <typename F>
-const char* caught(F f) {
-  static std::string message;
-  try {
-    f();
-    return nullptr;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return message.c_str();
-  }
-}
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
+// ---- what the tests call ---------------------------------------------------------------------------
 
 EXPORT const char* run_block_sum(const float* in, float* out, int blocks, int threads, int n) {
   return caught([&] { launch(block_sum, dim3(blocks), dim3(threads), 0, nullptr, in, out, n); });
@@ -148,6 +149,16 @@ EXPORT const char* run_outside_mask() {
 }
 EXPORT const char* run_dynamic_memory(float* out, int blocks, int threads, size_t bytes) {
   return caught([&] { launch(dynamic_memory, dim3(blocks), dim3(threads), bytes, nullptr, out); });
+}
+EXPORT const char* run_static_memory(float* out, int which, int blocks) {
+  return caught([&] {
+    if (which == 0) launch(static_memory, dim3(blocks), dim3(96), 0, nullptr, out);
+    if (which == 1) launch(static_memory_of_template<32>, dim3(blocks), dim3(32), 0, nullptr, out);
+    if (which == 2) launch(static_memory_of_template<64>, dim3(blocks), dim3(32), 0, nullptr, out);
+  });
+}
+EXPORT const char* run_attribute(int attribute, int* value) {
+  return caught([&] { check(cudaDeviceGetAttribute(value, cudaDeviceAttr(attribute), 0)); });
 }
 EXPORT const char* run_shuffles(int* out, int argument, int width) {
   return caught([&] { launch(shuffles, dim3(1), dim3(64), 0, nullptr, out, argument, width); });

@@ -27,8 +27,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// Of the section that shared.ld makes; null where it has nothing in it.
-extern "C" __attribute__((weak, visibility("hidden"))) unsigned char __start_simt_shared[], __stop_simt_shared[];
+// Of the section that shared.ld makes.
+extern "C" __attribute__((visibility("hidden"))) unsigned char simt_shared_begin[], simt_shared_end[];
 
 namespace simt {
 namespace {
@@ -62,6 +62,7 @@ struct Scheduler {
   std::vector<std::unique_ptr<Fiber>> fibers;
   int threads = 0;  // of the block; fibers beyond wait for a larger block
   std::deque<int> ready;
+  std::vector<int> at_collective;  // threads of each warp
   int current = -1;
   int at_barrier = 0;
   Place home;
@@ -150,9 +151,10 @@ int Scheduler::next() {
 
 __attribute__((noinline)) void Scheduler::run_block() {
   std::memset(shared_bytes_of_block, 0xff, shared_bytes);  // NaN in every floating-point type
-  std::memset(__start_simt_shared, 0xff, size_t(__stop_simt_shared - __start_simt_shared));
+  std::memset(simt_shared_begin, 0xff, size_t(simt_shared_end - simt_shared_begin));
   begin_copies(threads);
   at_barrier = 0;
+  at_collective.assign((threads + warpSize - 1) / warpSize, 0);
   error = nullptr;
   ready.resize(threads);
   std::iota(ready.begin(), ready.end(), 0);
@@ -169,6 +171,7 @@ __attribute__((noinline)) void Scheduler::run_block() {
   if (error) {
     for (auto& fiber : fibers)  // what stands on their stacks is given up
       if (fiber->state != State::ended) fiber->started = false;
+    abandon_copies();
     std::rethrow_exception(error);
   }
 }
@@ -272,10 +275,11 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
   if ((mask >> lane() & 1) == 0) fail(site, "the mask does not name the calling lane");
 
   const int first = s.current - lane();
+  int& come = s.at_collective[first / warpSize];
   Lanes lanes;
   lanes.mask = mask;
   lanes.first = first;
-  bool complete = true;
+  bool complete = ++come >= __builtin_popcount(mask);
   for (int l = 0; l < warpSize && complete; ++l) {
     if (!lanes.has(l)) continue;
     complete = first + l < s.threads;
@@ -287,6 +291,7 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
   }
   if (complete) {
     resolve(lanes);
+    come -= __builtin_popcount(mask);
     for (int l = 0; l < warpSize; ++l)
       if (lanes.has(l)) s.release(first + l);
   }
@@ -315,8 +320,8 @@ const char* name_of(const void* kernel) {
 unsigned char* dynamic_shared() { return shared_bytes_of_block; }
 size_t shared_size() { return scheduler.shared_bytes; }
 bool in_static_shared(const void* pointer, size_t bytes) {
-  const auto begin = reinterpret_cast<uintptr_t>(__start_simt_shared);
-  const size_t size = reinterpret_cast<uintptr_t>(__stop_simt_shared) - begin;
+  const auto begin = reinterpret_cast<uintptr_t>(simt_shared_begin);
+  const size_t size = reinterpret_cast<uintptr_t>(simt_shared_end) - begin;
   const uintptr_t offset = reinterpret_cast<uintptr_t>(pointer) - begin;
   return offset < size && size - offset >= bytes;
 }

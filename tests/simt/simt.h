@@ -46,7 +46,7 @@ class Lanes {
  public:
   unsigned mask = 0;
   int first = 0;  // the thread that is lane 0
-  void* arguments[warpSize] = {};
+  void* arguments[warpSize];
 
   bool has(int lane) const { return mask >> lane & 1; }
   template <typename Argument>

@@ -1,6 +1,5 @@
 #include "tensor_cores.h"
 
-#include <cmath>
 #include <cstring>
 
 #include "copies.h"
@@ -50,61 +49,65 @@ struct Multiply {
   uint32_t b[2];
 };
 
+// Eight at once, in the compiler's own vector types.
+template <typename T>
+using Eight __attribute__((vector_size(8 * sizeof(T)))) = T;
+using Eight16 = Eight<uint16_t>;
+using Eight32 = Eight<uint32_t>;
+using Eight64 = Eight<uint64_t>;
+using Floats = Eight<float>;
+using Doubles = Eight<double>;
+
 // A warp's operands, in order.
 struct Operands {
-  float d[16][8];
-  uint16_t a[16][16];
-  uint16_t b[8][16];  // a row for each column
+  Floats d[16];
+  Eight16 a[16][2];
+  Eight16 b[16];
 };
 
-inline float as_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+#define INLINE inline __attribute__((always_inline))
 
 template <Element kElement>
-inline double value_of(uint16_t bits) {
+INLINE void convert(const Eight16& from, Doubles& to) {
+  const Eight32 bits = __builtin_convertvector(from, Eight32);
   if constexpr (kElement == Element::bfloat16) {
-    return as_float(uint32_t(bits) << 16);
+    to = __builtin_convertvector((Floats)(bits << 16), Doubles);
   } else {
-    const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = uint32_t(bits & 0x7fff) << 13;
-    const uint32_t special = rest >= 0x7c00u << 13 ? 0x7f800000u : 0;  // infinity, NaN
-    const float size = as_float(rest) * 0x1p112f;  // the bits as a float's are 2^112 too small, subnormals included
-    uint32_t size_bits;
-    std::memcpy(&size_bits, &size, sizeof size);
-    return as_float(sign | (special ? special | rest : size_bits));
+    const Eight32 size = bits & 0x7fff, sign = (bits & 0x8000) << 16;
+    const Eight32 special = (Eight32)(size >= 0x7c00) & (112u << 23);  // infinity, NaN
+    const Eight32 normal = (size << 13) + (112u << 23) + special;
+    const Eight32 subnormal = (Eight32)(__builtin_convertvector((Eight<int32_t>)size, Floats) * 0x1p-24f);
+    const Eight32 small = (Eight32)(size < 0x400);
+    to = __builtin_convertvector((Floats)((small & subnormal) | (~small & normal) | sign), Doubles);
   }
 }
 
 // Towards zero; beyond the largest float it is infinity.
-inline float truncated(double value) {
-  uint64_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits &= ~((uint64_t(1) << 29) - 1);  // what a float has no room for
-  double rest;
-  std::memcpy(&rest, &bits, sizeof rest);
-  float result = float(rest);  // exact where it is not subnormal
-  const uint32_t further = std::fabs(rest) < 0x1p-126 && std::fabs(double(result)) > std::fabs(rest);
-  uint32_t result_bits;
-  std::memcpy(&result_bits, &result, sizeof result);
-  return as_float(result_bits - further);
+INLINE void truncate(const Doubles& from, Floats& to) {
+  const Eight64 kept = (Eight64)from & ~((uint64_t(1) << 29) - 1);  // what a float has room for
+  const Floats nearest = __builtin_convertvector((Doubles)kept, Floats);  // exact where it is not subnormal
+  const Eight64 size = kept << 1, converted = (Eight64)__builtin_convertvector(nearest, Doubles) << 1;
+  const Eight64 further = (Eight64)(converted > size) & (Eight64)(size < uint64_t(1023 - 126) << 53);
+  to = (Floats)((Eight32)nearest + __builtin_convertvector(further, Eight32));  // one less
 }
 
 template <Element kElement>
-inline __attribute__((always_inline)) void multiply_in_order(Operands& o) {
-  double a[16][16], b[16][8];
-  for (int i = 0; i < 16; ++i)
-    for (int k = 0; k < 16; ++k) a[i][k] = value_of<kElement>(o.a[i][k]);
-  for (int k = 0; k < 16; ++k)
-    for (int j = 0; j < 8; ++j) b[k][j] = value_of<kElement>(o.b[j][k]);
+INLINE void multiply_in_order(Operands& o) {
+  union {
+    Doubles eight[16][2];
+    double one[16][16];
+  } a;
+  Doubles b[16];
+  for (int i = 0; i < 16; ++i) {
+    convert<kElement>(o.a[i][0], a.eight[i][0]);
+    convert<kElement>(o.a[i][1], a.eight[i][1]);
+    convert<kElement>(o.b[i], b[i]);
+  }
   for (int i = 0; i < 16; ++i) {
     for (int block = 0; block < 16; block += 8) {
-      double sum[8];
-      for (int j = 0; j < 8; ++j) sum[j] = o.d[i][j];
-      for (int k = block; k < block + 8; ++k)
-        for (int j = 0; j < 8; ++j) sum[j] += a[i][k] * b[k][j];
-      for (int j = 0; j < 8; ++j) o.d[i][j] = truncated(sum[j]);
+      Doubles sum = __builtin_convertvector(o.d[i], Doubles);
+      for (int k = block; k < block + 8; ++k) sum += a.one[i][k] * b[k];
+      truncate(sum, o.d[i]);
     }
   }
 }
@@ -118,19 +121,20 @@ void multiply(const Lanes& lanes) {
   for (int lane = 0; lane < warpSize; ++lane) {
     const auto& mine = lanes.at<Multiply>(lane);
     const int g = lane / 4, c = 2 * (lane % 4);
+    const auto at = [c](auto& row) { return reinterpret_cast<unsigned char*>(&row) + c * sizeof row[0]; };
     for (int half = 0; half < 2; ++half) {
-      std::memcpy(&o.d[g + 8 * half][c], mine.d + 2 * half, 8);
-      std::memcpy(&o.a[g + 8 * half][c], mine.a + half, 4);
-      std::memcpy(&o.a[g + 8 * half][c + 8], mine.a + 2 + half, 4);
-      std::memcpy(&o.b[g][c + 8 * half], mine.b + half, 4);
+      std::memcpy(at(o.d[g + 8 * half]), mine.d + 2 * half, 8);
+      std::memcpy(at(o.a[g + 8 * half][0]), mine.a + half, 4);
+      std::memcpy(at(o.a[g + 8 * half][1]), mine.a + 2 + half, 4);
+      o.b[c + 8 * half][g] = uint16_t(mine.b[half]);
+      o.b[c + 1 + 8 * half][g] = uint16_t(mine.b[half] >> 16);
     }
   }
   kMultiply(o);
   for (int lane = 0; lane < warpSize; ++lane) {
     float* d = lanes.at<Multiply>(lane).d;
     const int g = lane / 4, c = 2 * (lane % 4);
-    std::memcpy(d, &o.d[g][c], 8);
-    std::memcpy(d + 2, &o.d[g + 8][c], 8);
+    for (int i = 0; i < 4; ++i) d[i] = o.d[g + i / 2 * 8][c + i % 2];
   }
 }
 

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-HERE = Path(__file__).resolve().parent
-
-
-def _builder():
-    spec = importlib.util.spec_from_file_location("simt_build", HERE / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.simt.library import build_and_load, call
 
 
 @pytest.fixture(scope="module")
 def library() -> ctypes.CDLL:
-    built = _builder().build([HERE / "selftest.cu"], "selftest", include=[HERE.parents[1] / "csrc"])
-    library = ctypes.CDLL(str(built))
-    library.simt_set_seed.argtypes = [ctypes.c_uint64]
-    return library
+    return build_and_load("selftest")
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +21,6 @@ def in_order(library: ctypes.CDLL) -> Iterator[None]:
     library.simt_set_seed(0)
     yield
     library.simt_set_seed(0)
-
-
-def call(library: ctypes.CDLL, name: str, *arguments: torch.Tensor | int) -> str | None:
-    """The message of the error that the kernel ended with, or None."""
-    function = getattr(library, name)
-    function.restype = ctypes.c_char_p
-    message = function(*(ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments))
-    return message.decode() if message is not None else None
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -113,6 +93,32 @@ def test_dynamic_shared_memory_is_poisoned_before_every_block(library: ctypes.CD
     out = torch.zeros(128)
     assert call(library, "run_dynamic_memory", out, 3, 128, ctypes.c_size_t(512)) is None
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_static_shared_memory_is_poisoned_before_every_block(library: ctypes.CDLL, which: int) -> None:
+    for _ in range(2):
+        out = torch.zeros(96)
+        assert call(library, "run_static_memory", out, which, 3) is None
+        assert out.isnan().all()
+
+
+@pytest.mark.parametrize("kib", [100, 164, 228])
+def test_shared_memory_of_other_gpus(library: ctypes.CDLL, kib: int) -> None:
+    library.simt_set_shared_memory.argtypes, library.simt_set_shared_memory.restype = [ctypes.c_size_t], ctypes.c_bool
+    out, value = torch.zeros(1), ctypes.c_int()
+    limit = (kib - 1) << 10
+    assert call(library, "run_dynamic_memory", out, 1, 1, ctypes.c_size_t(227 << 10)) is None
+    assert library.simt_set_shared_memory(kib << 10)
+    try:
+        for attribute, expected in ((81, kib << 10), (97, limit)):
+            assert call(library, "run_attribute", attribute, ctypes.byref(value)) is None
+            assert value.value == expected
+        assert call(library, "run_dynamic_memory", out, 1, 1, ctypes.c_size_t(limit)) is None
+        assert "invalid argument" in call(library, "run_dynamic_memory", out, 1, 1, ctypes.c_size_t(limit + 1))
+    finally:
+        assert library.simt_set_shared_memory(228 << 10)
+    assert not library.simt_set_shared_memory(229 << 10)
 
 
 def test_launch_limits(library: ctypes.CDLL) -> None:
