@@ -86,6 +86,15 @@ def cuda_archs() -> tuple[str, ...]:
     return tuple(sorted(arch + "a" if arch == "90" else arch for arch in archs))
 
 
+def from_ampere(archs: tuple[str, ...]) -> list[str]:
+    """nvcc's options for sources of which compute capability 8.0 has all that they use: one compilation to PTX then
+    serves every architecture, and the driver of newer GPUs. Where there is an older one, they trap."""
+    newer = [a for a in archs if int(a.rstrip("abf")) >= 80]
+    options = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs if a not in newer]
+    codes = ",".join([*(f"sm_{a}" for a in newer), "compute_80"])
+    return [*options, f"-gencode=arch=compute_80,code=[{codes}]"]
+
+
 class Ninja:
     """A build.ninja in the making: objects, then one link."""
 
@@ -181,18 +190,18 @@ class BuildNative(build_ext):
                 f"-ccbin={cxx[-1]}",
                 f"-I{CSRC}",
             ]
-            options += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             newest = max((a for a in archs if a.isdigit()), key=int, default=None)
-            if newest:  # for GPUs that are newer still, the driver compiles PTX
-                options += [f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+            ptx = [newest] if newest else []  # for GPUs that are newer still, the driver compiles it
+            every = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            every += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx]
             for source in sorted((CSRC / "cuda").glob("*.cu")):
-                each = ATTENTION if source.stem.startswith("attention_") else []
-                for element, dim in each:
+                if not source.stem.startswith("attention_"):
+                    ninja.compile("nvcc", source, work / f"cuda_{source.stem}.o", [*options, *every])
+                    continue
+                for element, dim in ATTENTION:
                     out = work / f"cuda_{source.stem}_{element.strip('_')}_{dim}.o"
                     one = [f"-DFASTLLM_ELEMENT={element}", f"-DFASTLLM_DIM={dim}"]
-                    ninja.compile("nvcc", source, out, [*options, *one])
-                if not each:
-                    ninja.compile("nvcc", source, work / f"cuda_{source.stem}.o", options)
+                    ninja.compile("nvcc", source, out, [*options, *from_ampere(archs), *one])
             # nvcc links: it knows where its static CUDA runtime is, which needs no driver to load.
             ninja.link(
                 [str(nvcc)], target, ["-shared", f"-ccbin={cxx[-1]}", "-Xcompiler=-fopenmp", "-Xlinker=--gc-sections"]

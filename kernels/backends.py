@@ -45,16 +45,17 @@ class Op:
     name: str
     kernels: tuple[str, ...]
     function: Callable[..., Any] = field(repr=False)
+    tensor_cores: bool = False  # what its CUDA C++ kernels run on: not every dtype and GPU
 
 
 OPS: dict[str, Op] = {}
 
 
-def op(*kernels: str) -> Callable[[Function], Function]:
+def op(*kernels: str, tensor_cores: bool = False) -> Callable[[Function], Function]:
     """Enter a public function in :data:`OPS`, with the backends (beside ``torch``) that it has kernels for."""
 
     def enter(function: Function) -> Function:
-        OPS[function.__name__] = Op(function.__name__, kernels, function)
+        OPS[function.__name__] = Op(function.__name__, kernels, function, tensor_cores)
         return function
 
     return enter
@@ -182,7 +183,8 @@ def _limit_of_kind(op: Op, backend: str, dtype: torch.dtype, device: torch.devic
         return f"{op.name} has no {backend} kernel yet"
     if dtype not in KERNEL_DTYPES:
         return f"its kernels take float32, float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    return device_limit(backend, device)
+    limit = device_limit(backend, device)
+    return native.tensor_cores_missing(dtype, device) if not limit and backend == "cuda" and op.tensor_cores else limit
 
 
 def _automatic(op: Op, device: torch.device) -> tuple[str, ...]:

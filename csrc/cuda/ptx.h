@@ -51,37 +51,43 @@ __device__ inline float approximate_exp2(float x) {
   return y;
 }
 
-// ---- compute capability 8.0 and newer ----
+// ---- compute capability 8.0 and newer; on an older one it traps ----
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define FASTLLM_ASM(...) __trap()
+#else
+#define FASTLLM_ASM(...) asm volatile(__VA_ARGS__)
+#endif
 
 __device__ inline uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
 // Begins to copy 16 bytes to shared memory, or to fill them with zeros (then `from` is not read). Copies that a thread
 // has begun form a group when it calls commit_copies; wait_copies waits until at most N of its groups are under way.
 __device__ inline void copy_async(void* to, const void* from, bool there = true) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+  FASTLLM_ASM("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(there ? 16 : 0)
                : "memory");
 }
 __device__ inline void copy_async(float* to, const float* from, bool there = true) {  // the same of 4 bytes
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
+  FASTLLM_ASM("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0)
                : "memory");
 }
-__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ inline void commit_copies() { FASTLLM_ASM("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 __device__ inline void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+  FASTLLM_ASM("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 // Four 8x8 matrices of 16-bit elements: lane l brings the address of row l % 8 of matrix l / 8, 16 bytes in shared
 // memory, and gets the elements 2 (l % 4) and the next of row l / 4 of each; transposed, of each column l / 4.
 __device__ inline void load_matrices(uint32_t (&matrices)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  FASTLLM_ASM("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
                : "r"(shared_address(row))
                : "memory");
 }
 __device__ inline void load_matrices_transposed(uint32_t (&matrices)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+  FASTLLM_ASM("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
                : "r"(shared_address(row))
                : "memory");
@@ -91,19 +97,21 @@ __device__ inline void load_matrices_transposed(uint32_t (&matrices)[4], const v
 // d: (g, c) (g, c + 1) (g + 8, c) (g + 8, c + 1); of a the pairs from (g, c), (g + 8, c), (g, c + 8), (g + 8, c + 8);
 // of b the pairs down the column from (c, g), (c + 8, g).
 __device__ inline void multiply(__half, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm(
+  FASTLLM_ASM(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 __device__ inline void multiply(__nv_bfloat16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm(
+  FASTLLM_ASM(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+#undef FASTLLM_ASM
 
 }  // namespace fastllm::cuda
 

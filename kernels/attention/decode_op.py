@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from . import reference
-from .op import check_heads, limits
+from .op import check_heads, too_wide
 from .operators import attention_decode
 from .options import Options, Window, bounds
 
@@ -34,7 +34,7 @@ def flash_decode(
     return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
-@backends.op("triton", "cuda", "cpu")
+@backends.op("triton", "cuda", "cpu", tensor_cores=True)
 def flash_decode(
     q: Tensor,
     k_cache: Tensor,
@@ -86,7 +86,7 @@ def flash_decode(
             "flash_decode: it has no gradient, and an argument requires one; call it under torch.no_grad(), or "
             "flash_attention, which has"
         )
-    chosen = backends.select("flash_decode", q, backend, limits(q, v_cache))
+    chosen = backends.select("flash_decode", q, backend, too_wide(q, v_cache))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":

@@ -43,7 +43,7 @@ def flash_attention(
     return_lse: bool = False, deterministic: bool = False, layout: str = "bshd", backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 # fmt: on
-@backends.op("triton", "cuda", "cpu")
+@backends.op("triton", "cuda", "cpu", tensor_cores=True)
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -87,7 +87,8 @@ def flash_attention(
             from 0 to the number of tokens; q, k, v then have no batch dimension, and sequences don't see each
             other. cu_seqlens_k defaults to cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: at least the longest sequence: on a GPU nothing then waits for it, as CUDA graphs
-            demand. Tokens beyond one that is too small become NaN there; on a CPU it is an error.
+            demand (the cuda kernels need none). Tokens beyond one that is too small become NaN in triton; on a CPU it is
+            an error.
         return_lse: also return the scores' log-sum-exp, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``),
             float32, -inf where nothing is seen; gradients flow through it.
         deterministic: the same gradients, bit for bit, at every call.
@@ -144,7 +145,7 @@ def flash_attention(
             if cu.dim() != 1 or cu.numel() == 0:
                 raise ValueError(f"flash_attention: {name} must be [sequences + 1], it has shape {list(cu.shape)}")
         checks.sized("flash_attention", "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape)
-    chosen = backends.select("flash_attention", q, backend, limits(q, v))
+    chosen = backends.select("flash_attention", q, backend, too_wide(q, v))
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     packing = UNPACKED
@@ -189,17 +190,11 @@ def check_heads(
     return q, k, v
 
 
-def limits(q: Tensor, v: Tensor) -> backends.WhyNot | None:
+def too_wide(q: Tensor, v: Tensor) -> backends.WhyNot | None:
     """For backends.select."""
-    if q.shape[-1] > LARGEST_HEAD or v.shape[-1] > LARGEST_HEAD:
-        return lambda backend: f"its kernels take a head_dim up to {LARGEST_HEAD}"
-    return _no_float32 if q.dtype is torch.float32 else None
-
-
-def _no_float32(backend: str) -> str | None:
-    if backend != "cuda":
+    if q.shape[-1] <= LARGEST_HEAD and v.shape[-1] <= LARGEST_HEAD:
         return None
-    return "its kernels take float16 and bfloat16, which tensor cores multiply exactly; float32 has triton"
+    return lambda backend: f"its kernels take a head_dim up to {LARGEST_HEAD}"
 
 
 class _FlashAttention(torch.autograd.Function):
