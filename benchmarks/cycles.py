@@ -35,11 +35,12 @@ class Gpu(NamedTuple):
         return 2 * self.multiply_adds * self.processors * self.ghz / 1e3
 
 
-# Data sheets (RTX 5090: half rate with float32 sums); L2: bytes a cycle in all over multiprocessors.
+# Data sheets (RTX 5090: half rate with float32 sums). L2: the A100's is its data sheet's, the others are what reads of their
+# chips reached elsewhere.
 GPUS = (
     Gpu("A100", 108, 1.41, 1024, 47),
-    Gpu("L40S", 142, 2.52, 512, 18),
-    Gpu("RTX 5090", 170, 2.41, 256, 24),
+    Gpu("L40S", 142, 2.52, 512, 14),
+    Gpu("RTX 5090", 170, 2.41, 256, 16),
 )
 MUFU, FLOAT, SHARED = 4, 16, 128  # results a cycle and quarter: exponentials, others; bytes of shared memory a cycle
 

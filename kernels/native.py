@@ -99,7 +99,8 @@ def cuda_missing(device: torch.device) -> str | None:
 def tensor_cores_missing(dtype: torch.dtype, device: torch.device) -> str | None:
     """Why CUDA C++ kernels that run on tensor cores can't be called, or None."""
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernels take float16 and bfloat16, the dtypes of tensor cores, not {str(dtype).removeprefix('torch.')}"
+        name = str(dtype).removeprefix("torch.")
+        return f"its kernels take float16 and bfloat16, which tensor cores multiply, not {name}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "its kernels need a GPU of compute capability 8.0 or newer"
     return None

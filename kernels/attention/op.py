@@ -86,9 +86,9 @@ def flash_attention(
         cu_seqlens_q, cu_seqlens_k: ``[sequences + 1]`` int32 or int64, where packed sequences start and end,
             from 0 to the number of tokens; q, k, v then have no batch dimension, and sequences don't see each
             other. cu_seqlens_k defaults to cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence: on a GPU nothing then waits for it, as CUDA graphs
-            demand (the cuda kernels need none). Tokens beyond one that is too small become NaN in triton; on a CPU it is
-            an error.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence: on a GPU triton then waits for nothing, as CUDA
+            graphs demand; tokens beyond one that is too small become NaN there. The cuda kernels need none; on a CPU
+            one that is too small is an error.
         return_lse: also return the scores' log-sum-exp, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``),
             float32, -inf where nothing is seen; gradients flow through it.
         deterministic: the same gradients, bit for bit, at every call.
