@@ -35,8 +35,8 @@ class Gpu(NamedTuple):
         return 2 * self.multiply_adds * self.processors * self.ghz / 1e3
 
 
-# Data sheets (RTX 5090: half rate with float32 sums). L2: the A100's is its data sheet's, the others are what reads of their
-# chips reached elsewhere.
+# Data sheets (RTX 5090: half rate with float32 sums). L2: the A100's is its data sheet's, the others are what reads of
+# their chips reached elsewhere.
 GPUS = (
     Gpu("A100", 108, 1.41, 1024, 47),
     Gpu("L40S", 142, 2.52, 512, 14),
