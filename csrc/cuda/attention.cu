@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp) attention_combine_kernel
     sum += weight[i];
   }
   sum = warp_reduce(Sum(), sum);
+  const float share = sum == 0.0f ? 0.0f : reciprocal(sum);
   const int head = row % heads, token = row / heads;  // lse is [sequences, heads, queries]
   if (a.lse && lane == 0) a.lse[(token / len_q * heads + head) * len_q + token % len_q] = (top + log2f(sum)) * kLn2;
   for (int first = 0; first < dim; first += kWarp) {
@@ -66,10 +67,10 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp) attention_combine_kernel
 #pragma unroll
     for (int i = 0; i < kEach; ++i)
       for (int split = i * kWarp; split < min(splits, (i + 1) * kWarp); ++split) {
-        const float share = __shfl_sync(0xffffffffu, weight[i], split % kWarp);
-        if (c < dim) value = fmaf(share, a.parts[(int64_t(split) * rows + row) * dim + c], value);
+        const float of_split = __shfl_sync(0xffffffffu, weight[i], split % kWarp);
+        if (c < dim) value = fmaf(of_split, a.parts[(int64_t(split) * rows + row) * dim + c], value);
       }
-    if (c < dim) static_cast<T*>(a.out)[int64_t(row) * dim + c] = from_float<T>(sum == 0.0f ? 0.0f : value / sum);
+    if (c < dim) static_cast<T*>(a.out)[int64_t(row) * dim + c] = from_float<T>(value * share);
   }
 }
 

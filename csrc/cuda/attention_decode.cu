@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(S::kThreads)
 #pragma unroll
     for (int w = 0; w < S::kWarps; ++w) {
       const float weight = approximate_exp2(tops[w * kDecodeRows + row] - base);
-      sums[w * kDecodeRows + row] = sum == 0.0f ? 0.0f : weight / sum;
+      sums[w * kDecodeRows + row] = sum == 0.0f ? 0.0f : weight * reciprocal(sum);
     }
     const float lse = (top + log2f(sum)) * kLn2;
     if (a.parts)

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       const float own = softmax.top[t][half] * factor, top = fmaxf(own, sink);
       const float base = top == -INFINITY ? 0.0f : top, scale = approximate_exp2(own - base);
       const float sum = fmaf(quad_reduce(Sum(), softmax.sum[t][half]), scale, approximate_exp2(sink - base));
-      weight[t][half] = sum == 0.0f ? 0.0f : scale / sum;
+      weight[t][half] = sum == 0.0f ? 0.0f : scale * reciprocal(sum);
       const int r = row_of(t, half);
       if (lse && lane_col() == 0 && r < work.len_q) lse[r] = (top + log2f(sum)) * kLn2;
     }
