@@ -6,7 +6,8 @@
 Triton kernels are compiled for each target as their own launchers launch them (:func:`launches` lists the
 calls), with the same specialisation; CUDA C++ kernels are read out of the installed native module. Per kernel and
 target, out of the machine code (machine_code.py): registers, bytes of local memory (where spills go) and of shared
-memory, tensor-core instructions, the widest load and store, stores, calls, and the blocks of a multiprocessor.
+memory (static and dynamic), tensor-core instructions, the widest load and store, stores, calls, and the blocks of a
+multiprocessor.
 
 A kernel that spills, that needs more shared memory than there is, that has lost its tensor-core instructions, loads or
 stores fewer bytes at once or makes more calls, fails. All numbers are held against the table only where the compiler
