@@ -17,7 +17,8 @@ DYNAMIC_SHARED = re.compile(r"6SharedILm(\d+)E")  # the argument Shared<…> (cs
 AMD_BYTES = {"dwordx4": 16, "b128": 16, "dwordx3": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4, "short": 2,
              "ushort": 2, "sshort": 2, "b16": 2, "byte": 1, "ubyte": 1, "sbyte": 1}  # fmt: skip
 
-# Of a multiprocessor (of AMD a compute unit): threads, blocks, bytes of shared memory, 1024 of them for each block.
+RESERVED = 1024  # bytes of shared memory that a block takes beside its own; of sm_90 and later ptxas counts them
+# Of a multiprocessor (of AMD a compute unit): threads, blocks, bytes of shared memory.
 LIMITS = {
     "sm_80": (2048, 32, 164 * 1024),
     "sm_90a": (2048, 32, 228 * 1024),
@@ -59,7 +60,7 @@ def blocks(target: str, registers: int, shared: int, threads: int) -> int:
         return min(found, waves // -(-threads // 64), memory // max(1, shared))
     warps = -(-threads // 32)
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
-    return min(found, by_registers, memory // (shared + 1024))
+    return min(found, by_registers, memory // (shared + RESERVED))
 
 
 def read_amd(assembly: str, threads: int) -> Row:
@@ -99,8 +100,11 @@ def read_cubin(
     for function, fields in re.findall(r"Function (\S+):\n\s*(.*)", usage):
         value = dict(re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", fields))
         registers, local = int(value["REG"]), int(value["STACK"]) + int(value["LOCAL"])
-        memory = int(value["SHARED"]) + sum(map(int, DYNAMIC_SHARED.findall(function))) if shared is None else shared
-        rows[function] = {"registers": registers, "local": local, "shared": memory}
+        declared = max(0, int(value["SHARED"]) - (0 if target == "sm_80" else RESERVED))
+        declared += sum(map(int, DYNAMIC_SHARED.findall(function)))
+        rows[function] = {
+            "registers": registers, "local": local, "shared": declared if shared is None else shared
+        }  # fmt: skip
     for part in re.split(r"Function : ", _cuobjdump("-sass", *choice, path))[1:]:
         name = part.split(None, 1)[0]
         row = rows[name]

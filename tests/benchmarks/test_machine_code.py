@@ -64,17 +64,25 @@ MANGLED = (
     "EEEEEvNS_15AttentionDecodeENS1_6ScoresEii"
 )
 OUTPUT = {
-    "-res-usage": f" Function {MANGLED}:\n  REG:96 STACK:0 SHARED:16 LOCAL:0 CONSTANT[0]:504 TEXTURE:0 SURFACE:0\n",
+    "-res-usage": f" Function {MANGLED}:\n  REG:96 STACK:0 SHARED:1040 LOCAL:0 CONSTANT[0]:504 TEXTURE:0 SURFACE:0\n",
     "-sass": f"\t\tFunction : {MANGLED}\n{WIDE}",
     "-elf": f".nv.info.{MANGLED}\n\tAttribute:\tEIATTR_MAX_THREADS\n\tFormat:\tEIFMT_SVAL\n\tValue:\t0x80 0x1 0x1\n",
 }
 
 
-@pytest.mark.parametrize(("shared", "found", "blocks"), [(None, 34816 + 16, 4), (1000, 1000, 5)])
-def test_dynamic_shared_memory_is_in_a_kernels_name(shared, found, blocks, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("target", "shared", "found", "blocks"),
+    [
+        ("sm_80", None, 1040 + 34816, 4),
+        ("sm_90a", None, 16 + 34816, 5),  # ptxas counts what each block has reserved
+        ("sm_120", None, 16 + 34816, 2),
+        ("sm_90a", 1000, 1000, 5),  # by registers
+    ],
+)
+def test_dynamic_shared_memory_is_in_a_kernels_name(target, shared, found, blocks, monkeypatch, tmp_path):
     """Unless whoever launches it says how much it gets."""
     monkeypatch.setattr(machine_code, "_cuobjdump", lambda what, *rest: OUTPUT[what])
-    row = read_cubin(tmp_path, "sm_80", shared=shared)[MANGLED]
+    row = read_cubin(tmp_path, target, shared=shared)[MANGLED]
     assert row == {"registers": 96, "local": 0, "shared": found, "blocks": blocks} | read_instructions(WIDE)
 
 
