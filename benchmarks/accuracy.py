@@ -37,6 +37,7 @@ from .runner import one_line
 from .timing import DEVICE
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+REFUSED = "can't run this call: "  # backends.select, of a dtype that an op's kernels don't take
 FLOAT32 = torch.finfo(torch.float32).eps
 Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
@@ -57,7 +58,8 @@ class Probe:
 
 
 def measure(only: tuple[str, ...] = ()) -> Iterator[Error]:
-    """Of each op, or of those named ``only``. A call that fails is an error without a number."""
+    """Of each op, or of those named ``only``. A call that fails is an error without a number; what a backend does not
+    take is left out, with the reason."""
     for probe in _probes():
         op = backends.OPS[probe.op.__name__]
         for dtype in DTYPES if not only or op.name in only else ():
@@ -70,7 +72,8 @@ def measure(only: tuple[str, ...] = ()) -> Iterator[Error]:
                 try:
                     ours = results(probe, lambda *a, p=probe, b=backend: p.call(*a, backend=b), inputs)
                 except Exception as error:
-                    yield Error(*named, one_line(error), None, None, False)
+                    refused = str(error).partition(REFUSED)[2]
+                    yield Error(*named, refused or one_line(error), None, None, None if refused else False)
                     continue
                 yield from (Error(*named, name, *compare(ours[name], eager[name], exact[name])) for name in exact)
 

@@ -6,7 +6,8 @@
 Triton kernels are compiled for each target as their own launchers launch them (:func:`launches` lists the
 calls), with the same specialisation; CUDA C++ kernels are read out of the installed native module. Per kernel and
 target, out of the machine code (machine_code.py): registers, bytes of local memory (where spills go) and of shared
-memory, tensor-core instructions, the widest load and store, stores, calls, and the blocks of a multiprocessor.
+memory (static and dynamic), tensor-core instructions, the widest load and store, stores, calls, and the blocks of a
+multiprocessor.
 
 A kernel that spills, that needs more shared memory than there is, that has lost its tensor-core instructions, loads or
 stores fewer bytes at once or makes more calls, fails. All numbers are held against the table only where the compiler
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from .machine_code import Row, read_amd, read_cubin
+from .machine_code import Row, read_amd, read_cubin, short_names
 from .targets import TARGETS, current_target
 
 TABLE = Path(__file__).with_name("aot.json")
@@ -198,10 +199,8 @@ def cuda_table() -> Table | str:
     for arch in native._C.cuda.archs.split():
         rows = read_cubin(Path(native._C.__file__), f"sm_{arch}", one=False)
         plain = subprocess.run(["c++filt", "-p", *rows], capture_output=True, text=True, check=True).stdout.splitlines()
-        for name, row in zip(plain, rows.values(), strict=True):
-            table[re.sub(r"\(anonymous namespace\)::|fastllm::|cuda::|__nv_|\b(\w+)::(?=\1_)", "", name)][
-                f"sm_{arch}"
-            ] = row
+        for name, row in zip(short_names(plain), rows.values(), strict=True):
+            table[name][f"sm_{arch}"] = row
     return dict(sorted(table.items()))
 
 

@@ -7,7 +7,7 @@
     python -m benchmarks.gpu --tar FILE           and all that is worth keeping in FILE (where OUT is set, $OUT/gpu.tgz)
 
 Builds the native module for this GPU; runs every kernel on small shapes, each judged by itself; runs ``pytest -m gpu``;
-times the attention kernels over tiles. Then writes the report of ``python -m benchmarks``, trains presets
+times the Triton attention kernels over tiles. Then writes the report of ``python -m benchmarks``, trains presets
 (``python -m benchmarks.scaling``), compares with the field's best figures (goals.py), and runs compute-sanitizer. The
 fastest backends and tiles become the defaults on this kind of GPU (kernels/measured.py), and the README gets its table.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf(?:ma|mac)_\w+)\b")
@@ -12,10 +13,12 @@ LOADS = re.compile(r"\b(?:LDG(?:STS)?((?:\.\w+)*)|(?:global|buffer|flat)_load_(\
 STORES = re.compile(r"\b(?:STG((?:\.\w+)*)|(?:global|buffer|flat)_store_(\w+))")
 BULK_STORES = re.compile(r"\bUTMASTG")  # of a tile at once
 CALLS = re.compile(r"\b(?:CALL\.\w+|s_swappc_b64)\b")  # the slow paths of divisions and the like
+DYNAMIC_SHARED = re.compile(r"6SharedILm(\d+)E")  # the argument Shared<…> (csrc/cuda/launch.h) in a mangled name
 AMD_BYTES = {"dwordx4": 16, "b128": 16, "dwordx3": 12, "dwordx2": 8, "b64": 8, "dword": 4, "b32": 4, "short": 2,
              "ushort": 2, "sshort": 2, "b16": 2, "byte": 1, "ubyte": 1, "sbyte": 1}  # fmt: skip
 
-# Of a multiprocessor (of AMD a compute unit): threads, blocks, bytes of shared memory, 1024 of them for each block.
+RESERVED = 1024  # bytes of shared memory that a block takes beside its own; of sm_90 and later ptxas counts them
+# Of a multiprocessor (of AMD a compute unit): threads, blocks, bytes of shared memory.
 LIMITS = {
     "sm_80": (2048, 32, 164 * 1024),
     "sm_90a": (2048, 32, 228 * 1024),
@@ -57,7 +60,7 @@ def blocks(target: str, registers: int, shared: int, threads: int) -> int:
         return min(found, waves // -(-threads // 64), memory // max(1, shared))
     warps = -(-threads // 32)
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * warps)
-    return min(found, by_registers, memory // (shared + 1024))
+    return min(found, by_registers, memory // (shared + RESERVED))
 
 
 def read_amd(assembly: str, threads: int) -> Row:
@@ -74,12 +77,21 @@ def read_amd(assembly: str, threads: int) -> Row:
     }
 
 
+def short_names(plain: Sequence[str]) -> list[str]:
+    """Names without namespaces and, where it still tells them apart, without the shapes that tuning changes."""
+    names = [re.sub(r"\(anonymous namespace\)::|fastllm::|cuda::|__nv_|\b(\w+)::(?=\1_)", "", name) for name in plain]
+    names = [re.sub(r"\battention::|, Shared<\w+>", "", name).replace("> >", ">>") for name in names]
+    without = [re.sub(r", \w+Shape<[^<>]*>", "", name) for name in names]
+    return [short if without.count(short) == 1 else name for short, name in zip(without, names, strict=True)]
+
+
 def read_cubin(
     path: Path, target: str, *, threads: int = 0, shared: int | None = None, one: bool = True
 ) -> dict[str, Row]:
     """Kernel -> row, for the machine code in a cubin, or (not ``one``) for one architecture in a shared library.
 
-    ``threads`` of a block: 0 reads the most that a kernel says it takes; ``shared``: None reads what it declares.
+    ``threads`` of a block: 0 reads the most that a kernel says it takes; ``shared``: None reads what it declares, and
+    adds what its name says.
     """
     choice = [] if one else ["-arch", target]
     usage = _cuobjdump("-res-usage", *choice, path)
@@ -88,8 +100,10 @@ def read_cubin(
     for function, fields in re.findall(r"Function (\S+):\n\s*(.*)", usage):
         value = dict(re.findall(r"([A-Z]+)(?:\[\d+\])?:(\d+)", fields))
         registers, local = int(value["REG"]), int(value["STACK"]) + int(value["LOCAL"])
+        declared = max(0, int(value["SHARED"]) - (0 if target == "sm_80" else RESERVED))
+        declared += sum(map(int, DYNAMIC_SHARED.findall(function)))
         rows[function] = {
-            "registers": registers, "local": local, "shared": int(value["SHARED"]) if shared is None else shared
+            "registers": registers, "local": local, "shared": declared if shared is None else shared
         }  # fmt: skip
     for part in re.split(r"Function : ", _cuobjdump("-sass", *choice, path))[1:]:
         name = part.split(None, 1)[0]

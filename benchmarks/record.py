@@ -47,7 +47,7 @@ class Row:
 class Error:
     """The largest error of one output against float64, of a backend and of PyTorch in the same dtype.
 
-    None: the call failed, and ``output`` is its message.
+    None: the call failed, and ``output`` is its message; ``within`` too: the backend does not take the dtype.
     """
 
     op: str
@@ -56,7 +56,7 @@ class Error:
     output: str
     error: float | None
     pytorch: float | None
-    within: bool  # the rule of accuracy.py
+    within: bool | None  # the rule of accuracy.py
 
 
 @dataclass

@@ -13,7 +13,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fastllm.kernels import (
     swiglu,
 )
 from fastllm.kernels.attention import reference
+from fastllm.kernels.attention.options import bounds
 
 from . import apart
 from .accuracy import Probe, compare, results
@@ -52,11 +53,18 @@ Shape = tuple[str, torch.dtype, Callable[[], Probe]]  # its name, which begins w
 def jobs(kernels: Sequence[str] = GPU_BACKENDS, *, check: bool = True) -> dict[str, Callable[[], None]]:
     """By name, "triton softmax 64 causal": what runs a shape, and raises where the result is wrong."""
     found: dict[str, Callable[[], None]] = {}
-    shapes = itertools.chain(_rms_norm(), _softmax(), _cross_entropy(), _heads(), _rope(), _swiglu(), _attention())
-    for name, dtype, build in shapes:
-        for backend in kernels:
-            if backend in backends.OPS[name.split()[0]].kernels:
-                found[f"{backend} {name}"] = partial(_run, build, dtype, backend, check)
+
+    def add(shapes: Iterable[Shape], kernels: Sequence[str]) -> None:
+        for name, dtype, build in shapes:
+            for backend in kernels:
+                if backend in backends.OPS[name.split()[0]].kernels:
+                    found[f"{backend} {name}"] = partial(_run, build, dtype, backend, check)
+
+    # First: compute-sanitizer, whose time ends before the shapes do, should meet what is hardest to get right.
+    add(_attention_dims(), [backend for backend in kernels if backend != "triton"])  # which compiles each for a second
+    add(_attention(), kernels)
+    for family in (_rms_norm, _softmax, _cross_entropy, _heads, _rope, _swiglu):
+        add(family(), kernels)
     for backend in kernels:
         found[f"{backend} cross_entropy out of range"] = partial(_target_out_of_range, backend)
         found[f"{backend} rope out of range"] = partial(_position_out_of_range, backend)
@@ -188,42 +196,66 @@ def _swiglu() -> Iterator[Shape]:
 
 
 def _attention() -> Iterator[Shape]:
-    def tensors(seq_q: int, seq_k: int, dim: int) -> dict[str, Tensor]:
-        return {"q": _normal(2, seq_q, 4, dim), "k": _normal(2, seq_k, 2, dim), "v": _normal(2, seq_k, 2, dim)}
-
-    def plain(*shape: int) -> Probe:
-        seen = reference._visible(shape[0], shape[1], shape[1], 0, DEVICE)
-        return Probe(flash_attention, lambda q, k, v: _eager(q, k, v, seen)[0], flash_attention, tensors(*shape))
-
-    def packed(seq_q: int, seq_k: int, dim: int) -> Probe:
-        ends = [torch.tensor([0, n // 3, n], device=DEVICE) for n in (2 * seq_q, 2 * seq_k)]
-        inputs = {name: t.flatten(0, 1) for name, t in tensors(seq_q, seq_k, dim).items()} | {"sinks": _normal(4)}
-        seen = reference._visible_packed(*ends, 2 * seq_q, 2 * seq_k, 69, 0)
-
-        def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, **options: Any) -> Any:
-            more = {"window": 70, "softcap": 5.0, "sinks": sinks, "return_lse": True}
-            return flash_attention(q, k, v, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], **more, **options)
-
-        def eager(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-            out, lse = _eager(*(t.unsqueeze(0) for t in (q, k, v)), seen, 5.0, sinks)
-            return out.squeeze(0), lse.squeeze(0)
-
-        return Probe(flash_attention, eager, call, inputs)
-
-    def decode(seq_q: int, seq_k: int, dim: int) -> Probe:
-        lengths = torch.tensor([seq_k, 0], device=DEVICE)
-        inputs = tensors(min(seq_q, 2), seq_k, dim)
-        new = inputs["q"].shape[1]
-        at = torch.arange(seq_k, device=DEVICE)
-        seen = at <= (lengths.view(2, 1, 1, 1) - new + torch.arange(new, device=DEVICE).unsqueeze(1))
-        call = lambda q, k, v, **options: flash_decode(q, k, v, lengths, **options)  # noqa: E731
-        return Probe(flash_decode, lambda q, k, v: _eager(q, k, v, seen)[0], call, inputs, backward=False)
-
     for shape in ((1, 1, 8), (200, 300, 64), (300, 200, 128)):
         size = "×".join(map(str, shape))
-        yield f"flash_attention {size}", torch.bfloat16, partial(plain, *shape)
-        yield f"flash_attention {size} packed, window, softcap, sinks", torch.bfloat16, partial(packed, *shape)
-        yield f"flash_decode {size}", torch.bfloat16, partial(decode, *shape)
+        yield f"flash_attention {size}", torch.bfloat16, partial(_plain, *shape)
+        yield f"flash_attention {size} packed, window, softcap, sinks", torch.bfloat16, partial(_packed, *shape)
+        yield f"flash_decode {size}", torch.bfloat16, partial(_decode, *shape)
+
+
+def _attention_dims() -> Iterator[Shape]:
+    """Each head dimension that CUDA C++ is compiled for, and two that it pads, 75 in a copy. Dtypes take turns."""
+    dtypes = itertools.cycle((torch.bfloat16, torch.float16))
+    for dim in (64, 128, 96, 192, 256, 40, 75):
+        shape, full = (70, 150, dim), {"causal": False, "sinks": True, "lse": True}
+        yield f"flash_attention 70×150×{dim} lse", next(dtypes), partial(_plain, *shape, lse=True)
+        yield f"flash_attention 70×150×{dim} full, sinks, lse", next(dtypes), partial(_plain, *shape, **full)
+        yield f"flash_attention 70×150×{dim} packed, window, softcap, sinks", next(dtypes), partial(_packed, *shape)
+        yield f"flash_decode 1×60×{dim} a split", next(dtypes), partial(_decode, 1, 60, dim)
+        yield f"flash_decode 2×600×{dim} splits", next(dtypes), partial(_decode, 2, 600, dim)
+
+
+def _qkv(seq_q: int, seq_k: int, dim: int) -> dict[str, Tensor]:
+    return {"q": _normal(2, seq_q, 4, dim), "k": _normal(2, seq_k, 2, dim), "v": _normal(2, seq_k, 2, dim)}
+
+
+def _plain(seq_q: int, seq_k: int, dim: int, causal: bool = True, sinks: bool = False, lse: bool = False) -> Probe:
+    seen = reference._visible(seq_q, seq_k, *bounds("small_shapes", causal, None), DEVICE)
+    inputs = _qkv(seq_q, seq_k, dim) | ({"sinks": _normal(4)} if sinks else {})
+
+    def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None, **options: Any) -> Any:
+        return flash_attention(q, k, v, causal=causal, sinks=sinks, return_lse=lse, **options)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, ...]:
+        return _eager(q, k, v, seen, 0.0, sinks)[: 2 if lse else 1]
+
+    return Probe(flash_attention, eager, call, inputs)
+
+
+def _packed(seq_q: int, seq_k: int, dim: int) -> Probe:
+    ends = [torch.tensor([0, n // 3, n], device=DEVICE) for n in (2 * seq_q, 2 * seq_k)]
+    inputs = {name: t.flatten(0, 1) for name, t in _qkv(seq_q, seq_k, dim).items()} | {"sinks": _normal(4)}
+    seen = reference._visible_packed(*ends, 2 * seq_q, 2 * seq_k, 69, 0)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, **options: Any) -> Any:
+        more = {"window": 70, "softcap": 5.0, "sinks": sinks, "return_lse": True}
+        return flash_attention(q, k, v, cu_seqlens_q=ends[0], cu_seqlens_k=ends[1], **more, **options)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = _eager(*(t.unsqueeze(0) for t in (q, k, v)), seen, 5.0, sinks)
+        return out.squeeze(0), lse.squeeze(0)
+
+    return Probe(flash_attention, eager, call, inputs)
+
+
+def _decode(seq_q: int, seq_k: int, dim: int) -> Probe:
+    lengths = torch.tensor([seq_k, 0], device=DEVICE)
+    inputs = _qkv(min(seq_q, 2), seq_k, dim)
+    new = inputs["q"].shape[1]
+    at = torch.arange(seq_k, device=DEVICE)
+    seen = at <= (lengths.view(2, 1, 1, 1) - new + torch.arange(new, device=DEVICE).unsqueeze(1))
+    call = lambda q, k, v, **options: flash_decode(q, k, v, lengths, **options)  # noqa: E731
+    return Probe(flash_decode, lambda q, k, v: _eager(q, k, v, seen)[0], call, inputs, backward=False)
 
 
 def _eager(

@@ -40,10 +40,10 @@ def assert_accurate(
     )
 
 
-def on_gpus(cases: Sequence[Case]) -> list[tuple[str, torch.dtype, Case]]:
-    """(backend, dtype, case) for tests on a GPU: of CUDA C++ all; of Triton, which compiles each for a second, every
-    case in one dtype, in turn."""
-    found = [("cuda", dtype, case) for case in cases for dtype in DTYPES]
+def on_gpus(cases: Sequence[Case], dtypes: Sequence[torch.dtype] = DTYPES) -> list[tuple[str, torch.dtype, Case]]:
+    """(backend, dtype, case) for tests on a GPU: of CUDA C++ all, in its ``dtypes``; of Triton, which compiles each for
+    a second, every case in one dtype, in turn."""
+    found = [("cuda", dtype, case) for case in cases for dtype in dtypes]
     return found + [("triton", DTYPES[i % len(DTYPES)], case) for i, case in enumerate(cases)]
 
 

@@ -68,7 +68,7 @@ struct Queries {
   }
 };
 
-template <typename T, int D, typename S>
+template <typename T, int D, typename S, typename Memory>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     attention_dkdv_kernel(const AttentionBackward a, const Schedule schedule, const Scores scores) {
   constexpr int kTiles = S::kTiles, kQueries = S::kQueries, kN = kQueries / 8, kM = D / 8;
@@ -177,7 +177,7 @@ struct QueriesShape {
   static constexpr int kRows = WARPS * TILES * 16;
 };
 
-template <typename T, int D, typename S>
+template <typename T, int D, typename S, typename Memory>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     attention_dq_kernel(const AttentionBackward a, const Schedule schedule, const Scores scores) {
   constexpr int kTiles = S::kTiles, kKeys = S::kKeys, kN = kKeys / 8, kM = D / 8;
@@ -258,16 +258,18 @@ template <typename T, int D, typename S>
 void launch_dkdv(const AttentionBackward& a, cudaStream_t stream) {
   const Schedule schedule(a, true, S::kRows);
   if (schedule.empty()) return;
-  const size_t shared = sizeof(T) * D * 2 * (S::kRows + S::kQueries) + sizeof(float) * 2 * S::kQueries;
-  launch(attention_dkdv_kernel<T, D, S>, schedule.grid(), dim3(S::kThreads), shared, stream, a, schedule, Scores(a));
+  using Memory = Shared<sizeof(T) * D * 2 * (S::kRows + S::kQueries) + sizeof(float) * 2 * S::kQueries>;
+  launch(attention_dkdv_kernel<T, D, S, Memory>, schedule.grid(), dim3(S::kThreads), Memory::kBytes, stream, a,
+         schedule, Scores(a));
 }
 
 template <typename T, int D, typename S>
 void launch_dq(const AttentionBackward& a, cudaStream_t stream) {
   const Schedule schedule(a, false, S::kRows);
   if (schedule.empty()) return;
-  const size_t shared = sizeof(T) * D * 2 * (S::kRows + S::kKeys);
-  launch(attention_dq_kernel<T, D, S>, schedule.grid(), dim3(S::kThreads), shared, stream, a, schedule, Scores(a));
+  using Memory = Shared<sizeof(T) * D * 2 * (S::kRows + S::kKeys)>;
+  launch(attention_dq_kernel<T, D, S, Memory>, schedule.grid(), dim3(S::kThreads), Memory::kBytes, stream, a, schedule,
+         Scores(a));
 }
 
 // Each takes at most 99 KiB of shared memory, all that a block of compute capability 8.6, 8.9 and 12.0 has.

@@ -14,7 +14,7 @@ struct DecodeShape {
   static constexpr int kStep = WARPS * kDecodeKeys;  // keys that the block takes at once
 };
 
-template <typename T, int D, typename S>
+template <typename T, int D, typename S, typename Memory>
 __global__ void __launch_bounds__(S::kThreads)
     attention_decode_kernel(const AttentionDecode a, const Scores scores, int heads_per_kv, int row_blocks) {
   constexpr int kN = kDecodeKeys / 8, kM = D / 8;
@@ -145,12 +145,12 @@ template <typename T, int D>
 void decode(const AttentionDecode& a, cudaStream_t stream) {
   using S = DecodeShape<D <= 128 ? 4 : 2>;  // two stages of all warps fit 64 KiB
   const int64_t row_blocks = ceil_div(a.len_q * a.group(), kDecodeRows);
-  const size_t staged = sizeof(T) * D * S::kWarps * kStages * 2 * kDecodeKeys;
-  const size_t found = sizeof(float) * S::kWarps * kDecodeRows * (D + 2);
-  const size_t shared = sizeof(T) * D * kDecodeRows + std::max(staged, found);
+  constexpr size_t kStaged = sizeof(T) * D * S::kWarps * kStages * 2 * kDecodeKeys;
+  constexpr size_t kFound = sizeof(float) * S::kWarps * kDecodeRows * (D + 2);
+  using Memory = Shared<sizeof(T) * D * kDecodeRows + std::max(kStaged, kFound)>;
   const dim3 grid(unsigned(a.sequences * a.kv_heads * row_blocks * a.splits));
-  launch(attention_decode_kernel<T, D, S>, grid, dim3(S::kThreads), shared, stream, a, Scores(a), int(a.group()),
-         int(row_blocks));
+  launch(attention_decode_kernel<T, D, S, Memory>, grid, dim3(S::kThreads), Memory::kBytes, stream, a, Scores(a),
+         int(a.group()), int(row_blocks));
 }
 
 #define FASTLLM_INSTANCE(T, D) template void decode<T, D>(const AttentionDecode&, cudaStream_t);

@@ -14,7 +14,7 @@ struct ForwardShape {
   static constexpr int kBlocks = BLOCKS;  // of a multiprocessor, as many as registers must allow
 };
 
-template <typename T, int D, typename S>
+template <typename T, int D, typename S, typename Memory>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     attention_forward_kernel(const AttentionForward a, const Schedule schedule, const Scores scores,
                              const int64_t* seen) {
@@ -90,9 +90,9 @@ template <typename T, int D, typename S>
 void launch_forward(const AttentionForward& a, const int64_t* seen, cudaStream_t stream) {
   const Schedule schedule(a, false, S::kRows);
   if (schedule.empty()) return;
-  const size_t shared = sizeof(T) * D * (S::kRows + 2 * S::kKeys);
-  launch(attention_forward_kernel<T, D, S>, schedule.grid(), dim3(S::kThreads), shared, stream, a, schedule, Scores(a),
-         seen);
+  using Memory = Shared<sizeof(T) * D * (S::kRows + 2 * S::kKeys)>;
+  launch(attention_forward_kernel<T, D, S, Memory>, schedule.grid(), dim3(S::kThreads), Memory::kBytes, stream, a,
+         schedule, Scores(a), seen);
 }
 
 // Two row tiles of a warp share what it reads of keys and values, which is what bounds an A100: as many as registers

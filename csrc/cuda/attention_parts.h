@@ -75,8 +75,9 @@ struct Softmax {
 #pragma unroll
         for (int n = 0; n < N; ++n) most = fmaxf(most, fmaxf(s[t][n][half * 2], s[t][n][half * 2 + 1]));
         most = quad_reduce(Max(), most);
-        const float base = most == -INFINITY ? 0.0f : most * factor;  // a row that has seen nothing
-        alpha[t][half] = approximate_exp2(fmaf(top[t][half], factor, -base));
+        // Both products rounded, never one in a multiply-add: where the largest score stays, alpha must be 1.
+        const float base = most == -INFINITY ? 0.0f : __fmul_rn(most, factor);  // a row that has seen nothing
+        alpha[t][half] = approximate_exp2(__fmul_rn(top[t][half], factor) - base);
         moved |= alpha[t][half] != 1.0f;
         top[t][half] = most;
         float part = 0.0f;

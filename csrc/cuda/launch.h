@@ -72,6 +72,13 @@ struct Parameter {
   using type = T;
 };
 
+// The dynamic shared memory of a kernel that has it for a template argument: its name says then what its machine code
+// does not, and benchmarks/machine_code.py reads it there.
+template <size_t BYTES>
+struct Shared {
+  static constexpr size_t kBytes = BYTES;
+};
+
 template <typename... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             typename Parameter<P>::type... args) {

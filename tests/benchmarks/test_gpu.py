@@ -20,6 +20,7 @@ from benchmarks.cases import Scale
 from benchmarks.gpu import LIMIT, Outcome, Record, Step, run_steps
 from benchmarks.gpu import run as run_step
 from benchmarks.record import FILE, Result, Row
+from fastllm.kernels import backends
 from tests.limits import HANG
 
 
@@ -268,6 +269,11 @@ def test_goals_of_bandwidth_follow_the_gpus():
     found = {v.goal.name: v.figure for v in goals.verdicts(result({}, "NVIDIA H200"))}
     assert found["rms_norm forward 4096×65536"] == pytest.approx(3020 * 4800 / 3350)
     assert found["flash_attention forward 1×16×16384×128"] == 648
+
+
+def test_every_op_is_measured_in_triton_and_in_cuda():
+    for op in backends.OPS.values():
+        assert {*cases.ours(op.function, kernels=("triton", "cuda"))} == {"fastllm triton", "fastllm cuda"}
 
 
 def test_every_goal_is_measured_on_a_gpu(monkeypatch):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import machine_code
 from benchmarks.aot import problems
-from benchmarks.machine_code import blocks, read_amd, read_instructions
+from benchmarks.machine_code import blocks, read_amd, read_cubin, read_instructions, short_names
 
 WIDE = """
         /*0190*/                   LDG.E.128.CONSTANT R4, desc[UR8][R2.64] ;
@@ -56,6 +57,47 @@ def test_amd():
         "tensor_core": 1, "load": 16, "store": 8, "stores": 1, "calls": 1,
         "blocks": 3,  # 136 registers: three waves on each SIMD, of which a block takes one
     }  # fmt: skip
+
+
+MANGLED = (
+    "_ZN7fastllm4cuda9attention23attention_decode_kernelI13__nv_bfloat16Li64ENS1_11DecodeShapeILi4EEENS0_6SharedILm34816"
+    "EEEEEvNS_15AttentionDecodeENS1_6ScoresEii"
+)
+OUTPUT = {
+    "-res-usage": f" Function {MANGLED}:\n  REG:96 STACK:0 SHARED:1040 LOCAL:0 CONSTANT[0]:504 TEXTURE:0 SURFACE:0\n",
+    "-sass": f"\t\tFunction : {MANGLED}\n{WIDE}",
+    "-elf": f".nv.info.{MANGLED}\n\tAttribute:\tEIATTR_MAX_THREADS\n\tFormat:\tEIFMT_SVAL\n\tValue:\t0x80 0x1 0x1\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("target", "shared", "found", "blocks"),
+    [
+        ("sm_80", None, 1040 + 34816, 4),
+        ("sm_90a", None, 16 + 34816, 5),  # ptxas counts what each block has reserved
+        ("sm_120", None, 16 + 34816, 2),
+        ("sm_90a", 1000, 1000, 5),  # by registers
+    ],
+)
+def test_dynamic_shared_memory_is_in_a_kernels_name(target, shared, found, blocks, monkeypatch, tmp_path):
+    """Unless whoever launches it says how much it gets."""
+    monkeypatch.setattr(machine_code, "_cuobjdump", lambda what, *rest: OUTPUT[what])
+    row = read_cubin(tmp_path, target, shared=shared)[MANGLED]
+    assert row == {"registers": 96, "local": 0, "shared": found, "blocks": blocks} | read_instructions(WIDE)
+
+
+def test_names_are_short_and_tell_kernels_apart():
+    attention = "fastllm::cuda::attention::"
+    shape = f"{attention}QueriesShape<8, 1, 64, 1>, fastllm::cuda::Shared<98304ul> >"
+    dq, dkdv = f"{attention}attention_dq_kernel<__half, 96, ", f"{attention}attention_dkdv_kernel<__nv_bfloat16, 64, "
+    split, whole = (f"{attention}KeysShape<8, 1, 48, {x}, 1>, fastllm::cuda::Shared<1ul> >" for x in ("true", "false"))
+    softmax = "fastllm::cuda::(anonymous namespace)::softmax::softmax_forward_loop<__nv_bfloat16, 8, true>"
+    assert short_names([dq + shape, dkdv + split, dkdv + whole, softmax]) == [
+        "attention_dq_kernel<__half, 96>",
+        "attention_dkdv_kernel<bfloat16, 64, KeysShape<8, 1, 48, true, 1>>",
+        "attention_dkdv_kernel<bfloat16, 64, KeysShape<8, 1, 48, false, 1>>",
+        "softmax_forward_loop<bfloat16, 8, true>",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import accuracy, defaults, report
 from benchmarks.cases import COPY, PYTORCH, is_ours, is_theirs
-from benchmarks.record import Result, best
+from benchmarks.record import Result, Row, best
 from fastllm.errors import UserError
 from tests.benchmarks.made_up import BEFORE, rows
 
@@ -69,6 +71,17 @@ def test_the_verdict_on_errors_can_be_no(monkeypatch):
     assert "| softmax | float16 | cpu | RuntimeError: no kernel | **no** |" in report.report(result, [])
 
 
+def test_a_dtype_that_a_backend_does_not_take_is_left_out_with_the_reason(simt):
+    errors = list(accuracy.measure(("flash_decode",)))
+    found = [e for e in errors if e.backend == "cuda"]
+    assert {(e.dtype, e.within) for e in found} == {("float32", None), ("float16", True), ("bfloat16", True)}
+    result = Result({"device": "d", "timed": "in turns", "torch": "2"}, errors=errors)
+    reason = "its kernels take float16 and bfloat16, which tensor cores multiply exactly; float32 has triton"
+    assert f"| flash_decode | float32 | cuda | {reason} | left out |" in report.report(result, [])
+    held = len(errors) - 1
+    assert f"Of {held} outputs and gradients held against float64, {held} are within" in report._device(Path(), result)
+
+
 def test_the_readmes_are_generated():
     for path, part in report.measured_parts().items():
         assert part in path.read_text(), "python -m benchmarks --readme"
@@ -83,3 +96,25 @@ def test_defaults_follow_from_the_results():
     assert defaults.fastest(Result({}, rows=[*both, *forward])) == {"rms_norm": "cuda"}
     assert defaults.fastest(Result({}, rows=forward)) == {"rms_norm": "triton"}
     assert defaults.fastest(Result({}, rows=rows({"fastllm cpu": 1.0}))) == {}
+
+
+def test_the_default_of_attention_is_the_faster_of_triton_and_cuda(monkeypatch):
+    def of(op: str, direction: str, triton: float, cuda: float, **more: Any) -> list[Row]:
+        times = {"fastllm triton": triton, "fastllm cuda": cuda, "SDPA flash": 0.1}
+        return [replace(r, op=op, direction=direction, **more) for r in rows(times)]
+
+    trained = of("flash_attention", "forward+backward", 3.0, 2.0)
+    others = of("flash_attention", "forward", 1.0, 9.0) + of("flash_attention, window", "forward+backward", 1.0, 9.0)
+    others += [replace(r, implementation="fastllm", sweep="tokens") for r in of("flash_attention", "step", 1.0, 1.0)]
+    failed = of("flash_attention", "forward+backward", 1.0, 0.0, size="9×9")
+    failed[1].error = "OutOfMemoryError"
+    decoded = of("flash_decode", "forward", 1.0, 2.0)
+    result = Result({"gpu": "a GPU"}, rows=[*trained, *others, *failed, *decoded])
+    assert defaults.fastest(result) == {"flash_attention": "cuda", "flash_decode": "triton"}
+    monkeypatch.setattr(defaults, "committed", lambda: [(Path(), result)])
+    found: dict[str, Any] = {}
+    exec(defaults.text(), found)
+    assert found["MEASURED_FASTER"] == {
+        ("flash_attention", "a GPU"): "cuda",
+        ("flash_decode", "a GPU"): "triton",
+    }

@@ -20,7 +20,7 @@ from tests.kernels.attention_checks import (
     eager,
     qkv,
 )
-from tests.numerics import DTYPES, assert_accurate
+from tests.numerics import DTYPES, assert_accurate, on_gpus
 
 
 @pytest.fixture(params=KERNELS)
@@ -208,8 +208,8 @@ def test_wrong_cu_seqlens_without_queries(kernel):
         flash_attention(q, k, v, cu_seqlens_q=cu, backend=kernel).sum().backward()
 
 
-# Each head dimension, dtype and set of options is compiled anew, which takes seconds; lengths and heads are not.
-GPU_CASES = [
+# Triton compiles each head dimension, dtype and set of options anew, which takes seconds; lengths and heads not.
+TRITON_CASES = [
     *((dim, torch.bfloat16, {}) for dim in DIMS if dim not in (8, 111)),
     *((64, torch.bfloat16, options) for options in OPTIONS),
     *((dim, torch.bfloat16, {"causal": False}) for dim in (128, 256)),
@@ -217,40 +217,47 @@ GPU_CASES = [
     *((dim, torch.float16, {}) for dim in (59, 128)),
     *((dim, torch.float32, {}) for dim in (59, 64)),
 ]
+SHAPES = [(dim, options) for dim, dtype, options in TRITON_CASES if dtype == torch.bfloat16]
+GPU_CASES = [("triton", *case) for case in TRITON_CASES]
+GPU_CASES += [("cuda", dim, dtype, options) for dim, options in SHAPES for dtype in (torch.float16, torch.bfloat16)]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dim", "dtype", "options"), GPU_CASES, ids=str)
-def test_accuracy_on_gpus(dim, dtype, options):
+@pytest.mark.parametrize(("gpu_backend", "dim", "dtype", "options"), GPU_CASES, ids=str)
+def test_accuracy_on_gpus(gpu_backend, dim, dtype, options):
     for i, lengths in enumerate(LENGTHS):
-        check(qkv(*lengths, *HEADS[i % 3], dim, dtype, batch=1, device="cuda"), "triton", **options)
+        check(qkv(*lengths, *HEADS[i % 3], dim, dtype, batch=1, device="cuda"), gpu_backend, **options)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("options", [{}, {"window": 150, "softcap": 2.0}], ids=str)
-def test_packed_and_sinks_on_gpus(options):
-    check_packed("triton", [(1, 1), (300, 300), (0, 3), (5, 400), (133, 70), (4, 0)], options, torch.bfloat16, "cuda")
-    inputs = [*qkv(200, 300, 4, 2, 64, torch.bfloat16, device="cuda"), torch.randn(4, device="cuda")]
-    check(inputs, "triton", **options)
+@pytest.mark.parametrize(
+    ("gpu_backend", "dtype", "options"), on_gpus([{}, {"window": 150, "softcap": 2.0}], DTYPES[1:]), ids=str
+)
+def test_packed_and_sinks_on_gpus(gpu_backend, dtype, options):
+    check_packed(gpu_backend, [(1, 1), (300, 300), (0, 3), (5, 400), (133, 70), (4, 0)], options, dtype, "cuda")
+    inputs = [*qkv(200, 300, 4, 2, 64, dtype, device="cuda"), torch.randn(4, device="cuda")]
+    check(inputs, gpu_backend, **options)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("gpu_backend", ["triton", "cuda"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_long_sequences_on_gpus(dtype):
+def test_long_sequences_on_gpus(gpu_backend, dtype):
     """Against PyTorch's own kernels, by float64 for the last queries."""
     q, k, v = qkv(32768, 32768, 2, 1, 128, dtype, batch=1, device="cuda")
-    out = flash_attention(q, k, v, backend="triton")
+    out = flash_attention(q, k, v, backend=gpu_backend)
     exact = reference.flash_attention(q[:, -64:].double(), k.double(), v.double())[0]
     plain = eager(q[:, -64:], k, v)
     assert_accurate(out[:, -64:], plain, exact)
 
 
 @pytest.mark.gpu
-def test_packed_sequences_in_a_cuda_graph():
+@pytest.mark.parametrize("gpu_backend", ["triton", "cuda"])
+def test_packed_sequences_in_a_cuda_graph(gpu_backend):
     """With max_seqlen nothing waits for the GPU; a replay takes other lengths of the same number of tokens."""
     q, k, v = (t[0].cuda() for t in qkv(200, 200, 2, 1, 64, torch.bfloat16, batch=1))
     cu = torch.tensor([0, 30, 200], device="cuda")
-    run = partial(flash_attention, q, k, v, cu_seqlens_q=cu, max_seqlen_q=200)
+    run = partial(flash_attention, q, k, v, cu_seqlens_q=cu, max_seqlen_q=200, backend=gpu_backend)
     run()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -259,5 +266,6 @@ def test_packed_sequences_in_a_cuda_graph():
         cu.copy_(torch.tensor(ends))
         graph.replay()
         torch.testing.assert_close(out, run())
-    with torch.no_grad():
-        assert flash_attention(q, k, v, cu_seqlens_q=cu, max_seqlen_q=64)[134:150].isnan().any()
+    if gpu_backend == "triton":  # CUDA C++ needs no max_seqlen
+        out = flash_attention(q, k, v, cu_seqlens_q=cu, max_seqlen_q=64, backend=gpu_backend)
+        assert out[134:150].isnan().any()

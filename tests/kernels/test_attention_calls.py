@@ -18,7 +18,7 @@ from tests.kernels.attention_checks import (
     gradients_in_place,
     qkv,
 )
-from tests.numerics import DTYPES, assert_accurate, with_gradients
+from tests.numerics import DTYPES, assert_accurate, on_gpus, with_gradients
 
 
 @pytest.fixture(params=KERNELS)
@@ -258,9 +258,13 @@ def test_wide_heads_go_to_pytorch():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decode_on_gpus(dtype):
-    for seq_q, heads, dim in ((1, (32, 8), 128), (4, (6, 1), 40), (16, (4, 4), 64)):
-        q, k, v = qkv(seq_q, 5000, *heads, dim, dtype, batch=3, device="cuda")
-        check_decode(q, k, v, torch.tensor([5000, 1, 1234], device="cuda"), "triton")
-        check_decode(q, k, v, None, "triton", window=100, softcap=3.0)
+@pytest.mark.parametrize(
+    ("gpu_backend", "dtype", "shape"),
+    on_gpus([(1, (32, 8), 128), (4, (6, 1), 40), (16, (4, 4), 64)], DTYPES[1:]),
+    ids=str,
+)
+def test_decode_on_gpus(gpu_backend, dtype, shape):
+    seq_q, heads, dim = shape
+    q, k, v = qkv(seq_q, 5000, *heads, dim, dtype, batch=3, device="cuda")
+    check_decode(q, k, v, torch.tensor([5000, 1, 1234], device="cuda"), gpu_backend)
+    check_decode(q, k, v, None, gpu_backend, window=100, softcap=3.0)

@@ -52,6 +52,7 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) { return uint64_t((unsigned _
 using std::max;
 using std::min;
 
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline float rsqrtf(float value) { return float(1.0 / std::sqrt(double(value))); }
 
 template <typename T>
