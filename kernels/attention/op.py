@@ -87,7 +87,8 @@ def flash_attention(
             from 0 to the number of tokens; q, k, v then have no batch dimension, and sequences don't see each
             other. cu_seqlens_k defaults to cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: at least the longest sequence: on a GPU nothing then waits for it, as CUDA graphs
-            demand. Tokens beyond one that is too small become NaN there; on a CPU it is an error.
+            demand. Tokens beyond one that is too small become NaN there with triton; cuda needs none, and computes them
+            right. On a CPU it is an error.
         return_lse: also return the scores' log-sum-exp, ``[batch, heads, seq_q]`` (packed: ``[heads, tokens]``),
             float32, -inf where nothing is seen; gradients flow through it.
         deterministic: the same gradients, bit for bit, at every call.
