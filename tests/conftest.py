@@ -102,11 +102,21 @@ def simt(simt_module, monkeypatch: pytest.MonkeyPatch):
     return simt_module
 
 
-@pytest.fixture(params=["cpu", "triton", "cuda"])
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend with kernels, on CPU tensors."""
+def ready(request: pytest.FixtureRequest) -> str:
     if GPU and request.param == "triton":
         pytest.skip("the interpreter is off where there is a GPU; tests marked gpu run the kernel itself")
     if request.param == "cuda":
         request.getfixturevalue("simt")
     return request.param
+
+
+@pytest.fixture(params=["cpu", "triton", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each backend with kernels, on CPU tensors."""
+    return ready(request)
+
+
+@pytest.fixture(params=["cpu", "triton", "cuda", "torch"])
+def any_backend(request: pytest.FixtureRequest) -> str:
+    """The same, and PyTorch."""
+    return ready(request)

@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp) attention_combine_kernel
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int split = i * kWarp + lane;
-    weight[i] = split < splits ? part_lse[int64_t(split) * rows] * kLog2e : -INFINITY;
+    weight[i] = split < splits ? part_lse[int64_t(split) * rows] : -INFINITY;
     top = fmaxf(top, weight[i]);
   }
   top = warp_reduce(Max(), top);

@@ -121,11 +121,11 @@ __global__ void __launch_bounds__(S::kThreads)
       const float weight = approximate_exp2(tops[w * kDecodeRows + row] - base);
       sums[w * kDecodeRows + row] = sum == 0.0f ? 0.0f : weight * reciprocal(sum);
     }
-    const float lse = (top + log2f(sum)) * kLn2;
+    const float lse = top + log2f(sum);
     if (a.parts)
-      a.parts[a.splits * all_rows * a.dim_v + split * all_rows + place_of(row)] = lse;
+      a.parts[a.splits * all_rows * a.dim_v + split * all_rows + place_of(row)] = lse;  // in base 2
     else if (a.lse)
-      a.lse[(sequence * a.heads + head_of(row)) * a.len_q + query_of(row)] = lse;
+      a.lse[(sequence * a.heads + head_of(row)) * a.len_q + query_of(row)] = lse * kLn2;
   }
   __syncthreads();
   for (int i = threadIdx.x; i < rows * int(a.dim_v); i += S::kThreads) {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,10 +13,20 @@ from torch import Tensor
 from fastllm.kernels import flash_attention, flash_decode
 from fastllm.kernels.attention import reference
 from fastllm.kernels.attention.options import bounds
-from tests.conftest import GPU
 from tests.numerics import assert_accurate, with_gradients
 
-KERNELS = ("cpu",) if GPU else ("cpu", "triton")  # the interpreter is off where there is a GPU
+NARROW = (torch.float16, torch.bfloat16)  # what the CUDA C++ kernels of attention take
+
+
+def plain_dtype(backend: str) -> torch.dtype:
+    """float32, or what is nearest to it among the backend's dtypes."""
+    return torch.float16 if backend == "cuda" else torch.float32
+
+
+def each_backend(*dtypes: torch.dtype, backends: Sequence[str] = ("cpu", "triton", "cuda")) -> pytest.MarkDecorator:
+    """Runs a test with each (backend, dtype); of ``cuda`` with all of its dtypes."""
+    pairs = [(b, d) for b in backends for d in (NARROW if b == "cuda" else dtypes)]
+    return pytest.mark.parametrize(("backend", "dtype"), pairs, indirect=["backend"], ids=str)
 
 
 def qkv(seq_q, seq_k, heads=2, kv_heads=2, dim=16, dtype=torch.float32, batch=2, device="cpu") -> list[Tensor]:
@@ -103,16 +115,32 @@ def check(inputs, backend, **options) -> None:
         assert_accurate(got, own, right, name, magnitude)
 
 
+def check_same(call, other, *tensors: Tensor, gradients: bool = True) -> None:
+    """``call`` computes what ``other``, of PyTorch, does: by the rule, forward and each gradient."""
+    if gradients:
+        run, grads = with_gradients, [torch.randn_like(call(*tensors))]
+    else:
+        run, grads = (lambda f, tensors, _, cast=lambda t: t: [f(*map(cast, tensors))]), []
+    actual, eager, exact = (
+        run(call, tensors, grads),
+        run(other, tensors, grads),
+        run(other, tensors, grads, Tensor.double),
+    )
+    for name, *values in zip(("out", "dq", "dk", "dv"), actual, eager, exact, strict=False):
+        got, own, right = values
+        assert_accurate(got, own, right, name, right.abs() + tensors[1].shape[1])  # as many terms may cancel
+
+
 def _with_sinks(q, k, v, sinks=None, **options):
     return flash_attention(q, k, v, sinks=sinks, **options)
 
 
-def check_packed(kernel, lengths, options, dtype, device="cpu") -> None:
+def check_packed(backend, lengths, options, dtype, device="cpu") -> None:
     """Each sequence as if it were alone, bit for bit, gradients too."""
     sequences = [qkv(a, b, 4, 2, 24, dtype, batch=1, device=device) for a, b in lengths]
     packed = [torch.cat([s[i][0] for s in sequences]).requires_grad_() for i in range(3)]
     cu_q, cu_k = (torch.tensor([0, *n], device=device).cumsum(0).int() for n in zip(*lengths, strict=True))
-    options = {"return_lse": True, "backend": kernel, **options}
+    options = {"return_lse": True, "backend": backend, **options}
     out, lse = flash_attention(*packed, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k.long(), **options)
     grad, dlse = torch.randn_like(out), torch.randn_like(lse) * torch.isfinite(lse)
     got = torch.autograd.grad([out, lse], packed, [grad, dlse])

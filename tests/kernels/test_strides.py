@@ -122,6 +122,9 @@ def test_memory_order_changes_nothing(case, backend, request):
         request.getfixturevalue("simt")
     name, _, tensors, options = arguments()[case]
     op, options = getattr(kernels, name), options | {"backend": backend}
+    if backend == "cuda":
+        narrow = [x for x in tensors if name.startswith("flash") and x[0] in "qkv"]  # its kernels take no float32
+        tensors |= {x: tensors[x].half() for x in narrow}
     out = op(**{x: t.clone() for x, t in tensors.items()}, **options)
     upstream = [torch.randn_like(y) for y in (out if isinstance(out, tuple) else (out,))]
 
