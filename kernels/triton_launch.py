@@ -160,19 +160,15 @@ def row_offsets(row, inner, outer_stride, inner_stride, ALIGNED: tl.constexpr, N
 
 
 @triton.jit
-def tanh(x, PRECISE: tl.constexpr):
-    """PRECISE: to float32's accuracy, by Cephes' polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
-    if PRECISE:
-        z = x * x
-        p = -5.70498872745e-3 * z + 2.06390887954e-2
-        p = p * z - 5.37397155531e-2
-        p = p * z + 1.33314422036e-1
-        p = p * z - 3.33332819422e-1
-        far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-        y = tl.where(z < 0.390625, x + x * z * p, tl.where(x < 0, -far, far))
-    else:
-        y = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * x) + 1.0)
-    return y
+def tanh(x):
+    """To float32's accuracy, by Cephes' polynomial near 0, where 1 - 2 / (e^2x + 1) would cancel."""
+    z = x * x
+    p = -5.70498872745e-3 * z + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
+    return tl.where(z < 0.390625, x + x * z * p, tl.where(x < 0, -far, far))
 
 
 def power_of_two(n: int) -> int:

@@ -123,7 +123,7 @@ def logits(a, b, scale, softcap, SOFTCAP: tl.constexpr):
     """Scores in base 2. Without softcap the scale has log2(e) in it; with it the softcap has."""
     s = tl.dot(a, b, input_precision="ieee") * scale
     if SOFTCAP:
-        s = softcap * tanh(s, a.dtype == tl.float32)
+        s = softcap * tanh(s)
     return s
 
 

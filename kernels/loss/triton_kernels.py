@@ -205,7 +205,7 @@ def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend:
 @triton.jit
 def _capped(logit, softcap, CAPPED: tl.constexpr):
     if CAPPED:
-        logit = softcap * tanh(logit / softcap, True)
+        logit = softcap * tanh(logit / softcap)
     return logit
 
 
@@ -293,7 +293,7 @@ def cross_entropy_backward_kernel(
     logit = tl.load(logits + offsets, offsets < tl.where(active, cols, 0), other=0.0).to(tl.float32)
     slope = 1.0
     if CAPPED:
-        t = tanh(logit / softcap, True)
+        t = tanh(logit / softcap)
         logit, slope = softcap * t, 1.0 - t * t
     gradient = tl.exp(logit - lse) * dlse - tl.where(offsets == col, dloss * target_weight, 0.0)
     if SMOOTHED:
