@@ -1,5 +1,6 @@
 #include "copies.h"
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <string>
@@ -46,6 +47,9 @@ int unit_at(const void* pointer) {
 
 void land(const Copy& copy, const Site& site) {
   const size_t bytes = copy.unit < 0 ? sizeof(float) : kUnit;
+  const auto* now = static_cast<const unsigned char*>(copy.to);
+  if (std::any_of(now, now + bytes, [](unsigned char byte) { return byte != 0xff; }))
+    fail(site, "a copy comes to shared memory where something has been stored since it began");
   if (copy.from)
     std::memcpy(copy.to, copy.from, bytes);
   else

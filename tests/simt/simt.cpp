@@ -253,7 +253,9 @@ void barrier(const Site& site) {
         fail(site, "met by threads at another barrier, " + text(other));
     }
     make_copies_visible();
-    for (int t = 0; t < s.threads; ++t) s.release(t);
+    // Shuffled, any warp may be the newest and go ahead.
+    const int start = s.seed == 0 ? 0 : int(s.random() % s.threads) / warpSize * warpSize;
+    for (int t = 0; t < s.threads; ++t) s.release((start + t) % s.threads);
   }
   s.yield();
 }
