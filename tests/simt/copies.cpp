@@ -95,6 +95,7 @@ void commit_copies() {
 
 void wait_copies(int under_way, const Site& site) {
   auto& groups = of_thread[thread()].groups;
+  if (int(groups.size()) > under_way) wait_late();
   for (; int(groups.size()) > under_way; groups.pop_front())
     for (const Copy& copy : groups.front()) land(copy, site);
 }
