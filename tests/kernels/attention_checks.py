@@ -172,8 +172,10 @@ def check_decode(q, k, v, seqlens, backend, **options) -> None:
     assert torch.equal(torch.isfinite(actual[1]), seen)
     sums = torch.zeros_like(exact[1])
     held = [k.shape[1]] * len(q) if seqlens is None else seqlens.clamp(0, k.shape[1]).tolist()
+    options = {name: x.double() if name == "sinks" and x is not None else x for name, x in options.items()}
     for i, n in enumerate(held):
         if n:
-            one, none = [q[i : i + 1].double(), *(t[i : i + 1, :n].double() for t in (k, v))], torch.zeros(())
-            sums[i] = magnitudes(*one, dout=none.expand_as(one[0]), dlse=none, **options)[1][0]
+            one = [q[i : i + 1].double(), *(t[i : i + 1, :n].double() for t in (k, v))]
+            none = {"dout": torch.zeros_like(exact[0][i : i + 1]), "dlse": torch.zeros_like(exact[1][i : i + 1])}
+            sums[i] = magnitudes(*one, **none, **options)[1][0]
     assert_accurate(actual[1][seen], wide[1][seen], exact[1][seen], "lse", sums[seen])

@@ -89,7 +89,7 @@ def test_strides_change_nothing(form):
         assert torch.equal(a, b)
     few = [tensors[0][:, -2:], *tensors[1:]]
     assert torch.equal(decode(*few), decode(*(t.contiguous() for t in few)))
-    in_place = launchers._in_units("cuda", *tensors)
+    in_place = launchers._in_units("cuda", *operators.in_rows(*tensors))
     read_in_place = form in ("one projection", "heads first", "expanded heads")
     assert all((a is b) == read_in_place for a, b in zip(in_place, tensors, strict=True))
 
