@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     add_product<kTiles, kN>(o, p, v);
   }
   wait_copies<0>();
+  __syncthreads();  // of a block that sees no key: q is there, and no copy comes after what is stored in its place
 
   const float sink = a.sinks ? a.sinks[work.head] * kLog2e : -INFINITY;
   float* lse = a.lse ? a.lse + work.statistics(a, work.head) : nullptr;

@@ -1,5 +1,6 @@
 #include "copies.h"
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <string>
@@ -55,6 +56,9 @@ void begin(const Copy& copy, size_t bytes) {
 
 void land(const Copy& copy, const Site& site) {
   const size_t bytes = copy.unit < 0 ? sizeof(float) : kUnit;
+  const auto* now = static_cast<const unsigned char*>(copy.to);
+  if (std::any_of(now, now + bytes, [](unsigned char byte) { return byte != 0xff; }))
+    fail(site, "a copy comes to shared memory where something has been stored since it began");
   if (copy.from)
     std::memcpy(copy.to, copy.from, bytes);
   else
@@ -94,6 +98,7 @@ void commit_copies() {
 
 void wait_copies(int under_way, const Site& site) {
   Thread& mine = of_thread[thread()];
+  if (int(mine.groups.size()) > under_way) wait_late();
   for (; int(mine.groups.size()) > under_way; mine.groups.pop_front()) {
     for (int i = 0; i < mine.groups.front(); ++i) {
       land(mine.under_way.front(), site);

@@ -75,6 +75,7 @@ struct Scheduler {
   uint64_t seed = 0;
   std::mt19937_64 random;
   bool newest_first = false;  // one warp runs far ahead of the others
+  uint64_t late = 0;          // a bit for each warp whose copies come late
 
   void run_block();
   int next();
@@ -161,6 +162,7 @@ __attribute__((noinline)) void Scheduler::run_block() {
   for (int t = 0; t < threads; ++t) fibers[t]->state = State::ready;
   if (seed != 0) {
     newest_first = random() % 2;
+    late = random();
     std::shuffle(ready.begin(), ready.end(), random);
   }
   if (__builtin_setjmp(home) == 0) go_on();
@@ -256,8 +258,17 @@ void barrier(const Site& site) {
         fail(site, "met by threads at another barrier, " + text(other));
     }
     make_copies_visible();
-    for (int t = 0; t < s.threads; ++t) s.release(t);
+    // Shuffled, any warp may be the newest and go ahead.
+    const int start = s.seed == 0 ? 0 : int(s.random() % s.threads) / warpSize * warpSize;
+    for (int t = 0; t < s.threads; ++t) s.release((start + t) % s.threads);
   }
+  s.yield();
+}
+
+void wait_late() {
+  Scheduler& s = scheduler;
+  if (s.seed == 0 || (s.late >> s.current / warpSize & 1) == 0) return;
+  s.ready.push_front(s.current);
   s.yield();
 }
 

@@ -55,6 +55,7 @@ class Lanes {
   }
 };
 
+void wait_late();  // lets other threads go first, where this warp's copies come late
 int thread();  // the one that runs now, of the block
 int lane();
 uint3 thread_index(int thread);
