@@ -280,7 +280,7 @@ void backward(const AttentionBackward& a, cudaStream_t stream) {
   else if constexpr (D <= 128)
     launch_dkdv<T, D, KeysShape<8, 1, D == 96 ? 48 : 32, false, 1>>(a, stream);
   else
-    launch_dkdv<T, D, KeysShape<8, 1, D == 192 ? 48 : 32, true, 1>>(a, stream);
+    launch_dkdv<T, D, KeysShape<8, 1, D == 192 ? 48 : 16, true, 1>>(a, stream);
   if constexpr (D == 64)
     launch_dq<T, D, QueriesShape<4, 2, 32, 2>>(a, stream);
   else if constexpr (D <= 128)
