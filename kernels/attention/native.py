@@ -10,12 +10,11 @@ from ..native import KERNELS, place
 from .options import Options
 from .packing import Packing
 
+UNIT = 8  # elements of 16 bytes, which the CUDA C++ kernels copy at once
+
 
 def _int64(*indices: Tensor | None) -> list[Tensor | None]:
     return [None if x is None else x.to(torch.int64) for x in indices]
-
-
-UNIT = 8  # elements of 16 bytes, which the CUDA kernels copy at once
 
 
 def _in_units(backend: str, *tensors: Tensor) -> list[Tensor]:
