@@ -13,7 +13,6 @@ namespace attention {
 constexpr int kWarpsOfBlock = 8;
 constexpr int kFewRows = 64;      // of one head of the keys, up to which they are split
 constexpr int kMostSplits = 64;
-constexpr int kBlocksOfSm = 2;    // of attention_decode, which hide each other's waits
 constexpr int kSplitKeys = 64;    // the fewest keys of a part
 
 // delta = dout · out - dlse, a warp for each row of a head; V elements at a time.
@@ -36,13 +35,14 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp) attention_delta_kernel(c
   if (lane_id() == 0) a.delta[to] = a.dlse ? sum - a.dlse[to] : sum;
 }
 
-// The parts of a row, each weighted by its share of the sum of exponentials; a warp for each row.
+// The parts of a row, each weighted by its share of the sum of exponentials; a warp for each row and 32 columns.
 template <typename T>
 __global__ void __launch_bounds__(kWarpsOfBlock* kWarp) attention_combine_kernel(const AttentionDecode a, int rows) {
   constexpr int kEach = kMostSplits / kWarp;
   const int row = blockIdx.x * kWarpsOfBlock + threadIdx.x / kWarp;  // [sequences, queries, heads]
   if (row >= rows) return;
-  const int lane = lane_id(), splits = int(a.splits), dim = int(a.dim_v), heads = int(a.heads), len_q = int(a.len_q);
+  const int lane = lane_id(), c = blockIdx.y * kWarp + lane;
+  const int splits = int(a.splits), dim = int(a.dim_v), heads = int(a.heads), len_q = int(a.len_q);
   const float* part_lse = a.parts + int64_t(splits) * rows * dim + row;
   float weight[kEach], top = -INFINITY, sum = 0.0f;
 #pragma unroll
@@ -60,18 +60,18 @@ __global__ void __launch_bounds__(kWarpsOfBlock* kWarp) attention_combine_kernel
   sum = warp_reduce(Sum(), sum);
   const float share = sum == 0.0f ? 0.0f : reciprocal(sum);
   const int head = row % heads, token = row / heads;  // lse is [sequences, heads, queries]
-  if (a.lse && lane == 0) a.lse[(token / len_q * heads + head) * len_q + token % len_q] = (top + log2f(sum)) * kLn2;
-  for (int first = 0; first < dim; first += kWarp) {
-    const int c = first + lane;
-    float value = 0.0f;
+  if (a.lse && c == 0) a.lse[(token / len_q * heads + head) * len_q + token % len_q] = (top + log2f(sum)) * kLn2;
+  const float* part = a.parts + int64_t(row) * dim + min(c, dim - 1);
+  const int64_t step = int64_t(rows) * dim;
+  float value = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      for (int split = i * kWarp; split < min(splits, (i + 1) * kWarp); ++split) {
-        const float of_split = __shfl_sync(0xffffffffu, weight[i], split % kWarp);
-        if (c < dim) value = fmaf(of_split, a.parts[(int64_t(split) * rows + row) * dim + c], value);
-      }
-    if (c < dim) static_cast<T*>(a.out)[int64_t(row) * dim + c] = from_float<T>(value * share);
+  for (int i = 0; i < kEach; ++i) {
+    const int end = min(splits - i * kWarp, kWarp);
+#pragma unroll 8  // loads that wait together
+    for (int split = 0; split < end; ++split, part += step)
+      value = fmaf(__shfl_sync(0xffffffffu, weight[i], split), *part, value);
   }
+  if (c < dim) static_cast<T*>(a.out)[int64_t(row) * dim + c] = from_float<T>(value * share);
 }
 
 // Calls f(element, dim) with the kernels' element type and the smallest of their dims that holds a call's.
@@ -99,7 +99,9 @@ void check_rows(const Heads& x) {
 // Queries of all heads: rows of out.
 int rows_of(const Attention& a) {
   const int64_t rows = a.tokens_q() * a.heads;
-  if (rows > INT32_MAX) throw std::invalid_argument("attention: more than 2^31 - 1 queries and heads");
+  // Kernels count rows in 32 bits, and positions so that sums of two fit.
+  if (rows > INT32_MAX || std::max(a.tokens_k(), a.tokens_q()) >= kFar)
+    throw std::invalid_argument("attention: more than 2^30 tokens of q or k, or 2^31 of all heads of q");
   return int(rows);
 }
 
@@ -142,7 +144,8 @@ int64_t attention_splits(const Attention& a, int device) {
   const int64_t blocks = a.sequences * a.kv_heads * ceil_div(rows, 16);
   const int64_t keys = std::min(a.len_k, a.left + a.right + a.len_q);
   const int64_t most = std::min<int64_t>(ceil_div(keys, kSplitKeys), kMostSplits);
-  return std::max<int64_t>(1, std::min(kBlocksOfSm * sm_count(device) / std::max<int64_t>(1, blocks), most));
+  const int of_sm = std::max(a.dim, a.dim_v) <= 128 ? 2 : 1;  // blocks that fit every multiprocessor
+  return std::max<int64_t>(1, std::min(of_sm * sm_count(device) / std::max<int64_t>(1, blocks), most));
 }
 
 void attention_decode(const AttentionDecode& a, int device, cudaStream_t stream) {
@@ -156,8 +159,9 @@ void attention_decode(const AttentionDecode& a, int device, cudaStream_t stream)
     decode<T, dim.value>(a, stream);
     const int rows = rows_of(a);
     if (a.splits > 1)
-      launch(attention_combine_kernel<T>, dim3(unsigned(ceil_div(rows, kWarpsOfBlock))), dim3(kWarpsOfBlock * kWarp), 0,
-             stream, a, rows);
+      launch(attention_combine_kernel<T>,
+             dim3(unsigned(ceil_div(rows, kWarpsOfBlock)), unsigned(ceil_div(a.dim_v, kWarp))),
+             dim3(kWarpsOfBlock * kWarp), 0, stream, a, rows);
   });
 }
 

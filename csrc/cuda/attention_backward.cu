@@ -23,6 +23,13 @@ __device__ inline void to_probabilities(Product<TILES, N>& s, const Scores& scor
     });
 }
 
+// Hides p and ds of what rows do not see: ds too, for it may be NaN where a query that sees nothing has such a gradient.
+template <int TILES, int N, typename RowOf>
+__device__ inline void hide(Product<TILES, N>& s, Product<TILES, N>& ds, const Band& band, int col, RowOf row_of) {
+  mask<TILES, N>(s, band, col, 0.0f, row_of);
+  mask<TILES, N>(ds, band, col, 0.0f, row_of);
+}
+
 // Calls f(element of ds, the same of s).
 template <int TILES, int N, typename F>
 __device__ inline void each_pair(Product<TILES, N>& ds, const Product<TILES, N>& s, F f) {
@@ -137,7 +144,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
         multiply_slopes<kTiles, kN>(ds, s, scores);
       }
       to_probabilities<kTiles, kN>(s, scores, [&](int, int, int col) { return lse[col + lane_col()] * kLog2e; });
-      if (!band.whole(row, high, now.row, kQueries)) mask<kTiles, kN>(s, band, now.row, 0.0f, row_of);
+      if (!band.whole(row, high, now.row, kQueries)) hide<kTiles, kN>(s, ds, band, now.row, row_of);
       if (wants_dv) {
         round_to<T, kTiles, kN>(rounded, s);
         add_product<kTiles, kN>(dv, rounded, dout);
@@ -235,7 +242,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       each<kTiles, kN>(ds, [&](float& x, int t, int half, int) { x -= delta[t][half]; });
       multiply_slopes<kTiles, kN>(ds, s, scores);
       to_probabilities<kTiles, kN>(s, scores, [&](int t, int half, int) { return lse[t][half]; });
-      if (!band.whole(row, high, col, kKeys)) mask<kTiles, kN>(s, band, col, 0.0f, row_of);
+      if (!band.whole(row, high, col, kKeys)) hide<kTiles, kN>(s, ds, band, col, row_of);
       each_pair<kTiles, kN>(ds, s, [](float& d, float p) { d *= p; });
       uint32_t rounded[kTiles][kN / 2][4];
       round_to<T, kTiles, kN>(rounded, ds);

@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(S::kThreads)
 
 template <typename T, int D>
 void decode(const AttentionDecode& a, cudaStream_t stream) {
-  using S = DecodeShape<D <= 128 ? 4 : 2>;  // two stages of all warps fit 64 KiB
+  using S = DecodeShape<D == 64 ? 4 : 2>;  // to 128, two blocks fit a multiprocessor of 100 KiB
   const int64_t row_blocks = ceil_div(a.len_q * a.group(), kDecodeRows);
   constexpr size_t kStaged = sizeof(T) * D * S::kWarps * kStages * 2 * kDecodeKeys;
   constexpr size_t kFound = sizeof(float) * S::kWarps * kDecodeRows * (D + 2);

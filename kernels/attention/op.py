@@ -227,6 +227,8 @@ class _FlashAttention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * 10
         dout = torch.zeros_like(out) if dout is None else dout
+        if dlse is not None:  # may be NaN where an lse of -inf was masked: 0 · inf
+            dlse = dlse.masked_fill(lse == -torch.inf, 0.0)
         packing = Packing(cu_q, cu_k, *ctx.max_seqlens)
         dq, dk, dv, delta = attention_backward(
             dout, dlse, q, k, v, out, lse, packing, ctx.options, ctx.deterministic, ctx.backend
@@ -234,6 +236,7 @@ class _FlashAttention(torch.autograd.Function):
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
             share = torch.exp(sinks.float().unsqueeze(-1) - lse)  # the sink's probability, [..., heads, seq_q]
+            share = share.masked_fill(lse == -torch.inf, 0.0)  # nothing seen, and a sink of -inf
             dsinks = -(share * delta).sum(-1)
             dsinks = (dsinks if cu_q is not None else dsinks.sum(0)).to(sinks.dtype)
         grads = (differentiable_once("flash_attention", q, g) for g in (dq, dk, dv, dsinks))

@@ -90,6 +90,24 @@ def test_the_sink_of_a_query_that_sees_nothing(backend):
     torch.testing.assert_close(lse[0, :, :3], sinks.unsqueeze(1).expand(2, 3))
 
 
+def test_gradients_where_a_query_sees_nothing(backend):
+    """Its lse is -inf, of which a masked square has the gradient NaN; a sink of -inf is no sink."""
+    leaves = [
+        t.requires_grad_() for t in (*qkv(60, 40, dtype=plain_dtype(backend), batch=1), torch.tensor([-torch.inf, 1.0]))
+    ]
+    *found, dsinks = gradients(leaves, lambda lse: torch.where(lse == -torch.inf, 0.0, lse * lse), backend)
+    *expected, _ = gradients(leaves, lambda lse: lse.masked_fill(lse == -torch.inf, 0.0).square(), backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert not found[0][:, :20, 0].any() and dsinks.isfinite().all() and dsinks[0] == 0
+    assert all(g.isfinite().all() and g.any() for g in found)
+
+
+def gradients(leaves, of_lse, backend):
+    *inputs, sinks = leaves
+    out, lse = flash_attention(*inputs, sinks=sinks, return_lse=True, backend=backend)
+    return torch.autograd.grad(out.float().square().mean() + of_lse(lse).mean(), leaves)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_instruction_sets(dtype):
     """Every one that this processor runs."""
