@@ -76,7 +76,7 @@ def test_a_dtype_that_a_backend_does_not_take_is_left_out_with_the_reason(simt):
     found = [e for e in errors if e.backend == "cuda"]
     assert {(e.dtype, e.within) for e in found} == {("float32", None), ("float16", True), ("bfloat16", True)}
     result = Result({"device": "d", "timed": "in turns", "torch": "2"}, errors=errors)
-    reason = "its kernels take float16 and bfloat16, which tensor cores multiply exactly; float32 has triton"
+    reason = "its kernels take float16 and bfloat16, which tensor cores multiply, not float32"
     assert f"| flash_decode | float32 | cuda | {reason} | left out |" in report.report(result, [])
     held = len(errors) - 1
     assert f"Of {held} outputs and gradients held against float64, {held} are within" in report._device(Path(), result)

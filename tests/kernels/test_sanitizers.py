@@ -108,7 +108,7 @@ def attention(nq, nk, h, kv, d, dv, dtype, packed, left, right, softcap):
     cpu.attention_backward(dout, lse, q, k, v, out, lse, *cu, options, dq, dk, dv, delta, 0, 0)
     results = [out, dq, dk, dv]
     if not packed:
-        cpu.attention_decode(q, k, v, index([nk, nk // 2]), sinks, options, few, lse, 0, 0)
+        cpu.attention_decode(q, k, v, index([nk, nk // 2]), sinks, options, None, few, lse, 0, 0)
         results.append(few)
     return [wide(t.array, dtype) for t in results]
 
