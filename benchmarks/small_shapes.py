@@ -254,7 +254,7 @@ def _decode(seq_q: int, seq_k: int, dim: int) -> Probe:
     new = inputs["q"].shape[1]
     at = torch.arange(seq_k, device=DEVICE)
     seen = at <= (lengths.view(2, 1, 1, 1) - new + torch.arange(new, device=DEVICE).unsqueeze(1))
-    call = lambda q, k, v, **options: flash_decode(q, k, v, lengths, **options)  # noqa: E731
+    call = partial(flash_decode, cache_seqlens=lengths)
     return Probe(flash_decode, lambda q, k, v: _eager(q, k, v, seen)[0], call, inputs, backward=False)
 
 

@@ -66,12 +66,10 @@ def test_threads_in_any_order(simt, dim, seed):
 def forms() -> dict[str, list[torch.Tensor]]:
     """q, k and v as they lie in memory."""
     randn = partial(torch.randn, dtype=HALF)
-    fused = randn(2, 45, (4 + 2 + 2) * 16)
-    odd = randn(2, 45, (4 + 2 + 2) * 75)
-    split = lambda x, dim: [x[..., a * dim : b * dim].unflatten(-1, (-1, dim)) for a, b in ((0, 4), (4, 6), (6, 8))]  # noqa: E731
+    fused, odd = randn(2, 45, 4 + 2 + 2, 16), randn(2, 45, 4 + 2 + 2, 75)
     return {
-        "one projection": split(fused, 16),
-        "one projection, head_dim 75": split(odd, 75),
+        "one projection": list(fused.split((4, 2, 2), 2)),
+        "one projection, head_dim 75": list(odd.split((4, 2, 2), 2)),
         "heads first": [randn(2, heads, 45, 16).transpose(1, 2) for heads in (4, 2, 2)],
         "expanded heads": [randn(2, 45, 1, 16).expand(2, 45, heads, 16) for heads in (4, 2, 2)],
         "an odd offset": [randn(2 * 45 * heads * 16 + 3)[3:].view(2, 45, heads, 16) for heads in (4, 2, 2)],
