@@ -21,12 +21,14 @@ from .errors import DISTRIBUTION, pip_install
 
 # Extras of pyproject.toml, the packages that each asks for beyond the others, and what asks for them.
 EXTRAS = {
-    "train": ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro"),
+    "train": ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro", "zstandard"),
+    "data": ("fastwarc", "mwparserfromhell", "mwxml", "py3langid", "pyarrow", "rensa", "resiliparse"),
     "hf": ("transformers",),
     "tensorboard": ("tensorboard",),
 }
 USED_BY = {
     "train": "fastllm train, generate, export, plan and bench",
+    "data": "fastllm data prepare of crawls, dumps, books and Parquet",
     "hf": "fastllm.patch",
     "tensorboard": "--train.tensorboard",
 }
