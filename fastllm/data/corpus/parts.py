@@ -26,10 +26,11 @@ import numpy as np
 from ...errors import UserError
 from ...files import write_atomic
 from ...input_files import one_line, read_json
+from ..deduplication import MinHashSettings, write_signatures
 from ..readers import Source
 from .recipe import Recipe
 from .tally import Tally
-from .worker import Batch, Cleaned, Worker
+from .worker import ROW, Batch, Cleaned, Worker
 
 BATCH = 2**21  # bytes of records that a worker gets at a time,
 BATCH_RECORDS = 2048  # and at most so many
@@ -58,7 +59,7 @@ class Part:
 
     @property
     def signatures(self) -> Path:
-        return self.folder / f"{self._name}.signatures.npy"
+        return self.folder / f"{self._name}.signatures"
 
     def rows(self) -> np.ndarray:
         """ROW ``[documents]``, memory-mapped."""
@@ -88,7 +89,7 @@ def make_parts(recipe: Recipe, files: Files, folder: Path, processes: int, tick:
     if start == (len(files), 0):
         return
     try:
-        writer = _Writer(folder, len(parts))
+        writer = _Writer(folder, len(parts), recipe.near_duplicates)
         try:
             for batch, cleaned in _cleaned(recipe, files, _batches(files, labels, start), processes):
                 writer.add(batch, cleaned)
@@ -96,7 +97,7 @@ def make_parts(recipe: Recipe, files: Files, folder: Path, processes: int, tick:
                 if writer.size >= PART:
                     file, number, _ = batch.records[-1]
                     writer.close((file, number + 1))
-                    writer = _Writer(folder, writer.number + 1)
+                    writer = _Writer(folder, writer.number + 1, recipe.near_duplicates)
             writer.close((len(files), 0))
         finally:
             writer.abandon()
@@ -263,7 +264,7 @@ class _Pool:
         return Cleaned(
             first.lines + second.lines,
             np.concatenate((first.rows, second.rows)),
-            np.concatenate((first.signatures, second.signatures)),
+            first.signatures + second.signatures,
             first.tally,
         )
 
@@ -274,18 +275,18 @@ class _Pool:
 class _Writer:
     """Writes one part."""
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.folder, self.number = folder, number
+    def __init__(self, folder: Path, number: int, minhash: MinHashSettings) -> None:
+        self.folder, self.number, self._minhash = folder, number, minhash
         self.size = self.documents = 0
         self.tally = Tally()
         self._rows: list[np.ndarray] = []
         self._signatures: list[np.ndarray] = []
-        self._file = open(self._path("jsonl.zst.part"), "wb")
+        self._file = open(self._path("jsonl.zst.part"), "wb")  # noqa: SIM115
 
     def add(self, batch: Batch, cleaned: Cleaned) -> None:
         self._file.write(cleaned.lines)
         self._rows.append(cleaned.rows)
-        self._signatures.append(cleaned.signatures)
+        self._signatures += cleaned.signatures
         self.tally.add(cleaned.tally)
         self.size += batch.size
         self.documents += len(cleaned.rows)
@@ -296,9 +297,10 @@ class _Writer:
     def close(self, end: tuple[int, int]) -> None:
         """Complete the part; the next one begins at ``end``."""
         self._file.close()
-        for name, arrays in (("rows", self._rows), ("signatures", self._signatures)):
-            with open(self._path(f"{name}.npy"), "wb") as file:
-                np.save(file, np.concatenate(arrays), allow_pickle=False)
+        with open(self._path("rows.npy"), "wb") as file:
+            np.save(file, np.concatenate([np.empty(0, ROW), *self._rows]), allow_pickle=False)
+        if self._minhash.enabled:
+            write_signatures(self._path("signatures"), self._minhash, self._signatures)
         lines = self._path("jsonl.zst")
         self._path("jsonl.zst.part").replace(lines)
         values = {"documents": self.documents, "bytes": lines.stat().st_size, "end": end, "tally": self.tally.to_json()}

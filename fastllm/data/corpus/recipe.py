@@ -14,7 +14,7 @@ from ... import config as configs
 from ...errors import UserError, did_you_mean
 from ...input_files import shown
 from ..cleaning import FILTERS
-from ..deduplication import Decontamination, NearDuplicates
+from ..deduplication import DecontaminationSettings, MinHashSettings
 from ..readers import ReaderOptions
 
 
@@ -62,8 +62,8 @@ class Recipe:
     readers: ReaderOptions = field(default_factory=ReaderOptions)
     filters: dict[str, Any] = field(default_factory=default_filters)  # settings by the filter's name, see cleaning
     exact_duplicates: bool = True  # drop documents of the same text
-    near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
-    decontamination: Decontamination = field(default_factory=Decontamination)
+    near_duplicates: MinHashSettings = field(default_factory=MinHashSettings)
+    decontamination: DecontaminationSettings = field(default_factory=DecontaminationSettings)
 
     def __post_init__(self) -> None:
         labels = [source.label for source in self.sources]
@@ -92,15 +92,16 @@ class Recipe:
             name: replace(settings, enabled=enabled.get(name, settings.enabled))
             for name, settings in self.filters.items()
         }
-        near = replace(self.near_duplicates, enabled=enabled.get("near_duplicates", self.near_duplicates.enabled))
-        files = self.decontamination.files if enabled.get("decontamination", True) else ()
-        return replace(
-            self,
-            filters=filters,
-            exact_duplicates=enabled.get("exact_duplicates", self.exact_duplicates),
-            near_duplicates=near,
-            decontamination=replace(self.decontamination, files=files),
-        )
+        parts = {
+            name: replace(getattr(self, name), enabled=enabled.get(name, getattr(self, name).enabled))
+            for name in ("near_duplicates", "decontamination")
+        }
+        exact = enabled.get("exact_duplicates", self.exact_duplicates)
+        return replace(self, filters=filters, exact_duplicates=exact, **parts)
+
+    @property
+    def decontaminates(self) -> bool:
+        return self.decontamination.enabled and bool(self.decontamination.files)
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,7 @@ import zstandard
 
 from ...input_files import one_line
 from ..cleaning import build
-from ..deduplication import Decontaminator, MinHash, exact_key
+from ..deduplication import KEY_BYTES, Decontaminator, MinHash, exact_key
 from ..document import Document
 from ..readers import Skipped, Source
 from .recipe import Recipe
@@ -23,7 +23,7 @@ LEVEL = 3  # of zstd
 # What is kept of a document beside its text, until duplicates are found over all of them.
 ROW = np.dtype(
     [
-        ("key", "<u8", 2),  # of its text, see exact_key
+        ("key", "u1", KEY_BYTES),  # of its text, see exact_key
         ("characters", "<u4"),
         ("source", "<u2"),  # the number of the recipe's source
         ("language", "S8"),
@@ -47,7 +47,7 @@ class Cleaned:
 
     lines: bytes  # JSON lines, a frame of zstd
     rows: np.ndarray  # ROW [documents]
-    signatures: np.ndarray  # uint32 [documents, permutations]
+    signatures: list[np.ndarray]  # uint32 [permutations] each; none where near duplicates are not looked for
     tally: Tally
 
 
@@ -63,12 +63,13 @@ class Worker:
         self.recipe, self.files = recipe, files
         self.filter = build(recipe.filters)
         self.minhash = MinHash(recipe.near_duplicates) if recipe.near_duplicates.enabled else None
-        self.decontaminator = Decontaminator(recipe.decontamination) if recipe.decontamination.files else None
+        self.decontaminator = Decontaminator(recipe.decontamination) if recipe.decontaminates else None
         self.compressor = zstandard.ZstdCompressor(LEVEL)
 
     def clean(self, batch: Batch) -> Cleaned:
         tally, lines = batch.tally, []
-        rows, signatures = [], []
+        rows: list[tuple[Any, ...]] = []
+        signatures: list[np.ndarray] = []
         for file, number, record in batch.records:
             document = self._extract(tally, file, number, record)
             if document is None:
@@ -82,11 +83,10 @@ class Worker:
             if self.minhash is not None:
                 signatures.append(self.minhash.signature(document.text))
             lines.append(json.dumps(document.to_json(), ensure_ascii=False).encode("utf-8", "surrogatepass"))
-        columns = 0 if self.minhash is None else self.minhash.permutations
         return Cleaned(
             self.compressor.compress(b"".join(line + b"\n" for line in lines)),
             np.array(rows, ROW),
-            np.array(signatures, np.uint32).reshape(len(rows), columns),
+            signatures,
             tally,
         )
 
@@ -108,9 +108,10 @@ class Worker:
         return document
 
     def _row(self, document: Document, source: int) -> tuple[Any, ...]:
-        key = np.frombuffer(exact_key(document.text), "<u8")
-        language = str(document.metadata.get("language", "")).encode()[:8]
+        key = np.frombuffer(exact_key(document.text), np.uint8)
         contaminated = 0
-        if self.decontaminator is not None:
-            contaminated = self.decontaminator.contaminated(document.text)
+        if self.decontaminator is not None and self.decontaminator.contaminated(document):
+            file = document.metadata["contamination"]["file"]
+            contaminated = 1 + self.recipe.decontamination.files.index(file)
+        language = str(document.metadata.get("language", "")).encode()[:8]
         return key, min(len(document.text), 2**32 - 1), source, language, contaminated
