@@ -1,0 +1,369 @@
+"""The data path against its peers: WARC to documents, MinHash, tokenizing, the loader; and the memory that each takes.
+
+    python -m benchmarks.data --pages FOLDER              HTML pages, of documentation packages for example
+    python -m benchmarks.data --pages FOLDER --memory     also peak memory at 10 MB and 2 GB of input (an hour)
+
+Implementations take turns in one run on one core each, where nothing else is said. Writes data.json and data.md into
+benchmarks/results/<device>/. Peers: datatrove's WarcReader (warcio) with its Trafilatura extractor, rensa's RMinHash,
+the tokenizers library itself (pip install datatrove trafilatura warcio).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastllm.data.cleaning import settings
+from fastllm.data.corpus.recipe import Recipe, SourceSpec
+from fastllm.data.corpus.tally import Tally
+from fastllm.data.corpus.worker import Batch, Worker
+from fastllm.data.deduplication import MinHash, exact_key
+from fastllm.data.document import Document
+from fastllm.data.readers import ReaderOptions, Skipped, Source, open_source
+from fastllm.data.tokenizer import Tokenizer
+from fastllm.errors import UserError
+from fastllm.files import write_atomic
+
+from .record import FOLDER
+from .timing import device_name, stamp
+
+MB = 1e6
+TURNS = 3
+SIZES = (10, 2000)  # MB of input whose peak memory is compared
+SMALL = [
+    "--model.dim",
+    "32",
+    "--model.layers",
+    "1",
+    "--model.heads",
+    "1",
+    "--model.ffn-dim",
+    "64",
+    "--train.steps",
+    "20",
+]
+
+
+@dataclass
+class Row:
+    """A measurement: ours and a peer's, the median of turns with the lowest and highest."""
+
+    what: str
+    unit: str
+    ours: tuple[float, float, float]  # median, lowest, highest
+    peer: str = ""
+    theirs: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        return self.ours[0] / self.theirs[0] if self.theirs[0] else 0.0
+
+
+class _Quiet:
+    """A reader's log that only counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def skipped(self, reason: str, n: int = 1) -> None:
+        self.count += n
+
+    def problem(self, where: str, message: str) -> None:
+        raise UserError(f"{where}: {message}")
+
+
+# ---- inputs ----
+
+
+def make_warc(pages: Path, path: Path, megabytes: float) -> int:
+    """A gzipped WARC of the HTML files below ``pages``, over and over up to a size; returns the bytes of HTML."""
+    from fastwarc.stream_io import GZipStream
+    from fastwarc.warc import WarcRecord, WarcRecordType
+
+    files = sorted(file for file in pages.rglob("*.htm*") if file.is_file() and not file.is_symlink())
+    if not files:
+        raise UserError(f"there are no HTML files in {pages}")
+    total = 0
+    with open(path, "wb") as raw:
+        stream = GZipStream(raw)
+        for n, file in enumerate(_repeated(files)):
+            body = file.read_bytes()
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(body)
+            record = WarcRecord()
+            record.init_headers(len(head) + len(body), WarcRecordType.response)
+            record.headers["WARC-Target-URI"] = f"https://example.org/{n}/{file.name}"
+            record.headers["Content-Type"] = "application/http; msgtype=response"
+            record.set_bytes_content(head + body)
+            record.write(stream)
+            total += len(body)
+            if total >= megabytes * MB:
+                break
+        stream.close()
+    return total
+
+
+def _repeated(files: list[Path]) -> Iterator[Path]:
+    while True:
+        yield from files
+
+
+def documents_of(warc: Path) -> Iterator[Document]:
+    (source,) = open_source(str(warc), ReaderOptions())
+    for record in source.records(_Quiet()):
+        try:
+            yield source.extract(record)
+        except Skipped:
+            continue
+
+
+# ---- measurements ----
+
+
+def in_turns(calls: dict[str, Callable[[], float]], turns: int = TURNS) -> dict[str, tuple[float, float, float]]:
+    """The figures of each call, which take turns: median, lowest and highest."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns):
+        for name, call in calls.items():
+            found[name].append(call())
+    return {name: (statistics.median(values), min(values), max(values)) for name, values in found.items()}
+
+
+def rate(work: float, call: Callable[[], Any]) -> float:
+    """``work`` in a second of this process."""
+    began = time.process_time()
+    call()
+    return work / (time.process_time() - began)
+
+
+def warc_rows(warc: Path, size: int) -> list[Row]:
+    from datatrove.pipeline.extractors import Trafilatura
+    from datatrove.pipeline.readers import WarcReader
+
+    def ours() -> None:
+        (source,) = open_source(str(warc), ReaderOptions())
+        worker = Worker(Recipe((SourceSpec(str(warc)),)), [(0, source)])
+        for n, record in enumerate(source.records(_Quiet())):
+            worker.clean(Batch([(0, n, record)], Tally()))
+
+    def extract_only() -> None:
+        for _ in documents_of(warc):
+            pass
+
+    def theirs() -> None:
+        # Without the process of its own in which each page is given a time limit: ours counts no processes either.
+        extractor = Trafilatura()
+        for document in WarcReader(str(warc.parent), glob_pattern=warc.name).run():
+            extractor.extract(document.text)
+
+    found = in_turns(
+        {
+            "ours": lambda: rate(size / MB, ours),
+            "extract": lambda: rate(size / MB, extract_only),
+            "theirs": lambda: rate(size / MB, theirs),
+        }
+    )
+    peer = "datatrove: warcio + trafilatura, text alone"
+    return [
+        Row("WARC to text", "MB/s of HTML and core", found["extract"], peer, found["theirs"]),
+        Row("WARC to clean documents, keys, signatures", "MB/s of HTML and core", found["ours"], peer, found["theirs"]),
+    ]
+
+
+def stage_rows(warc: Path, size: int) -> list[Row]:
+    """Seconds of each stage for a GB of HTML on one core."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, call: Callable[[], Any]) -> Any:
+        began = time.process_time()
+        result = call()
+        seconds[name] = seconds.get(name, 0.0) + time.process_time() - began
+        return result
+
+    (source,) = open_source(str(warc), ReaderOptions())
+    records = timed("read and decompress", lambda: list(source.records(_Quiet())))
+    documents = timed("HTML to text", lambda: list(_extracted(source, records)))
+    del records
+    for name, one in settings({}).items():
+        judge = one.build()
+        documents = timed(name, lambda judge=judge, documents=documents: [d for d in documents if not judge(d)])
+    minhash = MinHash()
+    timed("exact key", lambda: [exact_key(d.text) for d in documents])
+    timed("MinHash signature", lambda: [minhash.signature(d.text) for d in documents])
+    timed("JSON", lambda: [json.dumps(d.to_json(), ensure_ascii=False).encode() for d in documents])
+    each = {name: value * 1000 * MB / size for name, value in seconds.items()}
+    return [Row(name, "s for 1 GB of HTML", (value,) * 3) for name, value in each.items()]
+
+
+def _extracted(source: Source, records: Iterable[Any]) -> Iterator[Document]:
+    for record in records:
+        try:
+            yield source.extract(record)
+        except Skipped:
+            continue
+
+
+def minhash_rows(texts: list[str]) -> list[Row]:
+    import rensa
+
+    size = sum(map(len, texts)) / MB
+    minhash = MinHash()
+    permutations = minhash.settings.permutations
+
+    def theirs() -> None:
+        for text in texts:
+            words = re.findall(r"\w+", text.lower())
+            grams = [" ".join(words[i : i + 5]) for i in range(len(words) - 4)]
+            one = rensa.RMinHash(num_perm=permutations, seed=1)
+            one.update(grams)
+            one.digest()
+
+    calls = {
+        "ours": lambda: rate(size, lambda: [minhash.signature(text) for text in texts]),
+        "theirs": lambda: rate(size, theirs),
+    }
+    found = in_turns(calls)
+    peer = "rensa's RMinHash of 5-grams made in Python"
+    return [Row("MinHash signature", "M characters/s and core", found["ours"], peer, found["theirs"])]
+
+
+def tokenize_rows(corpus: Path, tokenizer: Path, scratch: Path) -> list[Row]:
+    from fastllm.data import read_corpus
+    from fastllm.data.tokenize import tokenize
+
+    texts = [document["text"] for document in read_corpus(corpus)]
+    size = sum(map(len, texts)) / MB
+    backend = Tokenizer.load(tokenizer).backend
+    number = iter(range(1000))
+
+    def ours() -> float:
+        began = time.monotonic()
+        tokenize(corpus, tokenizer, scratch / f"tokens-{next(number)}")
+        return size / (time.monotonic() - began)
+
+    def theirs() -> float:
+        began = time.monotonic()
+        for first in range(0, len(texts), 256):
+            backend.encode_batch_fast(texts[first : first + 256])
+        return size / (time.monotonic() - began)
+
+    found = in_turns({"ours": ours, "theirs": theirs})
+    peer = "tokenizers.encode_batch_fast, nothing read or written"
+    return [Row("tokenize a corpus, written", "M characters/s, all cores", found["ours"], peer, found["theirs"])]
+
+
+# ---- memory ----
+
+
+def peak_memory(command: list[str]) -> float:
+    """MB of the largest process of a command."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    code = (
+        "import resource, subprocess, sys; "
+        "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
+        "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    del before
+    status, kilobytes = map(int, result.stdout.split()[-2:])
+    if status:
+        raise UserError(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")
+    return kilobytes / 1000
+
+
+def memory_rows(pages: Path, scratch: Path) -> list[Row]:
+    peaks: dict[str, list[float]] = {}
+    fastllm = [sys.executable, "-m", "fastllm"]
+    for megabytes in SIZES:
+        folder = scratch / f"{megabytes}"
+        folder.mkdir()
+        make_warc(pages, folder / "pages.warc.gz", megabytes)
+        without = ["--without", "exact_duplicates", "near_duplicates"]  # the pages repeat
+        corpus, tokens, tokenizer = (str(folder / name) for name in ("corpus", "tokens", "tokenizer.json"))
+        commands = {
+            "data prepare": ["data", "prepare", str(folder / "pages.warc.gz"), "--out", corpus, *without],
+            "tokenizer train": ["tokenizer", "train", corpus, "--out", tokenizer, "--vocab-size", "8192"],
+            "data tokenize": ["data", "tokenize", corpus, "--tokenizer", tokenizer, "--out", tokens],
+            "train": ["train", "--data", tokens, "--out", str(folder / "run"), *SMALL],
+        }
+        for name, words in commands.items():
+            peaks.setdefault(name, []).append(peak_memory([*fastllm, *words]))
+    small, large = SIZES
+    return [
+        Row(
+            f"{name}: peak memory at {large:,} MB",
+            "MB",
+            (b,) * 3,
+            f"itself at {small} MB",
+            (a,) * 3,
+            f"{b - a:+.0f} MB",
+        )
+        for name, (a, b) in peaks.items()
+    ]
+
+
+# ---- the report ----
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| | ours | spread | peer | its | ratio | |", "|---|---:|---:|---|---:|---:|---|"]
+    for row in rows:
+        middle, low, high = row.ours
+        theirs = f"{row.theirs[0]:,.2f}" if row.peer else ""
+        ratio = f"{row.ratio:.2f}" if row.peer else ""
+        lines.append(
+            f"| {row.what} | {middle:,.2f} {row.unit} | {low:,.2f}–{high:,.2f} | {row.peer} | {theirs} | {ratio} "
+            f"| {row.note} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--pages", type=Path, required=True, help="a folder with HTML pages")
+    parser.add_argument("--megabytes", type=float, default=100, help="of HTML in the WARC")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too")
+    parser.add_argument("--out", type=Path, default=FOLDER / device_name(), help="the folder of the results")
+    chosen = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        warc = scratch / "pages.warc.gz"
+        size = make_warc(chosen.pages, warc, chosen.megabytes)
+        rows = warc_rows(warc, size)
+        texts = [document.text for _, document in zip(range(2000), documents_of(warc), strict=False)]
+        rows += minhash_rows(texts)
+        corpus, tokenizer = scratch / "corpus", scratch / "tokenizer.json"
+        for words in (
+            ["data", "prepare", str(warc), "--out", str(corpus)],
+            ["tokenizer", "train", str(corpus), "--out", str(tokenizer), "--vocab-size", "32768"],
+        ):
+            subprocess.run([sys.executable, "-m", "fastllm", *words], check=True, stdout=subprocess.DEVNULL)
+        rows += tokenize_rows(corpus, tokenizer, scratch)
+        stages = stage_rows(warc, size)
+        memory = memory_rows(chosen.pages, scratch) if chosen.memory else []
+    text = [f"# The data path on {device_name()}", "", table(rows), "", "## Time of each stage", "", table(stages)]
+    if memory:
+        text += ["", "## Peak memory of the largest process", "", table(memory)]
+    print("\n".join(text))
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    values = {**stamp(), "rows": [asdict(row) for row in (*rows, *stages, *memory)]}
+    write_atomic(chosen.out / "data.json", json.dumps(values, indent=1).encode())
+    write_atomic(chosen.out / "data.md", ("\n".join(text) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
