@@ -15,7 +15,7 @@ _LETTER_OR_DIGIT = re.compile(r"[^\W_]")
 _NOT_WORD = re.compile(r"\W+")
 _BULLETS = ("•", "‣", "●", "◦", "▪", "-", "*")
 _SYMBOLS = ".,;:!?\"'()[]{}“”‘’«»…—–-*_"
-# Words in these scripts have signs that are characters but no letters: they are not counted in the length of a word.
+# Indic scripts have signs that are characters but no letters: words that are too long with them are counted without.
 _SIGNS = re.compile("[\u0900-\u0dff]")
 
 
@@ -64,7 +64,8 @@ class Gopher(Filter):
         def judge(document: Document) -> str:
             text = document.text
             words = split_words(text, 2 * self.max_words + 1)
-            others = [word for word in words if not word.isalpha()]
+            marked = [word for word in words if not word.isalpha()]  # letters and a mark in most of them: a fast look
+            others = [word for word in marked if not word[:-1].isalpha() and not _LETTER.search(word)]
             symbols = [word for word in others if not _LETTER_OR_DIGIT.search(word)]
             number = len(words) - len(symbols)
             document.metadata[self.name] = {"words": number}
@@ -81,9 +82,9 @@ class Gopher(Filter):
                 "ellipses": (text.count("...") + text.count("…")) / len(words),
                 "bullet_lines": sum(map(starts.count, _BULLETS)) / len(lines),
                 "ellipsis_lines": sum(line.rstrip().endswith(("...", "…")) for line in lines) / len(lines),
-                "alphabetic_words": 1 - sum(not _LETTER.search(word) for word in others) / len(words),
+                "alphabetic_words": 1 - len(others) / len(words),
             }
-            length = _mean_length(text, words, symbols, number)
+            length = _mean_length(text, words, symbols, number, self.max_word_length)
             if length is not None:
                 figures["word_length"] = length
             if self.min_stop_words and in_english(document):
@@ -114,15 +115,15 @@ class Gopher(Filter):
         return ""
 
 
-def _mean_length(text: str, words: list[str], symbols: list[str], number: int) -> float | None:
+def _mean_length(text: str, words: list[str], symbols: list[str], number: int, most: float) -> float | None:
     """Characters of a word, where words are what spaces separate."""
-    if may_be_unspaced(text):
-        if is_unspaced(text):
-            spaced = split_spaced_words(text)
-            return sum(map(len, spaced)) / len(spaced) if 2 * len(spaced) > len(words) else None
-        if _SIGNS.search(text):
-            return len(_NOT_WORD.sub("", text)) / number
-    return (sum(map(len, words)) - sum(map(len, symbols))) / number
+    if is_unspaced(text):
+        spaced = split_spaced_words(text)
+        return sum(map(len, spaced)) / len(spaced) if 2 * len(spaced) > len(words) else None
+    length = (sum(map(len, words)) - sum(map(len, symbols))) / number
+    if length > most and may_be_unspaced(text) and _SIGNS.search(text):
+        return len(_NOT_WORD.sub("", text)) / number
+    return length
 
 
 def _count(stop_words: frozenset[str], words: list[str], enough: int) -> int:

@@ -21,15 +21,15 @@ _LONGEST_LOCAL = 64
 _RESERVED = re.compile(r"(?:^|\.)(?:example\.(?:com|net|org)|example|test|invalid|localhost|local)$", re.IGNORECASE)
 _FILE = frozenset(("png", "jpg", "jpeg", "gif", "svg", "webp", "avif", "css", "js"))  # logo@2x.png
 
-_IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\w|-[A-Za-z]|\.\w)")
+_IPV4 = re.compile(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}(?!\w|-[A-Za-z]|\.\w)", re.ASCII)
 _BEFORE_IPV4 = re.compile(  # what an IPv4 address does not follow: the rest of a number or word, a version, a price
     r"(?:[\w.+]|[A-Za-z_]-|[$€£¥₹§]\s?|\bv\.?\s?|\b(?:ver|version|release|rev|revision|build|firmware|section|chapter|clause|oid)"
     r"[\s.:=]{0,2})\Z",
-    re.IGNORECASE,
+    re.ASCII | re.IGNORECASE,
 )
 _PRICE = re.compile(r"[ \u00a0]?(?:[$€£¥₹%]|(?:EUR|USD|GBP|CHF|Rp|VND)\b)")
 # Global unicast addresses are in 2000::/3.
-_IPV6 = re.compile(r"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,33}(?:[0-9A-Fa-f]|(?<=:):)(?!\w|:[\w:]|\.\d)")
+_IPV6 = re.compile(r"[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,33}(?:[0-9A-Fa-f]|(?<=:):)(?!\w|:[\w:]|\.\d)", re.ASCII)
 
 _COUNTRY = (
     r"(?:7|2(?:[07]|[1-689]\d)|3(?:[0-469]|[578]\d)|4(?:[013-9]|2\d)|5(?:[1-8]|[09]\d)|6(?:[0-6]|[789]\d)"
@@ -38,8 +38,10 @@ _COUNTRY = (
 _GAP = "[ \u00a0\u2009\u202f().\\-/\u2010\u2011\u2013]{0,3}"
 # "+", a country code of the ITU, digits in groups: with the code 8 to 15; after +1, 10 of the North American plan.
 _PHONE = re.compile(
-    rf"\+(?:1{_GAP}[2-9]\d\d(?:{_GAP}\d){{7}}|(?={_COUNTRY})\d(?:{_GAP}\d){{7,14}})(?![\w+]|[.,]\d|{_PRICE.pattern})"
+    rf"\+(?:1{_GAP}[2-9]\d\d(?:{_GAP}\d){{7}}|(?={_COUNTRY})\d(?:{_GAP}\d){{7,14}})(?![\w+]|[.,]\d|{_PRICE.pattern})",
+    re.ASCII,
 )
+_WORD = re.compile(r"\w", re.ASCII)  # Chinese text has no space before a number or address
 _DECIMAL = re.compile(r"\+\d+\.\d+")  # +1.23456789
 _THOUSANDS = re.compile(r"\+\d{1,3}(?:\.\d{3})+|\+\d{1,3}\D+00.*")  # +49.000.000, +20 000 000
 
@@ -150,7 +152,7 @@ def mask_ipv6(text: str, replacement: str) -> tuple[str, int]:
 
 def _is_global_ipv6(found: re.Match[str]) -> bool:
     before = found.string[max(0, found.start() - 1) : found.start()]
-    if before and (before.isalnum() or before in "_:."):
+    if _WORD.match(before) or before in (":", "."):
         return False
     return sum(map(bool, found[0].split(":"))) >= 3 and _is_global(found[0])
 
@@ -170,6 +172,6 @@ def mask_phones(text: str, replacement: str) -> tuple[str, int]:
 
 def _is_phone(found: re.Match[str]) -> bool:
     before = found.string[max(0, found.start() - 1) : found.start()]
-    if before and (before.isalnum() or before in "_+"):
+    if _WORD.match(before) or before == "+":
         return False
     return not _DECIMAL.fullmatch(found[0]) and not _THOUSANDS.fullmatch(found[0])

@@ -69,35 +69,35 @@ class Repetition(Filter):
             figures[f"duplicate_{name}s"] = number / max(1, len(parts))
             figures[f"duplicate_{name}_characters"] = characters / size
         words = split_words(text)
-        lengths = np.fromiter(map(len, words), np.int64, len(words))
         # Equal n-grams have equal hashes. Different ones collide at 2^-64 for a pair.
         hashes = word_hashes = np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
         for n in _TOP:
             hashes = hashes[:-1] * _MULTIPLIER + word_hashes[n - 1 :]
-            figures[f"top_{n}_gram"] = _characters_of_most_frequent(hashes, lengths, n) / size
+            figures[f"top_{n}_gram"] = _characters_of_most_frequent(hashes, words, n) / size
         hashes = hashes[:-1] * _MULTIPLIER + word_hashes[_DUPLICATE[0] - 1 :]
-        characters = _characters_of_repeated(hashes, word_hashes, lengths)
+        characters = _characters_of_repeated(hashes, word_hashes, words)
         for n in _DUPLICATE:
             figures[f"duplicate_{n}_grams"] = characters.get(n, 0) / size
         return figures
 
 
-def _characters_of_most_frequent(hashes: NDArray[np.uint64], lengths: NDArray[np.int64], n: int) -> int:
+def _characters_of_most_frequent(hashes: NDArray[np.uint64], words: list[str], n: int) -> int:
     """Of the n-gram that occurs most often, the first of several: its length with single spaces × its occurrences."""
     order = np.argsort(hashes)
     ordered = hashes[order]
-    different = ordered[1:] != ordered[:-1]
-    if different.all():
+    borders = np.ones(len(ordered) + 1, np.bool_)  # of runs of equal hashes
+    np.not_equal(ordered[1:], ordered[:-1], out=borders[1:-1])
+    if borders.all():
         return 0
-    starts = np.flatnonzero(np.concatenate(([True], different)))  # of runs of equal hashes
-    counts = np.diff(starts, append=len(ordered))
+    starts = borders.nonzero()[0]
+    counts = starts[1:] - starts[:-1]
     most = int(counts.max())
-    first = int(np.minimum.reduceat(order, starts)[counts == most].min())
-    return (int(lengths[first : first + n].sum()) + n - 1) * most
+    first = int(np.minimum.reduceat(order, starts[:-1])[counts == most].min())
+    return (sum(map(len, words[first : first + n])) + n - 1) * most
 
 
 def _characters_of_repeated(
-    hashes: NDArray[np.uint64], word_hashes: NDArray[np.uint64], lengths: NDArray[np.int64]
+    hashes: NDArray[np.uint64], word_hashes: NDArray[np.uint64], words: list[str]
 ) -> dict[int, int]:
     """For each n: the n-grams that repeat an earlier one, from left to right and none inside another, without spaces.
 
@@ -111,7 +111,6 @@ def _characters_of_repeated(
     either = np.concatenate((equal, [False])) | np.concatenate(([False], equal))
     places = np.sort(order[either])
     grams = hashes[places]
-    ends = np.concatenate(([0], np.cumsum(lengths)))
     characters = {}
     for n in _DUPLICATE:
         if n > _DUPLICATE[0]:
@@ -124,7 +123,7 @@ def _characters_of_repeated(
             if place < free:
                 continue
             if gram in seen:
-                total += int(ends[place + n] - ends[place])
+                total += sum(map(len, words[place : place + n]))
                 free = place + n
             else:
                 seen.add(gram)

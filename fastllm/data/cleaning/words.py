@@ -1,9 +1,10 @@
 """Words, lines, sentence ends and scripts: what the rules of several filters count.
 
 A word is what stands between white space. Scripts written without spaces have no such words; there a word is estimated
-as 2 characters of Han or kana, or 4 of Thai, Lao, Tibetan, Burmese or Khmer (their vowel and tone signs are characters
-too), cut from the start of each run. That is near the mean length of a word in those languages. A phrase that is
-repeated inside a run may be cut differently each time, so the repetition rules find less there, never more.
+as 2 characters of Han or kana, or 4 of Thai, Lao, Tibetan, Burmese or Khmer (whose vowel and tone signs are characters
+too), with the marks after them, cut from the start of each run. That is near the mean length of a word in those
+languages. A phrase that is repeated inside a run may be cut differently each time, so the repetition rules find less
+there, never more.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _HAN = (
 )
 _SIGNS = "\u0e01-\u0e3a\u0e40-\u0eff\u0f00-\u109f\u1780-\u17ff\uaa60-\uaa7f"
 _UNSPACED = re.compile(f"[{_HAN}{_SIGNS}]")
-_UNSPACED_WORD = re.compile(rf"[{_HAN}]{{1,2}}|[{_SIGNS}]{{1,4}}|[^\s{_HAN}{_SIGNS}]+")
+_UNSPACED_WORD = re.compile(rf"[{_HAN}]{{1,2}}[^\w\s]*|[{_SIGNS}]{{1,4}}[^\w\s]*|[^\s{_HAN}{_SIGNS}]+")
 _UNSPACED_RUN = re.compile(f"[{_HAN}{_SIGNS}]+")
 # Bytes of UTF-8, without the first ones of U+0800 to U+1FFF and from U+3000: what is left has no unspaced script.
 _NEAR = bytes((*range(0xE0), 0xE2))
