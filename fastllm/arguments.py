@@ -120,7 +120,8 @@ def fields_of(cls: Any, values: Any = None, prefix: str = "") -> Iterator[Field]
             yield from fields_of(hint, default, f"{prefix}{field.name}.")
         elif "Positional" not in str(field.type):
             flag = f"--{prefix}{field.name}".replace("_", "-")
-            yield Field(flag, _metavar(hint), default, comments.get(field.name, ""))
+            metavar = _metavar(hint) if field.name != "paths" else "PATH ..."
+            yield Field(flag, metavar, default, comments.get(field.name, ""))
 
 
 def _comments(cls: Any) -> dict[str, str]:
@@ -133,11 +134,11 @@ def _comments(cls: Any) -> dict[str, str]:
 
 
 def _metavar(hint: Any) -> str:
-    options = [h for h in get_args(hint) if h is not type(None)]
+    options = [h for h in get_args(hint) if h not in (type(None), ...)]
     if get_origin(hint) is Literal:
         return "|".join(options)
-    if hint == tuple[str, ...]:
-        return "PATH ..."
+    if get_origin(hint) is tuple:
+        return f"{_metavar(options[0])} ..."
     if type(None) in get_args(hint):
         return _metavar(options[0])
     return {int: "N", float: "X", bool: "", Path: "PATH"}.get(hint, "TEXT")
@@ -166,7 +167,7 @@ def help_text(usage: str, cls: type, fields: Sequence[Field], footer: str = "") 
 
 
 def _shown(default: Any) -> str:
-    if default is None or default == () or default == "":
+    if default in (None, (), "", dataclasses.MISSING):
         return ""
     if isinstance(default, bool):
         return f" [{'on' if default else 'off'}]"

@@ -94,8 +94,23 @@ def _print_help(command: str, usage: str, cls: type) -> int:
     from . import arguments
 
     fields = list(arguments.fields_of(cls))
-    print(arguments.help_text(f"fastllm {command} {usage} [OPTIONS]", cls, fields, f"examples:\n{_examples(command)}"))
+    examples = f"examples:\n{_examples(command)}"
+    print(arguments.help_text(f"fastllm {command} {usage} [OPTIONS]".replace("  ", " "), cls, fields, examples))
     return 0
+
+
+def _data_command(command: str, usage: str) -> Callable[[list[str]], int]:
+    """A command of data_commands, by the name of its function."""
+    name = command.replace(" ", "_").removeprefix("data_")
+
+    def run(argv: list[str]) -> int:
+        from . import data_commands
+
+        if _asks_for_help(argv):
+            return _print_help(command, usage, data_commands.ARGUMENTS[name])
+        return getattr(data_commands, name)(argv)
+
+    return run
 
 
 def generate(argv: list[str]) -> int:
@@ -197,6 +212,34 @@ class Command:
 
 
 COMMANDS = {
+    "data prepare": Command(
+        _data_command("data prepare", "SOURCE..."),
+        "make a corpus of crawls, dumps, books and files: clean, without duplicates",
+        (
+            "fastllm data prepare crawl/*.warc.gz wiki.xml.bz2 books/ --out corpus",
+            "fastllm data prepare recipe.toml --out corpus  sources, filters and thresholds from a file",
+        ),
+    ),
+    "data inspect": Command(
+        _data_command("data inspect", "CORPUS"),
+        "show what a corpus holds, and what was dropped and why",
+        ("fastllm data inspect corpus --only gopher      samples of what one filter dropped",),
+    ),
+    "data tokenize": Command(
+        _data_command("data tokenize", "CORPUS"),
+        "encode a corpus for training",
+        ("fastllm data tokenize corpus --tokenizer tokenizer.json --out tokens",),
+    ),
+    "tokenizer train": Command(
+        _data_command("tokenizer train", "CORPUS|FILES"),
+        "train a byte-level BPE tokenizer",
+        ("fastllm tokenizer train corpus --vocab-size 32768 --out tokenizer.json",),
+    ),
+    "tokenizer inspect": Command(
+        _data_command("tokenizer inspect", "TOKENIZER"),
+        "show how a tokenizer splits text",
+        ("fastllm tokenizer inspect tokenizer.json --data corpus",),
+    ),
     "train": Command(
         train,
         "train a GPT and write a run folder",
@@ -242,10 +285,13 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
-    lines = ["usage: fastllm COMMAND [OPTIONS]", "", "Train a GPT on fused kernels, and use it.", "", "commands:"]
-    lines += [f"  {name:<10} {command.summary}" for name, command in COMMANDS.items()]
-    lines += ["", "examples:", *(f"  {example}" for command in COMMANDS.values() for example in command.examples)]
+def usage(group: str = "") -> str:
+    """Help on all commands, or on those of a group."""
+    commands = {name: command for name, command in COMMANDS.items() if name.startswith(group)}
+    words = f"{group}COMMAND" if group else "COMMAND"
+    lines = [f"usage: fastllm {words} [OPTIONS]", "", "Train a GPT on fused kernels, and use it.", "", "commands:"]
+    lines += [f"  {name:<18} {command.summary}" for name, command in commands.items()]
+    lines += ["", "examples:", *(f"  {example}" for command in commands.values() for example in command.examples)]
     lines += ["", "fastllm COMMAND --help shows its options; fastllm --version the version."]
     return "\n".join(lines)
 
@@ -284,16 +330,25 @@ def _run(argv: list[str]) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"fastllm {__version__}")
         return 0
-    if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}{did_you_mean(argv[0], COMMANDS)}")
-    command = COMMANDS[argv[0]]
+    name, options = argv[0], argv[1:]
+    group = [known.partition(" ")[2] for known in COMMANDS if known.startswith(f"{name} ")]
+    if group:
+        if not options or options[0] in ("-h", "--help", "help"):
+            print(usage(f"{name} "))
+            return 0
+        if options[0] not in group:
+            raise UserError(f"unknown command {name} {options[0]!r}{did_you_mean(options[0], group)}")
+        name, options = f"{name} {options[0]}", options[1:]
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{did_you_mean(name, {known.split()[0] for known in COMMANDS})}")
+    command = COMMANDS[name]
     missing = [name for name in EXTRAS["train"] if importlib.util.find_spec(name) is None]
     if command.extra and missing:
         raise UserError(f"{', '.join(missing)} not installed: {pip_install('train')}")
     if command.extra:  # fastllm info says so in its report
         _check_backend()
     try:
-        return command.run(argv[1:])
+        return command.run(options)
     except SystemExit as end:  # help and mistakes, of the parsers; other ranks, where rank 0 says why
         return end.code if isinstance(end.code, int) else 0
 

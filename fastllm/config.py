@@ -7,11 +7,13 @@ import math
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from urllib.parse import quote, unquote
 
 from .errors import UserError, did_you_mean
 from .input_files import MAX_SIZE, one_line, read_bytes, shown
+
+T = TypeVar("T")
 
 
 def _check(ok: bool, message: str) -> None:
@@ -271,15 +273,19 @@ RENAMED_SECTIONS = {"guard": "spikes"}
 
 def load(path: str | Path, base: Config | None = None) -> Config:
     """The configuration in a TOML file; keys that the file does not set come from ``base`` (None: the defaults)."""
+    return _merged(base or Config(), read_toml(path), path)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file."""
     try:
-        tables = tomllib.loads(read_bytes(path, what="the configuration ").decode())
+        return tomllib.loads(read_bytes(path, what="the configuration ").decode())
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); is it a TOML file?") from None
     except RecursionError:
         raise UserError(f"{path} is not valid TOML: it is nested too deeply") from None
     except ValueError as error:  # also of whole numbers of thousands of digits
         raise UserError(f"{path} is not valid TOML: {one_line(error)}") from None
-    return _merged(base or Config(), tables, path)
 
 
 def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
@@ -291,16 +297,21 @@ def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
             raise UserError(f"{path}: unknown key {shown(section)}{did_you_mean(section, get_type_hints(Config))}")
         if not isinstance(values, dict):
             raise UserError(f"{path}: {section} must be a table: write [{section}] above its keys")
-        old = getattr(base, section)
-        hints = get_type_hints(type(old))
-        for key, value in values.items():
+        for key in values:
             if f"{section}.{key}" in RENAMED:
                 raise UserError(f"{path}: {key!r} in [{section}] is now called {RENAMED[f'{section}.{key}']!r}")
-            if key not in hints:
-                raise UserError(f"{path}: unknown key {shown(key)} in [{section}]{did_you_mean(key, hints)}")
-            values[key] = _typed(value, hints[key], f"{path}: {section}.{key}")
-        sections[section] = built(path, replace, old, **values)
+        sections[section] = merged_table(getattr(base, section), values, section, path)
     return built(path, replace, base, **sections)
+
+
+def merged_table(base: T, values: dict[str, Any], name: str, path: str | Path) -> T:
+    """The dataclass ``base`` with the ``values`` of the table [``name``] of a TOML file, each checked by its type."""
+    hints = get_type_hints(type(base))
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{path}: unknown key {shown(key)} in [{name}]{did_you_mean(key, hints)}")
+        values[key] = _typed(value, hints[key], f"{path}: {name}.{key}")
+    return built(path, replace, base, **values)
 
 
 def built(path: str | Path, make: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One run folder, one writer: the lock of a training run."""
+"""One folder, one writer: the lock of a run folder or a corpus."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ STALE_AFTER = 150.0  # seconds without one
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a run folder, which must exist, in the block.
+def run_lock(folder: Path, work: str = "training") -> Iterator[None]:
+    """Hold the lock of a folder, which must exist, in the block. ``work``: what it is held for, for messages.
 
     The operating system frees it when the process ends, however it ends; then the file that stays behind is stale, and
     the next holder says so. Where hosts share the folder and not their locks, the file's time tells whether its writer
@@ -34,7 +34,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         UserError: another process holds the lock, or the folder can't be written to.
     """
     path = folder / LOCK
-    number = _acquire(path)
+    number = _acquire(path, work)
     stopped = threading.Event()
     toucher = threading.Thread(target=_touch, args=(number, stopped), daemon=True)
     try:
@@ -52,13 +52,13 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.close(number)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, work: str) -> int:
     """The descriptor of the locked file."""
     while True:
         try:
             number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise UserError(f"can't train in {path.parent}: {path.name}: {error.strerror}") from None
+            raise UserError(f"can't write to {path.parent}: {path.name}: {error.strerror}") from None
         try:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held, known = False, True
@@ -73,10 +73,10 @@ def _acquire(path: Path) -> int:
         if held or (owner and _is_alive(owner, number, known)):
             os.close(number)
             gone = "" if held else f"; where it is gone, delete {path}"
-            advice = f"wait for it, or stop it (it then saves){gone}"
-            raise UserError(f"{path.parent} is in training by {_name(owner)}: {advice}")
+            advice = f"wait for it, or stop it (what it has done stays){gone}"
+            raise UserError(f"{path.parent} is in {work} by {_name(owner)}: {advice}")
         if owner:
-            console.say("note", f"the last training of {path.parent}, by {_name(owner)}, ended without a word")
+            console.say("note", f"the last {work} of {path.parent}, by {_name(owner)}, ended without a word")
         return number
 
 

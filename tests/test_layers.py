@@ -23,7 +23,8 @@ ALLOWED: dict[str, set[str]] = {
     "dtensor": set(),
     "run_lock": {"console", "errors"},
     "model": BASE,
-    "data": BASE,
+    "data": BASE | {"run_lock", "__init__"},  # the version
+    "data_commands": BASE | {"arguments", "data"},
     "distributed": BASE | {"model"},
     "run_dir": BASE | {"model", "data"},
     "huggingface": BASE | {"model", "data", "run_dir"},

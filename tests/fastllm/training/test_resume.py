@@ -408,5 +408,5 @@ def test_a_folder_that_can_not_be_written_to(run, train, monkeypatch):
         return real(path, flags, *rest, **kwargs)
 
     monkeypatch.setattr(run_lock.os, "open", read_only)
-    with pytest.raises(Ended, match=r"can't train in .*run: run\.lock: Read-only file system"):
+    with pytest.raises(Ended, match=r"can't write to .*run: run\.lock: Read-only file system"):
         train("--resume", run, "--train.steps", 24)
