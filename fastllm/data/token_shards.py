@@ -62,10 +62,13 @@ def dtype_of(vocab_size: int) -> np.dtype:
 
 
 def document_key(text: str, group: str | None = None) -> int:
-    """The key of a document; ``group``: a hash of the file or record that it was cut from, by default its own text."""
+    """The key of a document; ``group``: a hash of the file or record that it was cut from, by default its own text.
+
+    Raises UnicodeEncodeError, a ValueError, for a text with a lone surrogate.
+    """
     own = hashlib.blake2b(digest_size=8)
     for start in range(0, len(text), CHUNK):
-        own.update(text[start : start + CHUNK].encode("utf-8", "surrogatepass"))
+        own.update(text[start : start + CHUNK].encode())
     whole = hashlib.blake2b(group.encode(), digest_size=4).digest() if group else own.digest()[:4]
     return int.from_bytes(whole + own.digest()[4:], "big")
 
