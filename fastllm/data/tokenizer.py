@@ -22,6 +22,7 @@ from .progress import Progress, interruptible, progress
 from .tokenizer_file import read_tokenizer
 
 EOS_TOKEN = "<|endoftext|>"  # before and after each document, and where generation stops
+EOS_TOKENS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<｜end▁of▁sentence｜>")  # Llama 3's, Mistral's, DeepSeek's
 BATCH = 2**20  # characters that are encoded at a time
 
 # Characters of different words that a tokenizer is trained on: the library takes some 120 bytes for each. Python's
@@ -80,11 +81,14 @@ class Tokenizer:
     def load(cls, path: str | Path, eos_ids: tuple[int, ...] = ()) -> Tokenizer:
         """The tokenizer in a tokenizer.json. Truncation, padding and dropout that the file asks for stay off.
 
-        ``eos_ids``: see :class:`Tokenizer`; the file must have EOS_TOKEN where there are none.
+        ``eos_ids``: see :class:`Tokenizer`; without them the file must have one of EOS_TOKENS.
         """
         backend = read_tokenizer(path)
-        if not eos_ids and backend.token_to_id(EOS_TOKEN) is None:
-            raise UserError(f"the tokenizer {path} has no token {EOS_TOKEN}")
+        if not eos_ids:
+            known = [token for token in map(backend.token_to_id, EOS_TOKENS) if token is not None]
+            if not known:
+                raise UserError(f"the tokenizer {path} has no token {EOS_TOKEN}, nor {', '.join(EOS_TOKENS[1:])}")
+            eos_ids = (known[0],)
         return cls(backend, eos_ids)
 
     def save(self, path: str | Path) -> None:
@@ -113,13 +117,23 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each text, on all cores."""
         ids: list[np.ndarray] = []  # of a text that other pieces are left of
+        for piece, last in self.encode_pieces(texts):
+            ids.append(piece)
+            if last:
+                yield np.concatenate(ids) if len(ids) > 1 else ids[0]
+                ids = []
+
+    def encode_pieces(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, bool]]:
+        """The ids of each text, in pieces, and whether each is the last of its text. Long texts take no more memory."""
         for batch in self._batches(texts):  # the intermediate objects take 100 times the memory of the ids
-            encodings = self.backend.encode_batch_fast([piece for piece, _ in batch])
+            try:
+                encodings = self.backend.encode_batch_fast([piece for piece, _ in batch])
+            except (TypeError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # where the library panics
+                raise UserError(f"the tokenizer can't encode a text: {one_line(error)}") from None
             for (_, last), encoding in zip(batch, encodings, strict=True):
-                ids.append(np.asarray(encoding.ids, dtype=np.uint32))
-                if last:
-                    yield np.concatenate(ids) if len(ids) > 1 else ids[0]
-                    ids = []
+                yield np.array(encoding.ids, np.uint32), last
 
     def _batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
         """The pieces of ``texts``, some BATCH characters at a time, and whether each is the last of its text."""
