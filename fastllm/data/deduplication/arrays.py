@@ -43,7 +43,8 @@ def write_array(
             file.write(content.data)
             checksum.update(content.data)
             rows += len(content)
-        header = {"kind": kind, "dtype": dtype, "width": width, "rows": rows, "blake2b": checksum.hexdigest(), **about}
+        header = {"kind": kind, "dtype": dtype, "width": width, "rows": rows, "blake2b": checksum.hexdigest()}
+        header["about"] = about
         file.seek(0)
         file.write((MAGIC + json.dumps(header, sort_keys=True).encode()).ljust(HEADER))
     return rows
@@ -53,7 +54,7 @@ class Stored:
     """A file of write_array, opened.
 
     Attributes:
-        about: its header.
+        about: what write_array was told about them.
         rows: its rows, memory-mapped and read-only: ``[rows, width]``.
     """
 
@@ -66,15 +67,16 @@ class Stored:
                     raise UserError(f"{path} holds no {kind}")
                 if len(header) < HEADER:
                     self._damaged(f"it is truncated: {len(header):,} bytes of a header of {HEADER:,}")
-                self.about = self._header(header[len(MAGIC) :], kind)
-                dtype, width, rows = np.dtype(self.about["dtype"]), self.about["width"], self.about["rows"]
+                known = self._header(header[len(MAGIC) :], kind)
+                self.about: dict[str, Any] = known["about"]
+                dtype, width, rows = np.dtype(known["dtype"]), known["width"], known["rows"]
                 expected, size = HEADER + rows * width * dtype.itemsize, os.fstat(file.fileno()).st_size
                 if size != expected:
                     self._damaged(f"it has {size:,} bytes, its header says {expected:,}")
                 checksum = blake2b(digest_size=16)
                 while content := file.read(1 << 20):
                     checksum.update(content)
-                if checksum.hexdigest() != self.about["blake2b"]:
+                if checksum.hexdigest() != known["blake2b"]:
                     self._damaged("its content does not match its checksum")
                 self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
             except OSError as error:
@@ -86,19 +88,21 @@ class Stored:
 
     def _header(self, content: bytes, kind: str) -> dict[str, Any]:
         try:
-            about = json.loads(content)
+            header = json.loads(content)
             valid = (
-                isinstance(about["dtype"], str)
-                and np.dtype(about["dtype"]).kind in "iu"
-                and all(type(about[key]) is int and 0 <= about[key] < 1 << 48 for key in ("width", "rows"))
+                isinstance(header["about"], dict)
+                and isinstance(header["kind"], str)
+                and isinstance(header["dtype"], str)
+                and np.dtype(header["dtype"]).kind in "iu"
+                and all(type(header[key]) is int and 0 <= header[key] < 1 << 48 for key in ("width", "rows"))
             )
         except (ValueError, KeyError, TypeError):
             valid = False
         if not valid:
             self._damaged("its header can't be read")
-        if about["kind"] != kind:
-            raise UserError(f"{self.path} holds {about['kind']}, not {kind}")
-        return about
+        if header["kind"] != kind:
+            raise UserError(f"{self.path} holds {header['kind']}, not {kind}")
+        return header
 
     def release(self) -> None:
         """Let go of the memory that the rows read so far take; they are read again where they are used again."""
