@@ -24,6 +24,14 @@ SPLIT = (
     r"|\s{0,128}[\r\n]{1,128}|\s{1,128}(?!\S)|\s{1,128}"
 )
 
+DIGITS = (1, 2, 3)  # how many a word may have at most
+
+
+def split_pattern(digits: int) -> str:
+    """SPLIT with words of at most so many digits."""
+    return SPLIT.replace(r"\p{N}{1,3}", rf"\p{{N}}{{1,{digits}}}")
+
+
 # The same without bounds: Llama 3's, and ours until now. And Qwen's, with single digits.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -102,7 +110,9 @@ def _word_ends(backend: tokenizers.Tokenizer) -> tuple[str, bool]:
     state = _state(backend.pre_tokenizer)
     steps = state.get("pretokenizers", [state])
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    patterns = [split | {"pattern": {"Regex": pattern}} for pattern in (SPLIT, LLAMA3_SPLIT, QWEN_SPLIT)]
+    patterns = [
+        split | {"pattern": {"Regex": pattern}} for pattern in (*map(split_pattern, DIGITS), LLAMA3_SPLIT, QWEN_SPLIT)
+    ]
     *splits, bytes_ = steps
     known = (
         bytes_.get("type") == "ByteLevel"
