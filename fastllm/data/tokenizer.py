@@ -176,6 +176,12 @@ class Tokenizer:
         except KeyError:  # the library's decoder takes such a token for plain text
             return text.encode()
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that no text is encoded to."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return frozenset(token for token, entry in added if entry.special)
+
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text of each token, int64 ``[vocab_size]``; 0 for the end-of-text token."""
         return np.array([0 if t == self.eos_id else len(self.token_bytes(t)) for t in range(self.vocab_size)])
