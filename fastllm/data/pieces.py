@@ -24,6 +24,14 @@ SPLIT = (
     r"|\s{0,128}[\r\n]{1,128}|\s{1,128}(?!\S)|\s{1,128}"
 )
 
+DIGITS = (1, 2, 3)  # how many a word may have at most
+
+
+def split_pattern(digits: int) -> str:
+    """SPLIT with words of at most so many digits."""
+    return SPLIT.replace(r"\p{N}{1,3}", rf"\p{{N}}{{1,{digits}}}")
+
+
 # The same without bounds: Llama 3's, and ours until now. And Qwen's, with single digits.
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -31,7 +39,15 @@ LLAMA3_SPLIT = (
 )
 QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
-# Where a word ends in all of these patterns and in GPT-2's, whatever stands around: white space other than line ends
+# GPT-2's, and GPT-4o's, in which marks and the ends of contractions belong to a word.
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+O200K_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# Where a word ends in all of these patterns but GPT-4o's, whatever stands around: white space other than line ends
 # only begins a word, letters and digits are followed by their own kind.
 SPACE = r"\S(?=[ \t])"
 WORD_END = rf"\p{{L}}(?=\P{{L}})|\p{{N}}(?=\P{{N}})|{SPACE}"
@@ -102,7 +118,8 @@ def _word_ends(backend: tokenizers.Tokenizer) -> tuple[str, bool]:
     state = _state(backend.pre_tokenizer)
     steps = state.get("pretokenizers", [state])
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    patterns = [split | {"pattern": {"Regex": pattern}} for pattern in (SPLIT, LLAMA3_SPLIT, QWEN_SPLIT)]
+    known_splits = (*map(split_pattern, DIGITS), LLAMA3_SPLIT, QWEN_SPLIT, GPT2_SPLIT, O200K_SPLIT)
+    patterns = [split | {"pattern": {"Regex": pattern}} for pattern in known_splits]
     *splits, bytes_ = steps
     known = (
         bytes_.get("type") == "ByteLevel"
@@ -118,7 +135,7 @@ def _word_ends(backend: tokenizers.Tokenizer) -> tuple[str, bool]:
         return "", False
     # Normalization can change a letter, and an added token can hold any character but white space.
     alone = normalizer is None and all(token.special for token in added)
-    return (WORD_END, True) if alone else (SPACE, False)
+    return (SPACE if splits == patterns[-1:] else WORD_END, True) if alone else (SPACE, False)
 
 
 def _adds_nothing(post_processor: dict[str, Any]) -> bool:

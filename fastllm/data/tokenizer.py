@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import threading
 from collections.abc import Iterable, Iterator
 from functools import cached_property, partial
@@ -17,17 +16,17 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from ..errors import UserError
 from ..files import write_atomic
 from ..input_files import one_line
-from .pieces import PIECE, SPLIT, Cutter
+from .pieces import DIGITS, Cutter, split_pattern
 from .progress import Progress, interruptible, progress
 from .tokenizer_file import read_tokenizer
+from .tokenizer_sample import Sample
 
 EOS_TOKEN = "<|endoftext|>"  # before and after each document, and where generation stops
 EOS_TOKENS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<｜end▁of▁sentence｜>")  # Llama 3's, Mistral's, DeepSeek's
 BATCH = 2**20  # characters that are encoded at a time
 
-# Characters of different words that a tokenizer is trained on: the library takes some 120 bytes for each. Python's
-# standard library has 2.6 million.
-TRAINING_WORDS = 4_000_000
+# Special tokens that a chat needs: ChatML's, and more that later training may give a meaning.
+CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", *(f"<|reserved_{n}|>" for n in range(13)))
 
 
 class Tokenizer:
@@ -43,38 +42,50 @@ class Tokenizer:
         self._special = {t: added.content.encode() for t, added in backend.get_added_tokens_decoder().items()}
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train on ``texts``. The vocabulary is smaller than ``vocab_size`` where they have too few merges.
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, digits: int = 3, chat: bool = False, characters: int = 0
+    ) -> Tokenizer:
+        """Train on ``texts``, which are read once. The vocabulary is smaller where they have too few merges.
 
-        Time and memory don't grow with the text: of one with very many different words an evenly spaced sample is used.
+        Memory doesn't grow with the text: of one with very many different words an evenly spaced sample is used.
+
+        Args:
+            texts: any number of them.
+            vocab_size: tokens, with 256 bytes and the special ones.
+            digits: that a token has at most, 1 to 3.
+            chat: reserve CHAT_TOKENS.
+            characters: how many the texts have, where known, for the display.
 
         Raises:
             UserError: ``vocab_size`` is too small, or a text has a lone surrogate.
         """
-        if vocab_size < 257:
-            raise UserError(f"a tokenizer has at least 257 tokens (256 bytes and {EOS_TOKEN}), not {vocab_size}")
-        texts = list(texts)
+        special = [EOS_TOKEN, *(CHAT_TOKENS if chat else ())]
+        if vocab_size < 256 + len(special):
+            names = EOS_TOKEN + f" and {len(CHAT_TOKENS)} for chats" * chat
+            raise UserError(
+                f"a tokenizer has at least {256 + len(special)} tokens (256 bytes and {names}), not {vocab_size}"
+            )
+        if digits not in DIGITS:
+            raise UserError(f"a token has at most 1, 2 or 3 digits, not {digits}")
         backend = tokenizers.Tokenizer(models.BPE())
-        split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
+        split = pre_tokenizers.Split(Regex(split_pattern(digits)), "isolated")
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         backend.decoder = decoders.ByteLevel()
-        size = sum(map(len, texts))
-        trainer = trainers.BpeTrainer(
-            vocab_size=min(vocab_size, 257 + 4 * size),  # the library allocates that many
-            special_tokens=[EOS_TOKEN],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        interrupted, merging = threading.Event(), threading.Event()
-        with progress("tokenizer: words", size) as bar:
-            sample = _sample(texts, Cutter(backend), bar, interrupted, merging)
-            try:
-                train = partial(backend.train_from_iterator, sample, trainer)
-                interruptible(train, bar.advance, interrupted, merging)
-            except UnicodeEncodeError as error:
-                raise UserError(f"a text has a lone surrogate, {error.object[error.start]!r}") from None
+        with progress("tokenizer: words", 2 * characters) as bar:
+            sample = Sample(Cutter(backend))
+            for size in sample.add(texts):
+                bar.advance(size)
+            trainer = trainers.BpeTrainer(
+                vocab_size=min(vocab_size, 256 + len(special) + 4 * sample.characters),  # the library allocates them
+                special_tokens=special,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                show_progress=False,
+            )
+            interrupted, merging = threading.Event(), threading.Event()
+            pieces = _until(sample, bar, interrupted, merging)
+            interruptible(partial(backend.train_from_iterator, pieces, trainer), bar.advance, interrupted, merging)
         return cls(backend)
 
     @classmethod
@@ -165,37 +176,26 @@ class Tokenizer:
         except KeyError:  # the library's decoder takes such a token for plain text
             return text.encode()
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that no text is encoded to."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return frozenset(token for token, entry in added if entry.special)
+
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text of each token, int64 ``[vocab_size]``; 0 for the end-of-text token."""
         return np.array([0 if t == self.eos_id else len(self.token_bytes(t)) for t in range(self.vocab_size)])
 
 
-def _sample(
-    texts: list[str], cutter: Cutter, bar: Progress, interrupted: threading.Event, merging: threading.Event
-) -> Iterator[str]:
-    """The pieces of ``texts``; where they have too many different words, pieces that are evenly spaced over them.
-
-    Raises KeyboardInterrupt once ``interrupted`` is set; sets ``merging`` at the end, when the merges begin.
-    """
+def _until(sample: Sample, bar: Progress, interrupted: threading.Event, merging: threading.Event) -> Iterator[str]:
+    """The pieces of ``sample``. Raises KeyboardInterrupt once ``interrupted`` is set; sets ``merging`` at the end."""
     # The library asks for 256 pieces ahead, and works on them before it looks at what was raised.
-    spans = [(i, *span) for i, text in enumerate(texts) for span in cutter.spans(text, PIECE // 2)]
-    # Steps of the golden ratio, without a common divisor: however many are taken, they lie evenly.
-    step = next((n for n in range(round(0.618 * len(spans)), len(spans)) if math.gcd(n, len(spans)) == 1), 1)
-    seen: set[str] = set()
-    room = TRAINING_WORDS
-    for place in range(len(spans)):
+    for piece in sample.pieces():
         if interrupted.is_set():
             raise KeyboardInterrupt
-        i, start, stop = spans[place * step % len(spans)]
-        piece = texts[i][start:stop]
-        new = set(piece.split()) - seen
-        seen |= new
-        room -= sum(map(len, new))
-        if room < 0:
-            break
         yield piece
         bar.advance(len(piece))
-    seen.clear()
+    sample.blocks.clear()
     bar.enter("tokenizer: merges")
     merging.set()
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from transformers import PreTrainedTokenizerFast
 
 from fastllm.data import pieces
-from fastllm.data.pieces import LLAMA3_SPLIT, QWEN_SPLIT, SPLIT, Cutter
+from fastllm.data.pieces import GPT2_SPLIT, LLAMA3_SPLIT, O200K_SPLIT, QWEN_SPLIT, SPLIT, Cutter
 from fastllm.data.tokenizer import EOS_TOKEN, Tokenizer
 
 TEXT = (
@@ -57,7 +57,7 @@ jumbled = st.tuples(alphabets, st.binary(max_size=3000)).map(
 texts = st.one_of(mixed, runs, jumbled, st.tuples(mixed, runs, mixed).map("".join), st.text())
 
 
-def trained_with(split: str | None, normalizer: object = None) -> Tokenizer:
+def trained_with(split: str | None, normalizer: object = None, text: str = TEXT, vocab_size: int = 420) -> Tokenizer:
     """A tokenizer as others have it; None: GPT-2's split."""
     backend = tokenizers.Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
@@ -67,12 +67,12 @@ def trained_with(split: str | None, normalizer: object = None) -> Tokenizer:
     if normalizer is not None:
         backend.normalizer = normalizer
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=420,
+        vocab_size=vocab_size,
         special_tokens=[EOS_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator([TEXT], trainer)
+    backend.train_from_iterator([text], trainer)
     return Tokenizer(backend)
 
 
@@ -87,6 +87,8 @@ KNOWN = {
     "qwen": trained_with(QWEN_SPLIT),
     "qwen-nfc": trained_with(QWEN_SPLIT, normalizers.NFC()),
     "gpt2": trained_with(None),
+    "gpt2-split": trained_with(GPT2_SPLIT),
+    "o200k": trained_with(O200K_SPLIT),
 }
 
 
@@ -195,5 +197,6 @@ def test_a_tokenizer_of_an_earlier_run(tmp_path):
         ]
     )
     text = TEXT * 12 + "a" * 40_000 + TEXT
+    assert all(len(list(Cutter(known.backend).cut(TEXT * 50, 1000))) > 100 for known in KNOWN.values())
     assert Tokenizer.load(tmp_path / "tokenizer.json").encode(text) == before.backend.encode(text).ids
     assert len(list(Cutter(before.backend).cut(TEXT * 50))) > 3

@@ -7,8 +7,9 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
+import weakref
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
+from transformers import PreTrainedTokenizerFast
 
 from fastllm import console
 from fastllm.data import progress as progress_module
-from fastllm.data import tokenizer as tokenizer_module
+from fastllm.data import tokenizer_sample
 from fastllm.data.pieces import Cutter
-from fastllm.data.progress import Progress, progress
-from fastllm.data.tokenizer import EOS_TOKEN, Tokenizer, _sample
+from fastllm.data.progress import progress
+from fastllm.data.tokenizer import CHAT_TOKENS, EOS_TOKEN, Tokenizer
+from fastllm.data.tokenizer_sample import Sample
 from fastllm.errors import UserError
 from tests.limits import HANG
 
@@ -194,18 +197,84 @@ def test_a_lone_surrogate_is_no_text():
         Tokenizer.train(["a\udcff"], 300)
 
 
+def sample_of(texts: Iterable[str]) -> list[str]:
+    sample = Sample(Cutter(Tokenizer.train([TEXT], 300).backend))
+    sizes = list(sample.add(texts))
+    assert len(sizes) == 2000
+    return list(sample.pieces())
+
+
 def test_of_very_many_words_a_sample_is_used(monkeypatch):
     texts = [f"{i * 7919 % 10_007} word{i} " * 20 for i in range(2000)]
-    taken: list[str] = []
-    bar, events = Progress("", 0, None), (threading.Event(), threading.Event())
-    monkeypatch.setattr(tokenizer_module, "TRAINING_WORDS", 1000)
-    for piece in _sample(texts, Cutter(Tokenizer.train([TEXT], 300).backend), bar, *events):
-        taken.append(piece)
-    places = sorted(texts.index(piece) for piece in taken)
-    assert 50 < len(places) < 200
-    assert max(b - a for a, b in itertools.pairwise([0, *places, 2000])) < 3 * 2000 / len(places)  # evenly spaced
-    monkeypatch.setattr(tokenizer_module, "TRAINING_WORDS", 10**9)
-    assert sorted(_sample(texts, Cutter(Tokenizer.train([TEXT], 300).backend), bar, *events)) == sorted(texts)
+    monkeypatch.setattr(tokenizer_sample, "BLOCK", 1)
+    assert sample_of(iter(texts)) == texts
+    for name, bound in (("TRAINING_WORDS", 2000), ("TRAINING_CHARACTERS", sum(map(len, texts)) // 15)):
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenizer_sample, name, bound)
+            taken = sample_of(iter(texts))
+        places = [texts.index(piece) for piece in taken]
+        assert 80 < len(places) < 200
+        assert max(b - a for a, b in itertools.pairwise([0, *places, 2000])) < 3 * 2000 / len(places)  # evenly spaced
+        distinct = sum(map(len, {word for piece in taken for word in piece.split()}))
+        assert bound * 0.6 < (distinct if name == "TRAINING_WORDS" else sum(map(len, taken))) <= bound
+
+
+def test_texts_are_read_once_and_not_held(tokenizer):
+    class Text(str):
+        pass
+
+    held: list[weakref.ref] = []
+
+    def texts() -> Iterator[str]:
+        for start in range(0, len(TEXT), 40):
+            text = Text(TEXT[start : start + 40])
+            held.append(weakref.ref(text))
+            assert sum(ref() is not None for ref in held) <= 2
+            yield text
+
+    pieces = [TEXT[start : start + 40] for start in range(0, len(TEXT), 40)]
+    assert Tokenizer.train(texts(), 400).fingerprint == Tokenizer.train(pieces, 400).fingerprint
+    assert len(held) == len(pieces)
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_digits_of_a_token(digits, tokenizer, tmp_path):
+    numbers = " ".join(str(number) for number in range(1000, 4000)) * 3
+    trained = Tokenizer.train([numbers], 1500, digits=digits)
+    lengths = {len(trained.token_bytes(t)) for t in range(trained.vocab_size) if trained.token_bytes(t).isdigit()}
+    assert max(lengths) == digits
+    trained.save(tmp_path / "tokenizer.json")
+    loaded, text = Tokenizer.load(tmp_path / "tokenizer.json"), f"{numbers} 12345678 \u0661\u0662\u0663\u0664 x1y22 "
+    assert loaded.encode(text * 9) == loaded.backend.encode(text * 9).ids == trained.encode(text * 9)
+    assert len(list(loaded._cutter.cut(text * 9, 100))) > 100  # long texts are cut into pieces
+    assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize("digits", [0, 4])
+def test_other_numbers_of_digits(digits):
+    with pytest.raises(UserError, match=f"at most 1, 2 or 3 digits, not {digits}"):
+        Tokenizer.train([TEXT], 300, digits=digits)
+
+
+def test_tokens_for_chats(tokenizer, tmp_path):
+    trained = Tokenizer.train([TEXT], 400, chat=True)
+    assert trained.vocab_size == tokenizer.vocab_size + 15
+    assert [trained.backend.token_to_id(token) for token in (EOS_TOKEN, *CHAT_TOKENS)] == list(range(16))
+    assert trained.eos_id == 0
+    with pytest.raises(UserError, match=r"at least 272 tokens .* and 15 for chats"):
+        Tokenizer.train([TEXT], 271, chat=True)
+    text = f"<|im_start|>user\n{TEXT}<|im_end|>{EOS_TOKEN}<|reserved_3|>"
+    assert min(trained.encode(text)) > 15  # in a text they are text
+    assert trained.decode(trained.encode(text)) == text
+    assert [ids.tolist() for ids in trained.encode_batch([text])] == [trained.encode(text)]
+    trained.save(tmp_path / "tokenizer.json")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(text, split_special_tokens=True) == trained.encode(text)
+    tagged = theirs.encode("<|im_start|>user\na<|im_end|>")
+    assert (tagged[0], tagged[-1]) == (1, 2)
+    assert tagged[1:-1] == trained.encode("user\na")
+    assert set(CHAT_TOKENS) <= set(theirs.all_special_tokens) | set(theirs.get_added_vocab())
+    assert trained.decode([1, 2]) == "<|im_start|><|im_end|>"
 
 
 @pytest.mark.parametrize("phase", ["words", "merges"])
