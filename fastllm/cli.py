@@ -235,6 +235,11 @@ COMMANDS = {
         "train a byte-level BPE tokenizer",
         ("fastllm tokenizer train corpus --vocab-size 32768 --out tokenizer.json",),
     ),
+    "tokenizer convert": Command(
+        _data_command("tokenizer convert", "RANKS"),
+        "make a tokenizer.json of a rank file of tiktoken",
+        ("fastllm tokenizer convert cl100k_base.tiktoken --pattern cl100k",),
+    ),
     "tokenizer inspect": Command(
         _data_command("tokenizer inspect", "TOKENIZER"),
         "show how a tokenizer splits text",

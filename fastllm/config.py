@@ -314,7 +314,7 @@ def merged_table(base: T, values: dict[str, Any], name: str, path: str | Path) -
     return built(path, replace, base, **values)
 
 
-def built(path: str | Path, make: Any, *args: Any, **kwargs: Any) -> Any:
+def built(path: str | Path, make: Any, /, *args: Any, **kwargs: Any) -> Any:
     """``make(...)``, whose errors name the file."""
     try:
         return make(*args, **kwargs)

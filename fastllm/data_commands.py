@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -72,11 +74,20 @@ class TokenizerTrainArguments:
 
 
 @dataclass(frozen=True)
+class TokenizerConvertArguments:
+    """Make a tokenizer.json of a rank file of tiktoken (lines of base64 and rank)."""
+
+    ranks: tyro.conf.Positional[Path]
+    pattern: str  # how it splits text: r50k, p50k, cl100k or o200k
+    out: Path = Path("tokenizer.json")
+
+
+@dataclass(frozen=True)
 class TokenizerInspectArguments:
     """Show how a tokenizer splits text: bytes per token by source and language, longest and unused tokens."""
 
     tokenizer: tyro.conf.Positional[Path]
-    data: tuple[Path, ...] = ()  # a corpus, or text files and folders, to measure on; none: the Zen of Python
+    data: tuple[Path, ...] = ()  # a corpus, or text files and folders, to measure on; none: the vocabulary alone
     json: bool = False  # print the figures as JSON
 
 
@@ -145,10 +156,79 @@ def tokenize(argv: list[str]) -> int:
     return 0
 
 
+def tokenizer_train(argv: list[str]) -> int:
+    chosen = arguments.parse(TokenizerTrainArguments, "fastllm tokenizer train CORPUS|FILES", argv)
+
+    from .data.tokenizer import Tokenizer
+
+    if chosen.out.is_dir():
+        raise UserError(f"{chosen.out} is a folder: --out names the file tokenizer.json")
+    texts = (document["text"] for document in _documents(chosen.paths))
+    tokenizer = Tokenizer.train(texts, chosen.vocab_size, digits=chosen.digits, chat=chosen.chat)
+    tokenizer.save(chosen.out)
+    console.say("tokenizer", f"{chosen.out}: {tokenizer.vocab_size:,} tokens")
+    return 0
+
+
+def tokenizer_convert(argv: list[str]) -> int:
+    chosen = arguments.parse(TokenizerConvertArguments, "fastllm tokenizer convert RANKS", argv)
+
+    from .data.tiktoken_file import convert_tiktoken
+
+    tokenizer = convert_tiktoken(chosen.ranks, chosen.pattern)
+    tokenizer.save(chosen.out)
+    console.say("tokenizer", f"{chosen.out}: {tokenizer.vocab_size:,} tokens")
+    return 0
+
+
+def tokenizer_inspect(argv: list[str]) -> int:
+    chosen = arguments.parse(TokenizerInspectArguments, "fastllm tokenizer inspect TOKENIZER", argv)
+
+    from .data.tokenizer import Tokenizer
+    from .data.tokenizer_report import inspect, render
+
+    report = inspect(Tokenizer.load(chosen.tokenizer), _documents(chosen.data))
+    if chosen.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        console.console.print(render(report))
+    return 0
+
+
+def _documents(paths: tuple[Path, ...]) -> Iterator[dict[str, Any]]:
+    """The documents of corpora, and of files and folders in any form that is known."""
+    from .data.corpus.shards import is_corpus, read_corpus
+    from .data.readers import Seen, Skipped, open_source
+
+    seen = Seen()
+    for path in paths:
+        if is_corpus(path):
+            yield from read_corpus(path)
+            continue
+        for source in open_source(str(path), seen=seen):
+            for record in source.records(_Warnings(source.name)):
+                with suppress(Skipped):
+                    yield source.extract(record).to_json()
+
+
+class _Warnings:
+    """A reader's log that says what is damaged."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def skipped(self, reason: str, n: int = 1) -> None:
+        pass
+
+    def problem(self, where: str, message: str) -> None:
+        console.say("damaged", f"{self._name}, {where}: {message}")
+
+
 ARGUMENTS = {
     "prepare": PrepareArguments,
     "inspect": InspectArguments,
     "tokenize": TokenizeArguments,
     "tokenizer_train": TokenizerTrainArguments,
+    "tokenizer_convert": TokenizerConvertArguments,
     "tokenizer_inspect": TokenizerInspectArguments,
 }

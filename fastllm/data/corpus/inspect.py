@@ -73,7 +73,7 @@ def _table(title: str, head: list[str], rows: Iterable[list[str]], words: int) -
     for n, name in enumerate(head):
         table.add_column(name, justify="left" if n < words else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(_printable, row))
+        table.add_row(*(Text(_printable(cell)) for cell in row))
     return table
 
 
@@ -90,9 +90,10 @@ def _sample(entry: dict[str, Any], most: int) -> Text:
     fate = "kept" if entry["fate"] == "kept" else f"dropped by {entry['fate']}: {entry['reason']}"
     where = entry.get("url") or entry.get("title") or entry["id"]
     text = json.dumps(entry["text"][:most], ensure_ascii=False)
-    return Text.assemble((f"\n{fate}\n", "bold"), (_printable(f"{entry['source']} {where}\n"), "dim"), _printable(text))
+    place = _printable(f"{entry['source']} {where}")
+    return Text.assemble((f"\n{fate}\n", "bold"), (f"{place}\n", "dim"), _printable(text))
 
 
-def _printable(text: str) -> Text:
+def _printable(text: str) -> str:
     """Without the control characters that a document may send to a terminal."""
-    return Text("".join(c if c.isprintable() else "\ufffd" for c in text if c != "\n"))
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -233,9 +233,10 @@ class _Pool:
         try:
             return batch, future.result()
         except BrokenProcessPool:
-            pass
-        self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool = self._new(1)  # so that it is known which batch kills
         cleaned = self._one_by_one(batch)
+        self._pool.shutdown()
         self._pool = self._new(self._processes)
         for n, (later, _) in enumerate(waiting):
             waiting[n] = later, self.submit(later)
@@ -243,17 +244,15 @@ class _Pool:
 
     def _one_by_one(self, batch: Batch) -> Cleaned:
         """Halve the batch until the records that kill a worker are alone."""
-        with self._new(1) as pool:
-            try:
-                return pool.submit(_clean, batch).result()
-            except BrokenProcessPool:
-                pass
+        try:
+            return self.submit(batch).result()
+        except BrokenProcessPool:
+            self._pool = self._new(1)
         if len(batch.records) == 1:
             file, number, _ = batch.records[0]
             index, source = self._files[file]
-            batch.tally.problem(
-                self._labels[index], f"{source.name}, record {number:,}", "it killed the process that read it"
-            )
+            where = f"{source.name}, record {number:,}"
+            batch.tally.problem(self._labels[index], where, "it killed the process that read it")
             return self._one_by_one(Batch([], batch.tally))
         if not batch.records:
             raise UserError("worker processes can't start: is there memory for them? --processes 1 needs none")

@@ -15,7 +15,7 @@ from ...files import write_atomic
 from ...input_files import read_json
 from ...run_lock import run_lock
 from ..progress import progress
-from ..readers import open_source
+from ..readers import Seen, open_source
 from .parts import Files
 from .recipe import Recipe
 from .shards import REPORT
@@ -78,13 +78,14 @@ def open_files(recipe: Recipe) -> Files:
     """Every file of the recipe's sources, in their order, each once."""
     if not recipe.sources:
         raise UserError("there is no source: name a file, a folder or a URL")
-    files, seen = [], set()
+    files, seen = [], Seen()
     for number, spec in enumerate(recipe.sources):
         for path in spec.paths():
-            for source in open_source(path, recipe.readers):
-                if source.name not in seen:
-                    seen.add(source.name)
-                    files.append((number, source))
+            files += [(number, source) for source in open_source(path, recipe.readers, seen)]
+    if left_out := str(seen.left_out):
+        console.say("", f"left out: {left_out}")
+    if not files:
+        raise UserError(f"there is nothing to read in {', '.join(spec.label for spec in recipe.sources)}")
     return files
 
 

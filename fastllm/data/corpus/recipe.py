@@ -6,7 +6,7 @@ import glob
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +71,12 @@ class Recipe:
             raise UserError(f"two sources are called {min(twice)}: give each a name of its own")
 
     def to_json(self) -> dict[str, Any]:
-        filters = {name: asdict(settings) for name, settings in self.filters.items()}
-        return {**{f.name: _plain(getattr(self, f.name)) for f in fields(self)}, "filters": filters}
+        return json.loads(json.dumps(asdict(self), default=str))
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all settings, in hexadecimal."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def without(self, names: tuple[str, ...]) -> Recipe:
         """Without the filters of these names (also exact_duplicates, near_duplicates and decontamination)."""
@@ -102,12 +101,6 @@ class Recipe:
     @property
     def decontaminates(self) -> bool:
         return self.decontamination.enabled and bool(self.decontamination.files)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -76,7 +76,8 @@ class Worker:
                 continue
             tally.read(document)
             if dropped := self.filter(document):
-                tally.drop(document, *dropped)
+                name, reason = dropped
+                tally.drop(document, name, reason.removeprefix(f"{name}: "))
                 continue
             tally.clean(document)
             rows.append(self._row(document, self.files[file][0]))
@@ -95,8 +96,11 @@ class Worker:
         label = self.recipe.sources[index].label
         try:
             document = source.extract(record)
-        except Skipped as reason:
-            tally.source(label).skipped[str(reason)] += 1
+        except Skipped as skipped:
+            if skipped.where:
+                tally.problem(label, f"{source.name}, {skipped.where}", skipped.reason)
+            else:
+                tally.source(label).skipped[skipped.reason] += 1
             return None
         except Exception as error:  # of a parser: one document must not end the work
             tally.problem(label, f"{source.name}, record {number:,}", f"{type(error).__name__}: {one_line(error)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pydoc
 import random
 import signal
 import subprocess
@@ -18,12 +19,15 @@ import pytest
 from fastllm.cli import main
 from fastllm.data import read_corpus
 from fastllm.data.corpus import parts, stages
-from fastllm.data.corpus.prepare import prepare
+from fastllm.data.corpus.executors import prepare_with_datatrove
+from fastllm.data.corpus.prepare import begin, open_files, prepare
 from fastllm.data.corpus.recipe import Recipe, SourceSpec, load_recipe
 from fastllm.data.corpus.shards import read_report
+from fastllm.data.document import Document
 from fastllm.errors import UserError
 
-WORDS = (Path(json.__file__).read_text() + Path(random.__file__).read_text()).split()
+TEXT = "".join(Path(module.__file__ or "").read_text() for module in (random, json.decoder, subprocess, pydoc))
+WORDS = sorted({word.lower() for word in TEXT.split() if word.isalpha()})
 
 
 def essay(seed: int, words: int = 200) -> str:
@@ -31,7 +35,7 @@ def essay(seed: int, words: int = 200) -> str:
     rng = random.Random(seed)
     sentences = []
     for _ in range(words // 10):
-        chosen = [rng.choice(WORDS).strip("()[]{}'\"`#:=_<>*&|.,").lower() or "and" for _ in range(8)]
+        chosen = rng.choices(WORDS, k=8)
         sentences.append(f"The {' '.join(chosen)} of it.".capitalize())
     return "\n".join(" ".join(sentences[i : i + 4]) for i in range(0, len(sentences), 4))
 
@@ -44,7 +48,7 @@ def write_jsonl(path: Path, texts: list[str], **more: Any) -> Path:
 @pytest.fixture
 def bare() -> Recipe:
     """A recipe without the quality filters: what happens to a document is in the test."""
-    return Recipe().without(("gopher", "c4", "fineweb", "repetition"))
+    return Recipe().without(("language", "gopher", "c4", "fineweb", "repetition"))
 
 
 def with_sources(recipe: Recipe, *paths: Path) -> Recipe:
@@ -58,9 +62,9 @@ def with_sources(recipe: Recipe, *paths: Path) -> Recipe:
     )
 
 
-def test_documents_carry_where_they_come_from(tmp_path, bare):
+def test_documents_carry_where_they_come_from(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [essay(1), essay(2)], url="https://example.org/x")
-    outcome = prepare(with_sources(bare, source), tmp_path / "out", 1)
+    outcome = prepare(with_sources(Recipe(), source), tmp_path / "out", 1)
     documents = list(read_corpus(tmp_path / "out"))
     assert outcome.problems == 0 and outcome.report["documents"] == len(documents) == 2
     assert documents[0]["text"] == essay(1)
@@ -137,11 +141,7 @@ def test_an_interrupted_preparation_continues(tmp_path, many, monkeypatch):
         if calls == 7:
             raise KeyboardInterrupt
 
-    preparation = stages.Preparation(
-        many, __import__("fastllm.data.corpus.prepare", fromlist=["x"]).open_files(many), tmp_path / "out"
-    )
-    from fastllm.data.corpus.prepare import begin
-
+    preparation = stages.Preparation(many, open_files(many), tmp_path / "out")
     assert begin(preparation)
     with pytest.raises(KeyboardInterrupt):
         preparation.clean(0, 1, stop)
@@ -156,37 +156,31 @@ def test_an_interrupted_preparation_continues(tmp_path, many, monkeypatch):
     assert again.report == outcome.report
 
 
+SMALL_PARTS = """
+import sys
+from fastllm.cli import main
+from fastllm.data.corpus import parts
+
+parts.BATCH, parts.PART = 20_000, 200_000
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_a_killed_preparation_continues(tmp_path):
-    sources = []
-    for n in range(4):
-        sources.append(write_jsonl(tmp_path / f"{n}.jsonl", [essay(1000 * n + i, 400) for i in range(300)]))
-    command = [
-        sys.executable,
-        "-m",
-        "fastllm",
-        "data",
-        "prepare",
-        *map(str, sources),
-        "--processes",
-        "2",
-        "--without",
-        "gopher",
-        "c4",
-        "fineweb",
-        "repetition",
-    ]
-    code = "import sys; from fastllm.data.corpus import parts; parts.BATCH, parts.PART = 20_000, 200_000; from fastllm.cli import main; sys.exit(main(sys.argv[1:]))"
-    run = [sys.executable, "-c", code, *command[3:], "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(run, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    sources = [write_jsonl(tmp_path / f"{n}.jsonl", [essay(1000 * n + i, 400) for i in range(200)]) for n in range(3)]
+    options = ["--processes", "2", "--without", "language", "gopher", "c4", "fineweb", "repetition"]
+    run = [sys.executable, "-c", SMALL_PARTS, "data", "prepare", *map(str, sources), *options, "--out"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    process = subprocess.Popen([*run, str(out)], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").rglob("00001.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    while not list(out.rglob("00001.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert list((tmp_path / "out").rglob("00001.json")) and not (tmp_path / "out" / "report.json").exists()
-    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, timeout=120)
-    subprocess.run([*run[:-1], str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL, timeout=120)
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+    assert list(out.rglob("00001.json")) and not (out / "report.json").exists()
+    for folder in (out, whole):
+        subprocess.run([*run, str(folder)], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert tree(out) == tree(whole)
 
 
 def test_other_settings_do_not_continue_a_preparation(tmp_path, bare):
@@ -212,8 +206,6 @@ class Crash:
         yield from range(10)
 
     def extract(self, record):
-        from fastllm.data.document import Document
-
         if record == 3:
             os._exit(11)
         if record == 5:
@@ -223,7 +215,7 @@ class Crash:
 
 def test_a_record_that_kills_a_worker_is_named_and_the_rest_goes_on(tmp_path, bare, monkeypatch):
     recipe = with_sources(bare, Path("crash"))
-    monkeypatch.setattr("fastllm.data.corpus.prepare.open_source", lambda path, options: [Crash()])
+    monkeypatch.setattr("fastllm.data.corpus.prepare.open_source", lambda path, options, seen: [Crash()])
     outcome = prepare(recipe, tmp_path / "out", 2)
     assert [document["id"] for document in read_corpus(tmp_path / "out")] == list("01246789")
     assert outcome.problems == 2
@@ -268,7 +260,8 @@ def test_a_full_disk_is_said_and_a_rerun_continues(tmp_path, many, monkeypatch):
 
 def test_from_the_command_line(tmp_path, capsys):
     source = write_jsonl(tmp_path / "a.jsonl", [essay(n) for n in range(20)] + ["too short", essay(3)])
-    assert main(["data", "prepare", str(source), "--out", str(tmp_path / "out"), "--processes", "1"]) == 0
+    prepare = ["data", "prepare", str(source), "--processes", "1", "--out"]
+    assert main([*prepare, str(tmp_path / "out")]) == 0
     assert "20 documents of 22" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
     report = (tmp_path / "out" / "report.md").read_text()
@@ -280,10 +273,10 @@ def test_from_the_command_line(tmp_path, capsys):
     assert main(["data", "inspect", str(tmp_path / "out"), "--json"]) == 0
     capsys.readouterr()
     source.write_text('{"text": "short"}\n')
-    assert main(["data", "prepare", str(source), "--out", str(tmp_path / "none"), "--processes", "1"]) == 1
+    assert main([*prepare, str(tmp_path / "none")]) == 1
     assert "nothing is left" in capsys.readouterr().err
     source.write_text(json.dumps({"text": essay(1)}) + "\n{broken\n")
-    assert main(["data", "prepare", str(source), "--out", str(tmp_path / "damaged"), "--processes", "1"]) == 1
+    assert main([*prepare, str(tmp_path / "damaged")]) == 1
     assert "line 2" in capsys.readouterr().out
 
 
@@ -310,9 +303,6 @@ def test_a_wrong_recipe_is_explained(tmp_path, content, message):
 
 
 def test_datatrove_runs_the_same_tasks(tmp_path, many):
-    pytest.importorskip("datatrove")
-    from fastllm.data.corpus.executors import prepare_with_datatrove
-
     assert prepare_with_datatrove(many, tmp_path / "out", "local", tasks=2, workers=1)
     prepare(many, tmp_path / "one", 1)
     texts = [[document["text"] for document in read_corpus(tmp_path / name)] for name in ("out", "one")]
