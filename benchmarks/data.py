@@ -11,15 +11,17 @@ the tokenizers library itself (pip install datatrove trafilatura warcio).
 from __future__ import annotations
 
 import argparse
+import gzip
+import itertools
 import json
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,34 +92,24 @@ class _Quiet:
 
 def make_warc(pages: Path, path: Path, megabytes: float) -> int:
     """A gzipped WARC of the HTML files below ``pages``, over and over up to a size; returns the bytes of HTML."""
-    from fastwarc.stream_io import GZipStream
-    from fastwarc.warc import WarcRecord, WarcRecordType
-
     files = sorted(file for file in pages.rglob("*.htm*") if file.is_file() and not file.is_symlink())
     if not files:
         raise UserError(f"there are no HTML files in {pages}")
     total = 0
-    with open(path, "wb") as raw:
-        stream = GZipStream(raw)
-        for n, file in enumerate(_repeated(files)):
+    with open(path, "wb") as warc:
+        for n, file in enumerate(itertools.cycle(files)):
             body = file.read_bytes()
-            head = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n" % len(body)
-            record = WarcRecord()
-            record.init_headers(len(head) + len(body), WarcRecordType.response)
-            record.headers["WARC-Target-URI"] = f"https://example.org/{n}/{file.name}"
-            record.headers["Content-Type"] = "application/http; msgtype=response"
-            record.set_bytes_content(head + body)
-            record.write(stream)
+            block = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+            head = (
+                f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{uuid.UUID(int=n)}>\r\n"
+                f"WARC-Target-URI: https://example.org/{n}/{file.name}\r\nWARC-Date: 2026-01-01T00:00:00Z\r\n"
+                f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(block)}\r\n\r\n"
+            )
+            warc.write(gzip.compress(head.encode() + block + b"\r\n\r\n", 6))
             total += len(body)
             if total >= megabytes * MB:
                 break
-        stream.close()
     return total
-
-
-def _repeated(files: list[Path]) -> Iterator[Path]:
-    while True:
-        yield from files
 
 
 def documents_of(warc: Path) -> Iterator[Document]:
@@ -195,7 +187,6 @@ def stage_rows(warc: Path, size: int) -> list[Row]:
     (source,) = open_source(str(warc), ReaderOptions())
     records = timed("read and decompress", lambda: list(source.records(_Quiet())))
     documents = timed("HTML to text", lambda: list(_extracted(source, records)))
-    del records
     for name, one in settings({}).items():
         judge = one.build()
         documents = timed(name, lambda judge=judge, documents=documents: [d for d in documents if not judge(d)])
@@ -269,14 +260,12 @@ def tokenize_rows(corpus: Path, tokenizer: Path, scratch: Path) -> list[Row]:
 
 def peak_memory(command: list[str]) -> float:
     """MB of the largest process of a command."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     code = (
         "import resource, subprocess, sys; "
         "code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode; "
         "print(code, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
     result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
-    del before
     status, kilobytes = map(int, result.stdout.split()[-2:])
     if status:
         raise UserError(f"{' '.join(command)} failed: {result.stderr.strip()[-500:]}")

@@ -255,7 +255,10 @@ class _Pool:
             batch.tally.problem(self._labels[index], where, "it killed the process that read it")
             return self._one_by_one(Batch([], batch.tally))
         if not batch.records:
-            raise UserError("worker processes can't start: is there memory for them? --processes 1 needs none")
+            raise UserError(
+                "worker processes can't start: is there memory for them, and does a script of yours begin its calls behind "
+                'if __name__ == "__main__"? --processes 1 needs none'
+            )
         middle = len(batch.records) // 2
         halves = Batch(batch.records[:middle], batch.tally), Batch(batch.records[middle:])
         first, second = map(self._one_by_one, halves)
