@@ -56,8 +56,8 @@ def model_files(names: Iterable[str]) -> list[str]:
     return found if len(found) > 1 else []
 
 
-def text_files(root: Path, left_out: LeftOut) -> Iterator[Path]:
-    """The text files in ``root`` and the folders in it, in the order of their names."""
+def text_files(root: Path, left_out: LeftOut, suffixes: frozenset[str] = TEXT_SUFFIXES) -> Iterator[Path]:
+    """The files of ``suffixes`` in ``root`` and the folders in it, in the order of their names."""
     folders = [root]
     while folders:
         folder = folders.pop()
@@ -77,7 +77,7 @@ def text_files(root: Path, left_out: LeftOut) -> Iterator[Path]:
                 inner.append(path)
             elif entry.is_symlink() and os.path.isdir(path):
                 left_out.add("links to folders", path)
-            elif path.suffix.lower() in TEXT_SUFFIXES and not entry.name.startswith("."):
+            elif path.suffix.lower() in suffixes and not entry.name.startswith("."):
                 yield path
         folders += reversed(inner)
 
