@@ -45,7 +45,7 @@ def write(path, kind):
     elif kind == "zstd":
         path.write_bytes(b"".join(zstandard.compress(part.encode()) for part in lines.splitlines(True)))
     elif kind == "text":
-        path.write_text(f"A title\n\n{QUESTION[:29]}\n{QUESTION[29:]}\n\n{SHORT}\nyes\n", encoding="utf-8-sig")
+        path.write_text(f"A title\n\n{QUESTION[:27]}\n{QUESTION[28:]}\n\n{SHORT}\nyes\n", encoding="utf-8-sig")
     elif kind == "text like JSON":
         path.write_text(f"[A title]\n\n{QUESTION}\n{SHORT}")
     elif kind == "parquet":
