@@ -209,10 +209,10 @@ class _Clusters:
         counts = [file.about["buckets"] for file in buckets]
         self.offsets = np.cumsum([0, *counts[:-1]])  # buckets are numbered through over the bands
         entries = 1 + sum(len(file.rows) for file in buckets[:-1])
-        self.heads = _scratch(scratch / "heads", sum(counts[:-1]))
-        self.previous = _scratch(scratch / "previous", entries)
-        self.kept = _scratch(scratch / "kept", entries)
-        self.leaders = _scratch(scratch / "leaders", counts[-1])  # the first document of each signature, + 1
+        self.heads = _Scratch(scratch / "heads", sum(counts[:-1]))
+        self.previous = _Scratch(scratch / "previous", entries)
+        self.kept = _Scratch(scratch / "kept", entries)
+        self.leaders = _Scratch(scratch / "leaders", counts[-1])  # the first document of each signature, + 1
         self.next_entry = 1
         self.positions = [0] * len(buckets)
 
@@ -225,7 +225,7 @@ class _Clusters:
             result[repeats] = np.where(result[leaders] < 0, leaders, result[leaders])
             self.signatures.release()
             for array in (self.heads, self.previous, self.kept, self.leaders):
-                _release(array)
+                array.release()
 
     def _chunk(self, band: int, stop: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The next documents of a band, up to number ``stop``, and their buckets."""
@@ -243,9 +243,10 @@ class _Clusters:
         self, documents: NDArray[np.int64], buckets: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The documents whose signature an earlier one has, and the first that has it."""
-        new = self.leaders[buckets] == 0
-        self.leaders[buckets[new][::-1]] = documents[new][::-1] + 1  # of several the one assigned last, the first
-        leaders = self.leaders[buckets] - 1
+        first = self.leaders.values
+        new = first[buckets] == 0
+        first[buckets[new][::-1]] = documents[new][::-1] + 1  # of several the one assigned last, the first
+        leaders = first[buckets] - 1
         same = leaders < documents
         documents, leaders = documents[same], leaders[same]
         equal = np.zeros(len(documents), np.bool_)
@@ -269,7 +270,7 @@ class _Clusters:
         begins = np.flatnonzero(np.diff(documents, prepend=-1))
         ends = np.append(begins[1:], len(documents))[: len(begins)].tolist()
         numbers = buckets.tolist()
-        heads, previous, kept = memoryview(self.heads), memoryview(self.previous), memoryview(self.kept)
+        heads, previous, kept = self.heads.view, self.previous.view, self.kept.view
         for document, begin, end in zip(documents[begins].tolist(), begins.tolist(), ends, strict=True):
             candidates = set()
             for bucket in numbers[begin:end]:
@@ -293,19 +294,23 @@ class _Clusters:
         return candidates[best] if equal[best] >= self.signatures.settings.least_equal else -1
 
 
-def _scratch(path: Path, count: int) -> np.memmap:
-    """Zeros, int64, in a file: its bytes are written, so that a full disk is an error here and not a signal later."""
-    try:
-        with open(path, "wb") as file:
-            size = 8 * max(count, 1)
-            for i in range(0, size, 1 << 20):
-                file.write(bytes(min(1 << 20, size - i)))
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from error
-    return np.memmap(path, np.int64, "r+")
+class _Scratch:
+    """Zeros, int64, in a file that is memory-mapped. ``view`` is for single values, ``values`` for many."""
 
+    def __init__(self, path: Path, count: int) -> None:
+        size = 8 * max(count, 1)
+        try:
+            with open(path, "w+b") as file:
+                for i in range(0, size, 1 << 20):  # written, so that a full disk is an error now and no signal later
+                    file.write(bytes(min(1 << 20, size - i)))
+                file.flush()
+                self._map = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            raise UserError(f"can't write {path}: {error.strerror or error}") from error
+        self.view = memoryview(self._map).cast("q")
+        self.values: NDArray[np.int64] = np.frombuffer(self._map, np.int64)
 
-def _release(array: np.memmap) -> None:
-    """See Stored.release."""
-    if hasattr(mmap, "MADV_DONTNEED"):
-        array._mmap.madvise(mmap.MADV_DONTNEED)
+    def release(self) -> None:
+        """See Stored."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
