@@ -298,16 +298,15 @@ class ShardWriter:
             to_disk(self._part)
         records = np.empty(self.documents, DOCUMENT)
         records["key"], records["length"], records["source"] = self._keys, self._lengths, self._numbers
-        header = _header(self.documents)
-        digest = hashlib.sha256(header)
-        digest.update(records)
+        content = _header(self.documents) + records.tobytes()
         with atomic(self.folder / f"{self.name}.documents.npy") as part, open(part, "wb") as file:
-            file.write(header)
-            file.write(records)
+            file.write(content)
         with self._errors():
             os.replace(self._part, self.folder / f"{self.name}.tokens")
         sha256 = self._sha256.hexdigest()
-        return Shard(self.name, self.tokens, self.documents, list(self._sources), sha256, digest.hexdigest())
+        return Shard(
+            self.name, self.tokens, self.documents, list(self._sources), sha256, hashlib.sha256(content).hexdigest()
+        )
 
     def discard(self) -> None:
         """Remove what is not complete."""
