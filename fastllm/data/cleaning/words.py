@@ -25,7 +25,6 @@ _UNSPACED_RUN = re.compile(f"[{_HAN}{_SIGNS}]+")
 # Bytes of UTF-8, without the first ones of U+0800 to U+1FFF and from U+3000: what is left has no unspaced script.
 _NEAR = bytes((*range(0xE0), 0xE2))
 _last: tuple[str, list[str]] = ("", [])
-_BLANK_LINES = re.compile("\n{2,}")
 _HAN_RUN = re.compile(f"[{_HAN}]+")
 
 # Unicode's property Sentence_Terminal for the scripts in use, and Tibetan's shad.
@@ -93,7 +92,8 @@ def split_lines(text: str) -> list[str]:
 
 def split_paragraphs(text: str) -> list[str]:
     """What stands between blank lines."""
-    return [part for part in _BLANK_LINES.split(text.strip()) if not part.isspace()]
+    parts = [part.strip("\n") for part in text.split("\n\n")]
+    return [part for part in parts if part and not part.isspace()]
 
 
 def count_sentences(lines: list[str]) -> int:
