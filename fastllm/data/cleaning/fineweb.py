@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..document import Document
 from .filter import Filter, Judge, rounded
-from .words import SENTENCE_ENDS, count_duplicates, is_unspaced, split_lines, split_words, width
+from .words import SENTENCE_ENDS, count_duplicates, may_be_unspaced, split_lines, split_words, width
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class FineWeb(Filter):
     line feeds a word (lists), is in the code that made FineWeb and not in the paper; blank lines do not count in it, as
     C4's code left none.
 
-    Marks are of all scripts, and Thai and Lao, which have none, pass. A character of Han or kana counts as three in the
-    length of a line. Words are those of ``words``. Lines are those that are not blank, as in datatrove.
+    Marks are of all scripts, and Thai and Lao, which have none, pass. In the length of a line a character of Han or
+    kana counts as three, a syllable of Hangul as two. Words are those of ``words``. Lines are those that are not blank,
+    as in datatrove.
 
     datatrove differs: 1% of characters in repeated lines (0.01 for the paper's 0.1); a bound that is met is kept (here
     the paper's ≤ and ≥ drop), and a line of 30 characters is short; quotation marks end no line.
@@ -41,7 +42,7 @@ class FineWeb(Filter):
             lines = split_lines(text)
             if not lines:
                 return "fineweb: no lines"
-            wide = is_unspaced(text)
+            wide = may_be_unspaced(text)
             marked = sum(line.rstrip()[-1] in SENTENCE_ENDS for line in lines)
             short = sum((width(line) if wide else len(line)) < self.short_line for line in lines)
             figures = {

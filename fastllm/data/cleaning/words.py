@@ -22,10 +22,10 @@ _SIGNS = "\u0e01-\u0e3a\u0e40-\u0eff\u0f00-\u109f\u1780-\u17ff\uaa60-\uaa7f"
 _UNSPACED = re.compile(f"[{_HAN}{_SIGNS}]")
 _UNSPACED_WORD = re.compile(rf"[{_HAN}]{{1,2}}[^\w\s]*|[{_SIGNS}]{{1,4}}[^\w\s]*|[^\s{_HAN}{_SIGNS}]+")
 _UNSPACED_RUN = re.compile(f"[{_HAN}{_SIGNS}]+")
-# Bytes of UTF-8, without the first ones of U+0800 to U+1FFF and from U+3000: what is left has no unspaced script.
+# Bytes of UTF-8 without the first ones of U+0800 to U+1FFF and from U+3000, where the unspaced scripts and Hangul are.
 _NEAR = bytes((*range(0xE0), 0xE2))
 _last: tuple[str, list[str]] = ("", [])
-_BLANK_LINES = re.compile("\n{2,}")
+_HANGUL_RUN = re.compile("[\uac00-\ud7a3]+")
 _HAN_RUN = re.compile(f"[{_HAN}]+")
 
 # Unicode's property Sentence_Terminal for the scripts in use, and Tibetan's shad.
@@ -50,7 +50,7 @@ def is_unspaced(text: str) -> bool:
 
 
 def may_be_unspaced(text: str) -> bool:
-    """Whether it has characters beyond Latin, Greek, Cyrillic, Semitic scripts and punctuation; fast."""
+    """Whether it has characters beyond Latin, Greek, Cyrillic, Semitic scripts and punctuation: a fast look."""
     return not text.isascii() and bool(text.encode("utf-8", "surrogatepass").translate(None, _NEAR))
 
 
@@ -80,10 +80,13 @@ def split_spaced_words(text: str) -> list[str]:
 
 
 def width(text: str) -> int:
-    """Characters, each of Han or kana for 3: a word of 2 of them says what one of 5 letters and a space says."""
-    if text.isascii():
+    """Characters, where one says as much as several letters for several: Han and kana 3, syllables of Hangul 2.
+
+    So a Chinese word of 2 characters is as wide as an English one of 5 letters and a space.
+    """
+    if not may_be_unspaced(text):
         return len(text)
-    return len(text) + 2 * sum(map(len, _HAN_RUN.findall(text)))
+    return len(text) + 2 * sum(map(len, _HAN_RUN.findall(text))) + sum(map(len, _HANGUL_RUN.findall(text)))
 
 
 def split_lines(text: str) -> list[str]:
@@ -93,7 +96,8 @@ def split_lines(text: str) -> list[str]:
 
 def split_paragraphs(text: str) -> list[str]:
     """What stands between blank lines."""
-    return [part for part in _BLANK_LINES.split(text.strip()) if not part.isspace()]
+    parts = [part.strip("\n") for part in text.strip().split("\n\n")]
+    return [part for part in parts if part and not part.isspace()]
 
 
 def count_sentences(lines: list[str]) -> int:
