@@ -36,34 +36,37 @@ class Words:
             text = unicodedata.normalize("NFC", text)
             self.units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), "<u2")
             classes = _CLASSES.take(self.units)
-        if not len(classes):
-            first = np.empty(0, np.bool_)
-        elif classes.max() > _LETTER:
-            first = _FIRST.take(classes[1:] + 8 * classes[:-1])
+        first = classes != _SEPARATOR
+        if len(classes) and classes.max() > _LETTER:
+            first[1:] = _FIRST.take(classes[1:] + 8 * classes[:-1])
         else:
-            first = classes[1:] > classes[:-1]
-        self.starts = np.flatnonzero(first) + 1
-        if len(classes) and classes[0] != _SEPARATOR:
-            self.starts = np.concatenate([[0], self.starts])
+            np.greater(classes[1:], classes[:-1], out=first[1:])
+        self.starts = np.flatnonzero(first)
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def hashes(self) -> Hashes:
         """A hash for each word, in order. Of a word longer than 65,536 units, these count."""
+        if not len(self):
+            return np.empty(0, np.uint64)
+        if len(self.units) <= BLOCK:
+            return mix(self._polynomials(0, len(self.units), self.starts))
         out = np.empty(len(self), np.uint64)
         ends = np.append(self.starts[1:], len(self.units))
         i = 0
         while i < len(out):
             start = int(self.starts[i])
             stop = max(i + 1, int(np.searchsorted(ends, start + BLOCK, "right")))
-            values = _VALUES.take(self.units[start : min(int(ends[stop - 1]), start + BLOCK)])
-            values *= _POWERS[: len(values)]
-            offsets = self.starts[i:stop] - start
-            np.add.reduceat(values, offsets, out=out[i:stop])
-            out[i:stop] *= _INVERSES.take(offsets)
+            end = min(int(ends[stop - 1]), start + BLOCK)
+            out[i:stop] = self._polynomials(start, end, self.starts[i:stop] - start)
             i = stop
         return mix(out)
+
+    def _polynomials(self, start: int, end: int, offsets: NDArray[np.intp]) -> Hashes:
+        values = _VALUES.take(self.units[start:end])
+        values *= _POWERS[: len(values)]
+        return np.add.reduceat(values, offsets) * _INVERSES.take(offsets)
 
     def text(self, first: int, last: int) -> str:
         """The text from one word to another, that one included, on one line."""
