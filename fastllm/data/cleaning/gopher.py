@@ -35,7 +35,8 @@ class Gopher(Filter):
     it too long; where most words are in scripts written without spaces there is no word length.
 
     datatrove differs: spaCy's tokens for words, so that marks are words in the shares, and far more text with code or
-    figures misses the 80%; blank lines count as lines; a bullet is "•" or "-"; stop words in lower case only.
+    figures misses the 80%; blank lines count as lines; a bullet is "•" or "-", and "•" alone
+    is a word; stop words in lower case only.
     """
 
     name: ClassVar[str] = "gopher"
