@@ -35,7 +35,8 @@ class Gopher(Filter):
     it too long; where most words are in scripts written without spaces there is no word length.
 
     datatrove differs: spaCy's tokens for words, so that marks are words in the shares, and far more text with code or
-    figures misses the 80%; blank lines count as lines; a bullet is "•" or "-"; stop words in lower case only.
+    figures misses the 80%; blank lines count as lines; a bullet is "•" or "-", and "•" alone
+    is a word; stop words in lower case only.
     """
 
     name: ClassVar[str] = "gopher"
@@ -64,15 +65,19 @@ class Gopher(Filter):
 
     def build(self) -> Judge:
         stop_words = frozenset(word.lower() for word in self.stop_words)
+        too_long = f"gopher: more than {self.max_words} words"
 
         def judge(document: Document) -> str:
             text = document.text
             words = split_words(text, 2 * self.max_words + 1)
+            if len(words) > 2 * self.max_words:  # far too many: the rest is not split, to save memory
+                document.metadata[self.name] = {"words": len(words)}
+                return too_long
             alphabetic, symbols = _count_kinds(text, words)
             number = len(words) - len(symbols)
             document.metadata[self.name] = {"words": number}
-            if number > self.max_words or len(words) > 2 * self.max_words:
-                return f"gopher: more than {self.max_words} words"
+            if number > self.max_words:
+                return too_long
             if number < self.min_words or not number:
                 return f"gopher: fewer than {max(1, self.min_words)} words"
 

@@ -75,9 +75,9 @@ class Repetition(Filter):
             hashes = hashes[:-1] * _MULTIPLIER + word_hashes[n - 1 :]
             figures[f"top_{n}_gram"] = _characters_of_most_frequent(hashes, words, n) / size
         hashes = hashes[:-1] * _MULTIPLIER + word_hashes[_DUPLICATE[0] - 1 :]
-        characters = _characters_of_repeated(hashes, word_hashes, words)
+        repeated = _characters_of_repeated(hashes, word_hashes, words)
         for n in _DUPLICATE:
-            figures[f"duplicate_{n}_grams"] = characters.get(n, 0) / size
+            figures[f"duplicate_{n}_grams"] = repeated.get(n, 0) / size
         return figures
 
 

@@ -17,7 +17,7 @@ repetition_filter = pytest.importorskip("datatrove.pipeline.filters.gopher_repet
 Document = pytest.importorskip("datatrove.data").Document
 
 ODD = [
-    "- a point of the list", "• another point", "# # # ## #", "and so on...", "Read more…", "12 34 56 78 90", "Home",
+    "- a point of the list", "•another point", "# # # ## #", "and so on...", "Read more…", "12 34 56 78 90", "Home",
     "{ x = 1; }", "This has [1] a mark or two[citation needed] in it.", "lorem ipsum dolor sit amet.", "short.",
     "Enable javascript to see it.", "a b c d e f g h.", "We use cookies to know you better.", "the of and to with",
     "x" * 1200 + " is long, you see.",

@@ -25,7 +25,7 @@ print("done")
 
 
 def test_time_is_linear_in_the_text():
-    """400,000 characters of each: one that took ten nanoseconds for each pair of them would take a quarter of an hour."""
+    """400,000 characters of each: ten nanoseconds for each pair of them would take a quarter of an hour."""
     command = [sys.executable, "-c", CODE]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert done.stdout == "done\n", done.stderr

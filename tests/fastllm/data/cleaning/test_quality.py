@@ -67,6 +67,12 @@ def test_gopher_counts_alike_in_ascii_and_beyond():
     assert figures["word_length"] == round((sum(map(len, text.split())) - 7) / (number - 3), 3)
 
 
+def test_gopher_does_not_split_the_rest_of_a_far_too_long_text():
+    for text in (prose(1000), "港口" * 1000):
+        reason, doc = judged(Gopher(max_words=100), text)
+        assert reason == "gopher: more than 100 words" and doc.metadata["gopher"] == {"words": 201}
+
+
 def test_gopher_keeps_its_figures():
     doc = judged(Gopher(), TEXTS["en"])[1]
     assert doc.metadata["gopher"] == {
