@@ -152,9 +152,16 @@ class TrainingData:
         return {"seed": self.seed, **self.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for key, value in self.state_dict().items():
-            if state.get(key) != value:
-                raise UserError(f"the checkpoint was trained on data of {key} {state.get(key)}, this is {key} {value}")
+        own = self.state_dict()
+        for key in own | state:
+            before, now = state.get(key), own.get(key)
+            if before != now and key == "schedule":
+                raise UserError(
+                    f"the weights move over {before:,} sequences in the checkpoint and over {now:,} in this run: continue "
+                    "with the same train.steps and train.global_batch_tokens"
+                )
+            if before != now:
+                raise UserError(f"the checkpoint was trained on data of {key} {before}, this is {key} {now}")
 
 
 class EvaluationData:

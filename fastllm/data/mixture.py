@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import UserError, did_you_mean
 from ..input_files import shown
-from .permutation import key_of, permuted
+from .permutation import key_of, mixed, permuted
 
 BLOCK = 4096  # items, at most, whose sources are decided together; of a schedule the run has at least BLOCKS
 BLOCKS = 64
@@ -60,8 +60,7 @@ class Mixture:
         block, place = np.divmod(index, self.block)
         self._extend(int(block.max(initial=0)) + 2)
         before, after = self._before[block], self._before[block + 1]
-        key = np.array([key_of(self._seed, number) for number in block.tolist()], np.uint64)
-        place = permuted(place, self.block, key)
+        place = permuted(place, self.block, mixed(block.astype(np.uint64) ^ np.uint64(key_of(self._seed))))
         ends = np.cumsum(after - before, axis=1)
         source = (place[:, None] >= ends).sum(1)
         rows = np.arange(len(index))
