@@ -32,7 +32,9 @@ import torch.multiprocessing as mp
 
 from fastllm.config import Config
 from fastllm.console import short
-from fastllm.data.loader import TokenDataset
+from fastllm.data.loader import Sequences, TrainingData
+from fastllm.data.packing import Concatenated
+from fastllm.data.token_data import Documents
 from fastllm.distributed.mesh import ParallelDims, local_device, process_group
 from fastllm.distributed.parallelize import build_model
 from fastllm.files import atomic, write_atomic
@@ -156,13 +158,12 @@ def _train(rank: int, port: int, point: Point, config: Config, seconds: float, f
     config = replace(config, parallel=replace(config.parallel, compile=COMPILED in point.implementation))
     device = local_device()
     precision = pick_precision(config.train.precision, device)
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, 200_000).astype(np.uint32)
     with process_group(device), only(tuple(IN_PLACE) if OURS in point.implementation else ()):
         dims = ParallelDims.from_config(config.parallel, device.type)
 
         def make(config: Config) -> Trainer:
             model = build_model(config, dims, precision, device)
-            data = TokenDataset(tokens, config.model.max_seq_len, config.train.seed)
+            data = random_data(config)
             where = {"run_dir": Path(folder), "device": device, "precision": precision, "signals": StopSignals()}
             return Trainer(config, dims, model, NextTokenPrediction(), data, None, **where)
 
@@ -183,6 +184,27 @@ def _train(rank: int, port: int, point: Point, config: Config, seconds: float, f
     if rank == 0:
         measured = {"times": times[3:] or times, "memory": used, "share": trainer.mfu_per_token}
         Path(folder, "measured.json").write_text(json.dumps(measured))
+
+
+class RandomTokens:
+    """A document of random tokens."""
+
+    eos_id = 0
+
+    def __init__(self, vocab_size: int, n: int) -> None:
+        self.tokens = np.random.default_rng(0).integers(0, vocab_size, n).astype(np.uint32)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+
+def random_data(config: Config) -> TrainingData:
+    """One long document: no attention is saved between documents."""
+    n, seq_len = 200_000, config.model.max_seq_len
+    documents = Documents(np.zeros(1, np.int64), np.array([n], np.uint32))
+    tokens = RandomTokens(config.model.vocab_size, n)
+    packing = Concatenated(documents.lengths, seq_len, config.train.seed)
+    return TrainingData([Sequences(tokens, documents, packing, seq_len)], config.train.seed)
 
 
 def _step(trainer: Trainer) -> float:

@@ -17,6 +17,7 @@ from . import config as configs
 from .errors import UserError
 
 T = TypeVar("T")
+METAVARS = {"paths": "PATH ...", "weights": "NAME=X ...", "anneal_weights": "NAME=X ..."}
 WIDTH, INDENT = 110, 38  # of help: a line, and where descriptions begin
 
 
@@ -120,7 +121,7 @@ def fields_of(cls: Any, values: Any = None, prefix: str = "") -> Iterator[Field]
             yield from fields_of(hint, default, f"{prefix}{field.name}.")
         elif "Positional" not in str(field.type):
             flag = f"--{prefix}{field.name}".replace("_", "-")
-            metavar = _metavar(hint) if field.name != "paths" else "PATH ..."
+            metavar = METAVARS.get(field.name) or _metavar(hint)
             yield Field(flag, metavar, default, comments.get(field.name, ""))
 
 

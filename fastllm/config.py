@@ -102,15 +102,25 @@ class ModelConfig:
         return (self.attention_dim or self.dim) // self.heads
 
 
+PackingMethod = Literal["best-fit", "concatenate"]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is trained on."""
 
-    paths: tuple[str, ...] = ()  # text files and folders (--data for short); none: Python's standard library
+    paths: tuple[str, ...] = ()  # folders of tokens, or text files and folders (--data); none: the standard library
     validation: float = 0.05  # share of the data for validation
+    packing: PackingMethod = "best-fit"  # whole documents that don't see each other, or cut wherever a sequence ends
+    weights: tuple[str, ...] = ()  # NAME=WEIGHT of each source of the tokens; none: every token once an epoch
+    anneal_weights: tuple[str, ...] = ()  # NAME=WEIGHT of each, at the end of the run; none: they don't change
+    anneal_from: float = 0.8  # share of the run from which the weights move there, linearly
 
     def __post_init__(self) -> None:
         _check(0 < self.validation < 1, f"data.validation must be between 0 and 1, it is {self.validation}")
+        _check_choice("data", self, "packing", PackingMethod)
+        _check(bool(self.weights) or not self.anneal_weights, "data.anneal_weights needs data.weights to begin with")
+        _check(0 <= self.anneal_from < 1, f"data.anneal_from must be at least 0 and below 1, it is {self.anneal_from}")
 
 
 Optimizer = Literal["adamw", "muon"]

@@ -8,19 +8,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from . import config as configs
 from .data.tokenizer import Tokenizer
 from .errors import UserError
-from .files import atomic, write_atomic
-from .input_files import open_regular, read_json
+from .files import write_atomic
+from .input_files import read_json
 from .model.gpt import GPT
 from .model.weights import load_weights, read_weights_metadata
 
 CONFIG, TOKENIZER, WEIGHTS, METADATA = "config.toml", "tokenizer.json", "model.safetensors", "run.json"
-TOKENS = {"train": "data/train.npy", "validation": "data/validation.npy"}
 
 
 def save_metadata(folder: Path, metadata: dict[str, Any]) -> None:
@@ -30,33 +28,6 @@ def save_metadata(folder: Path, metadata: dict[str, Any]) -> None:
 def load_metadata(folder: Path) -> dict[str, Any]:
     """The contents of run.json."""
     return read_json(folder / METADATA)
-
-
-def save_tokens(folder: Path, tokens: dict[str, np.ndarray]) -> None:
-    """The encoded data, ``train`` and ``validation``, from which a run is resumed."""
-    for name, array in tokens.items():
-        (folder / TOKENS[name]).parent.mkdir(exist_ok=True)
-        with atomic(folder / TOKENS[name]) as part, open(part, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-
-
-def load_tokens(folder: Path, vocab_size: int) -> dict[str, np.ndarray]:
-    """What :func:`save_tokens` wrote, memory-mapped. Raises UserError where it is something else."""
-    return {name: _load_ids(folder / file, vocab_size) for name, file in TOKENS.items()}
-
-
-def _load_ids(path: Path, vocab_size: int) -> np.ndarray:
-    try:
-        with open_regular(path):  # a pipe would be waited for
-            ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise UserError(f"can't read the encoded data {path}: {error}") from None
-    if not isinstance(ids, np.ndarray) or ids.dtype not in (np.uint16, np.uint32) or ids.ndim != 1 or not ids.size:
-        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, np.ndarray) else "an archive"
-        raise UserError(f"{path} must hold a row of token ids (uint16 or uint32), not {found}")
-    if ids.max() >= vocab_size:
-        raise UserError(f"{path}: the token id {ids.max()} is out of range: the tokenizer has {vocab_size} tokens")
-    return ids
 
 
 def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:

@@ -139,16 +139,27 @@ class CausalSelfAttention(nn.Module):
         sin: Tensor,
         *,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        """``[batch, seq, dim]`` to the same; cos, sin ``[max_seq, head_dim / 2]``; positions ``[batch, seq]``."""
+        """``[batch, seq, dim]`` to the same; cos, sin ``[max_seq, head_dim / 2]``; positions ``[batch, seq]``.
+
+        cu_seqlens ``[documents + 1]``: where documents start and end in the ``batch · seq`` tokens. A document lies
+        inside of one sequence, and sees no other; empty ones may stand at the end.
+        """
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope(q, k, cos, sin, positions=positions)
         if cache is not None:
             k, v = cache.update(k, v)
-        out = flash_attention(q, k, v, window=self.window, softcap=self.softcap)
+        if cu_seqlens is None:
+            out = flash_attention(q, k, v, window=self.window, softcap=self.softcap)
+        else:
+            out = flash_attention(
+                *(t.flatten(0, 1) for t in (q, k, v)), window=self.window, softcap=self.softcap,
+                cu_seqlens_q=cu_seqlens, max_seqlen_q=q.shape[1],
+            ).unflatten(0, q.shape[:2])  # fmt: skip
         return self.o_proj(out.flatten(-2))
 
 

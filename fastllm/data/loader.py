@@ -1,8 +1,8 @@
-"""Batches for training: the protocol of a data source, and windows of tokens as its first implementation."""
+"""Batches for training: the protocol of a data source, and packed documents as its first implementation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .progress import progress
-from .tokenizer import Tokenizer
+from .mixture import Mixture
+from .packing import BestFit, Packing, Pieces
+from .permutation import key_of, permuted
+from .token_data import Documents
 
 IGNORE_INDEX = -100  # the target of a token that does not count
 
@@ -19,7 +21,10 @@ Batch = dict[str, Tensor]  # CPU tensors by name; dimension 0 is the item, dimen
 
 
 class BatchSource(Protocol):
-    """Items by their index. ``batch`` is a pure function of the index: any rank may read any item at any time."""
+    """Items by their index. ``batch`` is a pure function of the index: any rank may read any item at any time.
+
+    Of packed documents, "positions" ``[items, tokens]`` are those of the tokens in their documents, from 0 in each.
+    """
 
     def batch(self, index: int, n: int) -> Batch:
         """Items ``index`` to ``index + n``."""
@@ -46,96 +51,151 @@ class DataSource(BatchSource, Protocol):
         ...
 
 
-class TokenDataset:
-    """Windows of ``seq_len`` tokens, each once an epoch, in an order that ``seed`` decides: ``tokens`` and ``targets``.
+class TokenReader(Protocol):
+    """Tokens by their place in one row: a :class:`fastllm.data.token_data.TokenData`."""
 
-    Each epoch cuts the windows at another offset. Both tensors are int64 ``[n, seq_len]``; the targets are one token
-    later.
+    @property
+    def eos_id(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray: ...
+
+
+class Sequences:
+    """Builds the tensors of sequences of documents: ``tokens``, ``targets`` and, packed, ``positions``.
+
+    A document of tokens d, of which the last is the end-of-text token e, is the inputs e, d[0], d[1], … and the targets
+    d[0], d[1], …, e. So each token is a target once, and the first one is predicted from e, as in generation. A part of
+    a document begins with the token before it as its input.
     """
 
-    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int) -> None:
-        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.windows = max(1, (len(tokens) - 1) // seq_len - 1)
-        self._epoch, self._starts = -1, np.empty(0, np.int64)
+    def __init__(self, tokens: TokenReader, documents: Documents, packing: Packing, seq_len: int) -> None:
+        self.tokens, self.documents, self.packing, self.seq_len = tokens, documents, packing, seq_len
+        self.packed = isinstance(packing, BestFit)
+        self._count = np.arange(seq_len)
 
-    def batch(self, index: int, n: int) -> Batch:
-        return gather_windows(self.tokens, np.array([self._start(i) for i in range(index, index + n)]), self.seq_len)
+    def build(self, numbers: np.ndarray, epoch: int) -> Batch:
+        """The sequences ``numbers`` of an epoch."""
+        pieces = self.packing.pieces(numbers, epoch)
+        places = self.documents.starts[pieces.document] + pieces.start
+        return self._tensors(len(numbers), pieces, places)
+
+    def _tensors(self, n: int, pieces: Pieces, places: np.ndarray) -> Batch:
+        eos = self.tokens.eos_id
+        tokens, targets = np.full((n, self.seq_len), eos), np.full((n, self.seq_len), IGNORE_INDEX)
+        positions = np.empty((n, self.seq_len), np.int64)
+        ends = [0] * n  # of what is in each row
+        spans = zip(pieces.row.tolist(), places.tolist(), pieces.start.tolist(), pieces.length.tolist(), strict=True)
+        for row, place, start, length in spans:
+            first = ends[row]
+            ends[row] = end = first + length
+            ids = self.tokens.read(place - (start > 0), place + length)
+            targets[row, first:end] = ids[-length:]
+            tokens[row, end - len(ids) + 1 : end] = ids[:-1]
+            positions[row, first:end] = self._count[:length]
+        batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
+        if self.packed:
+            for row, end in enumerate(ends):  # what is left is a document of its own
+                positions[row, end:] = self._count[: self.seq_len - end]
+            batch["positions"] = torch.from_numpy(positions)
+        return batch
 
     def padding(self) -> Batch:
-        return padding_window(self.seq_len)
+        """One sequence whose targets do not count."""
+        tokens = torch.full((1, self.seq_len), self.tokens.eos_id)
+        batch = {"tokens": tokens, "targets": torch.full_like(tokens, IGNORE_INDEX)}
+        return batch | {"positions": torch.arange(self.seq_len)[None]} if self.packed else batch
+
+
+class TrainingData:
+    """The sequences of one or more sources, each once an epoch of its source, in an order that ``seed`` decides.
+
+    Args:
+        sources: what is trained on.
+        seed: of the order.
+        mixture: which source each item is of; None: there is one source.
+        identity: by what, with the seed, a checkpoint recognises the data: names and values that JSON can hold.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Sequences],
+        seed: int,
+        mixture: Mixture | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.sources, self.seed, self.mixture = sources, seed, mixture
+        self.identity = dict(identity or {})
+
+    def batch(self, index: int, n: int) -> Batch:
+        items = np.arange(index, index + n)
+        of, item = self.mixture.locate(items) if self.mixture else (np.zeros(n, np.int64), items)
+        parts: list[Batch] = []
+        places: list[np.ndarray] = []
+        # Those of one source and epoch are read together.
+        epochs = item // np.array([source.packing.sequences for source in self.sources])[of]
+        for number, epoch in sorted(set(zip(of.tolist(), epochs.tolist(), strict=True))):
+            source = self.sources[number]
+            where = np.flatnonzero((of == number) & (epochs == epoch))
+            count = source.packing.sequences
+            chosen = permuted(item[where] - epoch * count, count, key_of(self.seed, number, epoch))
+            parts.append(source.build(chosen, epoch))
+            places.append(where)
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.from_numpy(np.argsort(np.concatenate(places)))
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+
+    def padding(self) -> Batch:
+        return self.sources[0].padding()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed, "tokens": len(self.tokens)}
+        return {"seed": self.seed, **self.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for key, value in self.state_dict().items():
-            if state.get(key) != value:
-                raise UserError(f"the checkpoint was trained on data of {key} {state.get(key)}, this is {key} {value}")
+        own = self.state_dict()
+        for key in own | state:
+            before, now = state.get(key), own.get(key)
+            if before != now and key == "schedule":
+                raise UserError(
+                    f"the weights move over {before:,} sequences in the checkpoint and over {now:,} in this run: continue "
+                    "with the same train.steps and train.global_batch_tokens"
+                )
+            if before != now:
+                raise UserError(f"the checkpoint was trained on data of {key} {before}, this is {key} {now}")
 
-    def _start(self, index: int) -> int:
-        epoch, window = divmod(index, self.windows)
-        if epoch != self._epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            offset = rng.integers(len(self.tokens) - self.windows * self.seq_len)
-            self._epoch, self._starts = epoch, rng.permutation(self.windows) * self.seq_len + offset
-        return self._starts[window]
 
+class EvaluationData:
+    """Up to ``max_tokens / seq_len`` sequences, evenly spaced over all of them."""
 
-class EvalDataset:
-    """Up to ``max_tokens / seq_len`` windows, evenly spaced over ``tokens``, in their order."""
-
-    def __init__(self, tokens: np.ndarray, seq_len: int, max_tokens: int) -> None:
-        self.tokens, self.seq_len = tokens, seq_len
-        self.starts = eval_starts(tokens, seq_len, max_tokens)
+    def __init__(self, sequences: Sequences, max_tokens: int) -> None:
+        self.sequences = sequences
+        count = sequences.packing.sequences
+        self._n = max(1, min(count, max_tokens // sequences.seq_len))
+        self._numbers = np.arange(self._n) * count // self._n
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return self._n
 
     def batch(self, index: int, n: int) -> Batch:
-        return gather_windows(self.tokens, self.starts[index : index + n], self.seq_len)
+        return self.sequences.build(self._numbers[index : index + n], 0)
 
     def padding(self) -> Batch:
-        return padding_window(self.seq_len)
+        return self.sequences.padding()
 
 
-def eval_starts(tokens: np.ndarray, seq_len: int, max_tokens: int) -> np.ndarray:
-    """The starts of up to ``max_tokens / seq_len`` windows, evenly spaced over ``tokens`` and without overlap."""
-    windows = (len(tokens) - 1) // seq_len
-    count = max(1, min(windows, max_tokens // seq_len))
-    return np.arange(count) * windows // count * seq_len
+def cu_seqlens_of(positions: Tensor) -> Tensor:
+    """Where documents start and end in the tokens of ``positions`` ``[items, tokens]``, int32 ``[documents + 1]``.
 
-
-def gather_windows(tokens: np.ndarray, starts: np.ndarray, seq_len: int) -> Batch:
-    """``tokens`` and ``targets``, int64 ``[len(starts), seq_len]``; the targets are one token later."""
-    window = torch.from_numpy(tokens[starts[:, None] + np.arange(seq_len + 1)].astype(np.int64))
-    return {"tokens": window[:, :-1], "targets": window[:, 1:]}
-
-
-def padding_window(seq_len: int) -> Batch:
-    """One window whose targets do not count."""
-    tokens = torch.zeros(1, seq_len, dtype=torch.int64)
-    return {"tokens": tokens, "targets": torch.full_like(tokens, IGNORE_INDEX)}
-
-
-def encode_documents(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """One row of token ids, the end-of-text token before each document and after the last; uint16 where the ids fit.
-
-    So each document ends with that token, which a model learns to predict, and begins behind it.
+    Empty documents at the end make it one of few lengths, so that torch.compile compiles few times.
     """
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    eos = np.array([tokenizer.eos_id], dtype).tobytes()
-    row = bytearray(eos)
-    with progress("encoding", sum(map(len, documents))) as bar:
-        for text, ids in zip(documents, tokenizer.encode_batch(documents), strict=True):
-            row += ids.astype(dtype).tobytes()
-            row += eos
-            bar.advance(len(text))
-    return np.frombuffer(row, dtype)
+    starts = np.flatnonzero(positions.numpy() == 0)
+    capacity = max(8, 1 << (len(starts) - 1).bit_length())
+    cu_seqlens = np.full(capacity + 1, positions.numel(), np.int32)
+    cu_seqlens[: len(starts)] = starts
+    return torch.from_numpy(cu_seqlens)
 
 
-def unigram_loss(train: np.ndarray, targets: np.ndarray, vocab_size: int) -> float:
-    """Nats per token that the token frequencies of ``train`` (each count plus one) give ``targets``."""
-    counts = np.ones(vocab_size)
-    for start in range(0, len(train), 2**20):  # bincount makes 64-bit integers of all that it is given
-        counts += np.bincount(train[start : start + 2**20], minlength=vocab_size)
-    return float(-np.log(counts / counts.sum())[targets].mean())
+def unigram_loss(counts: np.ndarray, targets: np.ndarray) -> float:
+    """Nats per token that the token frequencies ``counts`` (each plus one) give ``targets``."""
+    frequencies = (counts + 1) / (counts + 1).sum()
+    return float(-np.log(frequencies)[targets].mean())

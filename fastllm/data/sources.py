@@ -1,4 +1,4 @@
-"""Text files and folders, and the validation split."""
+"""Text files and folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import UserError
-from .documents import documents, natural_place
+from .documents import documents
 from .folders import LeftOut, kind_of_file, model_files, printable, text_files
 
 TEST_FOLDERS = frozenset(("test", "tests", "idle_test"))  # of the standard library
@@ -21,32 +21,50 @@ DOCUMENT = 2**14  # characters of a document, at most
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents of both splits, and notes for the user about what was left out."""
+class TextFile:
+    """The documents that a file was cut into, and what the user named that it is from."""
 
-    train: list[str]
-    validation: list[str]
+    texts: list[str]
+    source: str
+
+    @property
+    def digest(self) -> str:
+        """A hash of its text."""
+        digest = hashlib.blake2b(digest_size=16)
+        for text in self.texts:
+            digest.update(text.encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Files, and notes for the user about what was left out."""
+
+    files: list[TextFile]
     name: str
     notes: tuple[str, ...] = ()
 
     @property
+    def documents(self) -> list[str]:
+        return [text for file in self.files for text in file.texts]
+
+    @property
     def size(self) -> int:
         """Characters in total."""
-        return sum(map(len, self.train)) + sum(map(len, self.validation))
+        return sum(len(text) for file in self.files for text in file.texts)
 
 
 class _NotText(Exception):
     """Why a file can't be read as text."""
 
 
-def load_corpus(paths: Iterable[str | Path], validation: float, document: int = DOCUMENT) -> Corpus:
+def load_corpus(paths: Iterable[str | Path], document: int = DOCUMENT) -> Corpus:
     """Read text files, and the text files in folders; without paths the source of Python's standard library.
 
     A file is cut into documents of at most ``document`` characters. Files of the same content count once.
 
     Args:
         paths: files and folders. Hidden folders, caches, and run and model folders in a folder are left out.
-        validation: the share of the validation split.
         document: see :func:`documents`.
 
     Raises:
@@ -56,16 +74,17 @@ def load_corpus(paths: Iterable[str | Path], validation: float, document: int = 
     reader = _Reader(document)
     if named:
         name = ", ".join(map(printable, named[:3])) + (", …" if len(named) > 3 else "")
-        read = [texts for path in named for texts in reader.named(path)]
+        read = [TextFile(texts, printable(path)) for path in named for texts in reader.named(path)]
     else:
         root = Path(sysconfig.get_path("stdlib"))
         name = f"Python's standard library ({printable(root)})"
         files = (p for p in text_files(root, LeftOut()) if p.suffix == ".py")
-        read = reader.all(p for p in files if not TEST_FOLDERS & set(p.relative_to(root).parts))
+        used = (p for p in files if not TEST_FOLDERS & set(p.relative_to(root).parts))
+        read = [TextFile(texts, "Python's standard library") for texts in reader.all(used)]
     left_out = str(reader.left_out)
     if not read:
         raise UserError(f"there is no text in {name}" + (f"; left out: {left_out}" if left_out else ""))
-    return Corpus(*split(read, validation), name, (f"left out: {left_out}",) if left_out else ())
+    return Corpus(read, name, (f"left out: {left_out}",) if left_out else ())
 
 
 class _Reader:
@@ -180,64 +199,3 @@ def _check_encoding(block: bytes) -> None:
             name = "UTF-16LE" if odd > even else "UTF-16BE"
             raise _NotText(f"is {name} text: convert it to UTF-8, as iconv -f {name} -t UTF-8 does")
         raise _NotText("is not text: it has more zero bytes than text can have")
-
-
-def split(files: Iterable[list[str]], share: float) -> tuple[list[str], list[str]]:
-    """``(train, validation)``, both documents, of files that are cut into documents.
-
-    Whole files go to the validation split, chosen by their hash: the same for any order and location of the files, and
-    no file is in both. Where they make up less than half of ``share`` (one large file, or a few), documents of the
-    longest file are added, and where these are too few, the end of the longest document.
-    """
-    known = sorted((_digest(file), file) for file in files if any(file))
-    rest = [file for _, file in known]
-    limit = room = share * sum(map(_size, rest))
-    chosen = _choose(rest, room)
-    validation = [text for i in chosen for text in rest[i]]
-    rest = [file for i, file in enumerate(rest) if i not in chosen]
-    room -= _size(validation)
-    if room > limit / 2:
-        longest = max(range(len(rest)), key=lambda i: _size(rest[i]))
-        texts = rest[longest]
-        chosen = _choose([[text] for text in texts], room)
-        validation += [texts[i] for i in sorted(chosen)]
-        room -= sum(len(texts[i]) for i in chosen)
-        rest[longest] = [text for i, text in enumerate(texts) if i not in chosen]
-    train = [text for file in rest for text in file if text]
-    while room > limit / 2:
-        longest = max(range(len(train)), key=lambda i: len(train[i]))
-        text = train.pop(longest)
-        if len(text) <= room:  # one of many that are equal
-            cut = 0
-        else:
-            cut = max(1, len(text) - max(1, round(room)))
-            cut = natural_place(text, max(1, round(cut - room / 8)), cut)
-            train.insert(longest, text[:cut])
-        validation.append(text[cut:])
-        room = room - len(text) if not cut else 0.0
-    return train, list(filter(None, validation))
-
-
-def _choose(units: list[list[str]], room: float) -> list[int]:
-    """Which of ``units`` fit into ``room`` characters, taken in the order of their hashes; equal ones together."""
-    equal: dict[bytes, list[int]] = {}
-    for i, unit in enumerate(units):
-        equal.setdefault(_digest(unit), []).append(i)
-    chosen: list[int] = []
-    for _, group in sorted(equal.items()):
-        size = len(group) * _size(units[group[0]])
-        if size <= room:
-            chosen += group
-            room -= size
-    return chosen
-
-
-def _size(texts: Iterable[str]) -> int:
-    return sum(map(len, texts))
-
-
-def _digest(texts: Iterable[str]) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        digest.update(text.encode())
-    return digest.digest()

@@ -105,6 +105,22 @@ def run_on_rank0(call: Callable[[], T]) -> T:
     return result
 
 
+def run_on_all_ranks(call: Callable[[], T]) -> T:
+    """``call()`` on each rank; a UserError in any of them ends every rank."""
+    result: list[T] = []
+    problem = None
+    try:
+        result.append(call())
+    except UserError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for rank, found in enumerate(problems):
+        if found is not None:
+            abort_all_ranks(found if rank == 0 else f"rank {rank}: {found}")
+    return result[0]
+
+
 def local_device() -> torch.device:
     """The GPU of this rank, or the CPU."""
     if not torch.cuda.is_available():

@@ -35,6 +35,7 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``x``, ``residual`` ``[batch, seq, dim]``: the last block's output, not yet added; the residual stream."""
@@ -42,7 +43,7 @@ class Block(nn.Module):
             x, residual = self.input_layernorm(x), x
         else:
             x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos, sin, positions=positions, cache=cache)
+        x = self.self_attn(x, cos, sin, positions=positions, cu_seqlens=cu_seqlens, cache=cache)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
@@ -66,18 +67,26 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """``tokens`` ``[batch, seq]`` to hidden states ``[batch, seq, dim]``."""
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """``tokens`` ``[batch, seq]`` to hidden states ``[batch, seq, dim]``; the others: see :class:`GPT`."""
         start = cache.length if cache else 0
-        end, max_seq_len = start + tokens.shape[1], self.config.max_seq_len
+        end, max_seq_len = start + (tokens if positions is None else positions).shape[1], self.config.max_seq_len
         if end > max_seq_len:
             raise ValueError(f"GPT: {end} tokens are more than max_seq_len ({max_seq_len})")
         if end > self.cos.shape[0]:
             self._grow_tables(end)
-        positions = torch.arange(start, end, device=tokens.device).expand_as(tokens) if cache else None
+        if cache:
+            positions = torch.arange(start, end, device=tokens.device).expand_as(tokens)
         x, residual = self.embed_tokens(tokens), None
         for i, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, self.cos, self.sin, positions, cache.layers[i] if cache else None)
+            layer_cache = cache.layers[i] if cache else None
+            x, residual = layer(x, residual, self.cos, self.sin, positions, cu_seqlens, layer_cache)
         return self.norm(x, residual)[0]
 
     def _grow_tables(self, length: int) -> None:
@@ -130,14 +139,20 @@ class GPT(nn.Module):
         targets: Tensor | None = None,
         *,
         reduction: Literal["mean", "sum"] = "mean",
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """``tokens`` ``[batch, seq]``; with ``targets`` ``[batch, seq]`` the loss in nats per token, else logits.
 
         Targets of -100 are ignored. ``reduction="sum"`` adds up the nats of all targets. With a cache, ``tokens``
         follow the tokens that it holds and are appended to it.
+
+        Packed documents, which don't see each other: ``positions`` ``[batch, seq]`` are those of the tokens in their
+        documents, and ``cu_seqlens`` int32 ``[documents + 1]`` where these start and end in the ``batch · seq`` tokens;
+        empty ones may stand at the end. With tensor parallelism both are of the whole sequences, on each rank.
         """
-        hidden = self.model(tokens, cache)
+        hidden = self.model(tokens, cache, positions, cu_seqlens)
         if targets is not None:
             return linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction)
         return nn.functional.linear(hidden, self.head_weight)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..data.loader import BatchSource
 from ..distributed.mesh import ParallelDims
-from .micro_batches import micro_batches
+from .micro_batches import micro_batches, pinned, to_device
 from .objectives import Objective
 
 
@@ -22,8 +22,8 @@ class Evaluator:
     def loss(self, model: nn.Module, dims: ParallelDims, device: torch.device) -> float:
         """Waits for the device."""
         sums = torch.zeros(2, device=device)
-        for batch in micro_batches(self.source, 0, self.n, self.micro_batch, dims, device):
-            loss = self.objective(model, batch)
+        for batch in micro_batches(self.source, 0, self.n, self.micro_batch, dims):
+            loss = self.objective(model, to_device(pinned(batch) if device.type == "cuda" else batch, device))
             sums += torch.stack((loss.loss_sum, loss.count.to(sums.dtype)))
         dist.all_reduce(sums)
         loss_sum, count = sums.tolist()

@@ -27,8 +27,8 @@ class Objective(Protocol):
     """``batch -> (loss_sum, count, metrics)`` of a model.
 
     The batch comes from the run's data source, on the model's device. With tensor parallelism it holds this rank's
-    share of each sequence. An item of ``DataSource.padding`` must add 0 to every sum. Nothing here may wait for the
-    device.
+    share of each sequence, but "positions" and "cu_seqlens" of packed documents whole. An item of
+    ``DataSource.padding`` must add 0 to every sum. Nothing here may wait for the device.
     """
 
     metric_names: tuple[str, ...]  # the keys of ``Loss.metrics``, which are also their names in the log
@@ -43,4 +43,5 @@ class NextTokenPrediction:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         tokens, targets = batch["tokens"], batch["targets"]
-        return Loss(model(tokens, targets, reduction="sum"), (targets != IGNORE_INDEX).sum())
+        packing = {name: batch[name] for name in ("positions", "cu_seqlens") if name in batch}
+        return Loss(model(tokens, targets, reduction="sum", **packing), (targets != IGNORE_INDEX).sum())

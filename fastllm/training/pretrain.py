@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import shutil
 import sys
 import time
 from contextlib import ExitStack
@@ -12,15 +13,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from .. import __version__, console, run_dir
 from .. import config as configs
 from ..config import Config
-from ..data import loader, sources
-from ..data.loader import EvalDataset, TokenDataset
+from ..data import sources
+from ..data.progress import progress
+from ..data.token_data import TokenData
+from ..data.token_shards import document_key, write_tokens
 from ..data.tokenizer import Tokenizer
 from ..distributed.gradients import full_state_dict
 from ..distributed.mesh import (
@@ -28,6 +30,7 @@ from ..distributed.mesh import (
     local_device,
     process_group,
     rank_variable,
+    run_on_all_ranks,
     run_on_rank0,
 )
 from ..distributed.parallelize import build_model
@@ -44,11 +47,10 @@ from .final_weights import WeightsRecord, save_final
 from .objectives import NextTokenPrediction
 from .plot import plot
 from .resume import check_continues, continue_run
+from .run_data import TOKENS, RunData, baseline, load_run_data, open_tokens, say_data, token_paths
 from .signals import StopSignals
 from .state import TrainState
 from .trainer import Trainer
-
-Tokens = dict[str, np.ndarray]
 
 # A file is cut into documents of at most this many characters for each token of max_seq_len: some sixteen sequences of
 # the model. So every twelfth sequence or so has the end-of-text token, whatever the data: often enough to be learnt,
@@ -98,7 +100,7 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
 
     with process_group(device) as heartbeat, ExitStack() as lock:
         dims = ParallelDims.from_config(config.parallel, device.type)
-        run, tokens = start(config, output_dir, resume, lock)
+        run, data = start(config, output_dir, resume, lock)
         heartbeat.advice = f"fastllm train --resume {run.folder} continues from the last checkpoint"
         config, metadata = run.config, run.metadata
         metadata |= {
@@ -114,15 +116,13 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
         console.say("model", f"{metadata['parameters'] / 1e6:.1f}M parameters, {where}")
         with StopSignals() as signals:
             objective = NextTokenPrediction()
-            seq_len = config.model.max_seq_len
-            validation = EvalDataset(tokens["validation"], seq_len, config.train.eval_tokens)
             trainer = Trainer(
                 config,
                 dims,
                 build_model(config, dims, precision, device),
                 objective,
-                TokenDataset(tokens["train"], seq_len, config.train.seed),
-                Evaluator(objective, validation, len(validation), config.train.micro_batch),
+                data.train,
+                Evaluator(objective, data.validation, len(data.validation), config.train.micro_batch),
                 run_dir=run.folder,
                 device=device,
                 precision=precision,
@@ -151,68 +151,80 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
     return 128 + trainer.stopped_by if trainer.stopped_by else 0
 
 
-def start(config: Config, output_dir: Path | None, resume: bool, lock: ExitStack) -> tuple[Run, Tokens]:
-    """The run and its tokens on every rank. Rank 0 makes or checks the folder; the others read the tokens from it.
+def start(config: Config, output_dir: Path | None, resume: bool, lock: ExitStack) -> tuple[Run, RunData]:
+    """The run and its data on every rank. Rank 0 makes or checks the folder; all read the tokens, and check their
+    share of them.
 
     The folder's lock is entered into ``lock``.
     """
-    tokens: Tokens = {}
+    loaded: list[RunData] = []
 
     def on_rank0() -> Run:
-        if resume and output_dir is not None:
-            run, encoded = resume_run(config, output_dir, lock)
-        else:
-            run, encoded = prepare(config, output_dir, lock)
-        tokens.update(encoded)
+        run, data = (resume_run if resume else prepare)(config, output_dir, lock)
+        loaded.append(data)
         return run
 
+    def load() -> RunData:
+        data = loaded[0] if loaded else load_run_data(run.config, open_tokens(run.config, run.folder))
+        data.tokens.verify(dist.get_rank(), dist.get_world_size())
+        return data
+
     run = run_on_rank0(on_rank0)
-    return run, tokens or run_dir.load_tokens(run.folder, run.config.model.vocab_size)
+    return run, run_on_all_ranks(load)
 
 
-def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[Run, Tokens]:
-    """Make the run folder: the tokenizer, the encoded data, and the configuration with the tokenizer's size."""
-    document = DOCUMENT_CHARACTERS * config.model.max_seq_len
-    corpus = sources.load_corpus(config.data.paths, config.data.validation, document)
-    console.say("data", f"{corpus.name}: {len(corpus.train)} documents, {corpus.size / 1e6:.1f}M characters")
-    for note in corpus.notes:
-        console.say("", note)
-    tokenizer = Tokenizer.train(corpus.train, config.model.vocab_size)
-    config = replace(
-        config,
-        model=replace(config.model, vocab_size=tokenizer.vocab_size),
-        data=replace(config.data, paths=tuple(map(os.path.realpath, config.data.paths))),
-    )
-    tokens = {
-        "train": loader.encode_documents(tokenizer, corpus.train),
-        "validation": loader.encode_documents(tokenizer, corpus.validation),
-    }
-    for purpose, ids in (("training", tokens["train"]), ("validation", tokens["validation"])):
-        if len(ids) <= config.model.max_seq_len:
-            raise UserError(
-                f"too little data: {len(ids)} tokens for {purpose}, at least {config.model.max_seq_len + 1} are "
-                "needed; give more text or lower --model.max-seq-len"
-            )
-    sizes = f"{len(tokens['train']):,} for training, {len(tokens['validation']):,} for validation"
-    console.say("tokenizer", f"{tokenizer.vocab_size:,} tokens; {sizes}")
-    if warning := repetition_warning(config, len(tokens["train"])):
-        console.say("warning", warning)
-
+def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[Run, RunData]:
+    """Make the run folder: the tokens, the tokenizer, and the configuration with the tokenizer's size."""
+    paths = token_paths(config)
+    tokens = TokenData(paths) if paths else None
     folder = run_dir.create(output_dir)
     lock.enter_context(run_lock(folder))
-    write_atomic(folder / run_dir.CONFIG, configs.dump(config).encode())
-    tokenizer.save(folder / run_dir.TOKENIZER)
-    run_dir.save_tokens(folder, tokens)
-    metadata = {
-        "status": "training",
-        "step": 0,
-        "steps": config.train.steps,
-        "parameters": count_parameters(config.model)["total"],
-        "tokenizer": tokenizer.fingerprint,
-        **baseline(tokenizer, tokens, config),
-    }
-    run_dir.save_metadata(folder, metadata)
-    return Run(folder, config, metadata), tokens
+    try:
+        if tokens is None:
+            tokens = TokenData([make_tokens(config, folder)])
+        config = replace(
+            config,
+            model=replace(config.model, vocab_size=tokens.vocab_size),
+            data=replace(config.data, paths=tuple(map(os.path.realpath, config.data.paths))),
+        )
+        data = load_run_data(config, tokens)
+        say_data(config, data)
+        if warning := repetition_warning(config, data.train_tokens):
+            console.say("warning", warning)
+        write_atomic(folder / run_dir.CONFIG, configs.dump(config).encode())
+        tokens.tokenizer.save(folder / run_dir.TOKENIZER)
+        metadata = {
+            "status": "training",
+            "step": 0,
+            "steps": config.train.steps,
+            "parameters": count_parameters(config.model)["total"],
+            "tokenizer": tokens.tokenizer.fingerprint,
+            "data": tokens.checksum,
+            **baseline(data),
+        }
+        run_dir.save_metadata(folder, metadata)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # it was new or empty
+        raise
+    return Run(folder, config, metadata), data
+
+
+def make_tokens(config: Config, run_folder: Path) -> Path:
+    """Make a folder of tokens in the run folder from the text that ``data.paths`` names."""
+    document = DOCUMENT_CHARACTERS * config.model.max_seq_len
+    corpus = sources.load_corpus(config.data.paths, document)
+    console.say("data", f"{corpus.name}: {len(corpus.documents)} documents, {corpus.size / 1e6:.1f}M characters")
+    for note in corpus.notes:
+        console.say("", note)
+    tokenizer = Tokenizer.train(corpus.documents, config.model.vocab_size)
+    folder = run_folder / TOKENS
+    with write_tokens(folder, tokenizer) as writer, progress("encoding", corpus.size) as bar:
+        ids = tokenizer.encode_batch(corpus.documents)
+        for file in corpus.files:
+            for text in file.texts:
+                writer.add(next(ids), file.source, document_key(text, file.digest))
+                bar.advance(len(text))
+    return folder
 
 
 def repetition_warning(config: Config, tokens: int) -> str:
@@ -229,28 +241,21 @@ def repetition_warning(config: Config, tokens: int) -> str:
     )
 
 
-def resume_run(config: Config, folder: Path, lock: ExitStack) -> tuple[Run, Tokens]:
+def resume_run(config: Config, folder: Path | None, lock: ExitStack) -> tuple[Run, RunData]:
     """Check that ``config`` continues the run in ``folder``, which is not changed yet."""
-    if not folder.is_dir():
+    if folder is None or not folder.is_dir():
         raise UserError(f"there is no run folder {folder}")
     lock.enter_context(run_lock(folder))
     check_continues(config, configs.load(folder / run_dir.CONFIG))
     metadata = run_dir.load_metadata(folder)
-    tokenizer = Tokenizer.load(folder / run_dir.TOKENIZER)
-    if tokenizer.fingerprint != metadata.get("tokenizer"):
+    tokens = open_tokens(config, folder)
+    if Tokenizer.load(folder / run_dir.TOKENIZER).fingerprint != metadata.get("tokenizer"):
         raise UserError(f"{folder / run_dir.TOKENIZER} is not the tokenizer that the run began with")
-    tokens = run_dir.load_tokens(folder, config.model.vocab_size)
-    return Run(folder, config, metadata | baseline(tokenizer, tokens, config)), tokens
-
-
-def baseline(tokenizer: Tokenizer, tokens: Tokens, config: Config) -> dict[str, float]:
-    """Figures to compare the validation loss with: a unigram model's (nats per token), and the bytes per token."""
-    validation = EvalDataset(tokens["validation"], config.model.max_seq_len, config.train.eval_tokens)
-    targets = validation.batch(0, len(validation))["targets"].numpy()
-    return {
-        "unigram_loss": loader.unigram_loss(tokens["train"], targets, tokenizer.vocab_size),
-        "bytes_per_token": float(tokenizer.byte_lengths()[targets].mean()),
-    }
+    if tokens.checksum != metadata.get("data"):
+        where = ", ".join(str(part.path) for part in tokens.folders)
+        raise UserError(f"{where} has not the tokens that the run began with")
+    data = load_run_data(config, tokens)
+    return Run(folder, config, metadata | baseline(data)), data
 
 
 def results(state: TrainState, interrupted: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ class TrainState:
 
     step: int = 0  # optimizer steps taken
     items: int = 0  # items of the data source read; a rollback does not take them back
-    tokens: int = 0  # trained on, in the steps taken
+    tokens: int = 0  # that were targets (what the objective counts), in the steps taken
     progress: float = 0.0  # through the run, from 0 to 1
     seconds: float = 0.0  # of training; evaluation and checkpoints are counted below
     seconds_evaluating: float = 0.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from . import optim
 from .checkpoint import Checkpointer, DamagedCheckpoint, rng_state, set_rng_state
 from .evaluation import Evaluator
 from .metrics import MeanMetrics, RunLog
-from .micro_batches import micro_batches
+from .micro_batches import micro_batches, pinned, to_device
 from .objectives import Objective
+from .prefetch import Prefetcher
 from .profiler import StepProfiler
 from .signals import StopSignals
 from .spikes import SpikeDetector
@@ -76,6 +77,8 @@ class Trainer:
         self.checkpoints = Checkpointer(run_dir / "checkpoints", config.checkpoint.keep)
         self.log = RunLog(run_dir, config.train.steps, config.train.tensorboard, enabled=dist.get_rank() == 0)
         self.profiler = StepProfiler(run_dir, config.train.profile, device)
+        self.batches = Prefetcher(self._read, config.sequences)
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)  # trained on and not yet in state.tokens
         self.stopped_by = 0  # the number of the signal that any rank caught
         self.lr = 0.0
         self.memory = 0  # bytes, the most of any rank
@@ -87,11 +90,11 @@ class Trainer:
     def train_step(self) -> None:
         """Forward, backward and update. The host does not wait for the device."""
         state, config, names = self.state, self.config, self.objective.metric_names
-        batches = list(self._micro_batches())
+        batches = self.batches.get(state.items)
         sums = torch.zeros(2 + len(names), device=self.device)
         for i, batch in enumerate(batches):
             begin_micro_batch(self.model, config.parallel, last=i == len(batches) - 1)
-            found = self.objective(self.model, batch)
+            found = self.objective(self.model, to_device(batch, self.device))
             found.loss_sum.backward()
             parts = (found.loss_sum.detach(), found.count, *(found.metrics[name] for name in names))
             sums += torch.stack([part.to(sums.dtype) for part in parts])
@@ -99,6 +102,7 @@ class Trainer:
         norm_sq = local_grad_norm_sq(self.model, self.dims)
         sums = torch.cat((sums[:1], norm_sq[None], sums[1:]))  # loss, squared norm, count, metrics
         dist.all_reduce(sums)
+        self.tokens += sums[2].to(torch.int64)
         # Gradients are those of the sum over all items: the update divides them, together with what clipping asks for.
         count = sums[2].clamp(min=1.0)
         loss, grad_norm = sums[0] / count, sums[1].sqrt() / count
@@ -109,19 +113,22 @@ class Trainer:
         self.metrics.add(loss, sums[3:] / count, grad_norm)
         state.step += 1
         state.items += config.sequences
-        state.tokens += config.train.global_batch_tokens
         state.progress = max(state.step / config.train.steps, state.progress + self._progress_per_step)
 
-    def _micro_batches(self) -> Iterator[Batch]:
-        n, size = self.config.sequences, self.config.train.micro_batch
-        return micro_batches(self.data, self.state.items, n, size, self.dims, self.device)
+    def _read(self, index: int) -> list[Batch]:
+        """The micro-batches of the step that begins with item ``index``."""
+        found = micro_batches(self.data, index, self.config.sequences, self.config.train.micro_batch, self.dims)
+        if self.device.type != "cuda":
+            return list(found)
+        torch.cuda.set_device(self.device)  # in each thread
+        return [pinned(batch) for batch in found]
 
     # ---- the run ----
 
     def run(self) -> bool:
         """Train to the end, or until a signal is caught. Returns whether the last state has become a checkpoint."""
         state, settings = self.state, self.config.train
-        with self.log, self.profiler:
+        with self.log, self.profiler, self.batches:
             self.stopwatch.start()
             first_step, synced = state.step, state.step
             if state.step == 0 and self.config.spikes.policy == "rollback":
@@ -159,7 +166,8 @@ class Trainer:
 
     def sync_ranks(self) -> None:
         """Wait for the device; share signals, rank 0's time and the peak memory among all ranks."""
-        self.metrics.grad_norm.item()
+        self.state.tokens += int(self.tokens)  # waits for the device
+        self.tokens.zero_()
         seconds = self.stopwatch.seconds() if dist.get_rank() == 0 else 0.0
         shared = torch.tensor([self.signals.caught, seconds, peak_memory(self.device)], dtype=torch.float64)
         dist.all_reduce(shared, dist.ReduceOp.MAX)

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from fastllm.config import CheckpointConfig, Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
-from fastllm.data.loader import Batch, TokenDataset, padding_window
+from fastllm.data.loader import IGNORE_INDEX, Batch, Sequences, TrainingData
+from fastllm.data.packing import BestFit
+from fastllm.data.token_data import Documents
 from fastllm.distributed.gradients import full_state_dict
 from fastllm.distributed.mesh import ParallelDims
 from fastllm.distributed.parallelize import build_model
@@ -58,6 +60,26 @@ def some_tokens(vocab_size: int = MODEL.vocab_size) -> np.ndarray:
     return tokens
 
 
+class RowOfTokens:
+    """Tokens in memory, of documents with up to 29 of them."""
+
+    eos_id = 0
+
+    def __init__(self, tokens: np.ndarray) -> None:
+        self.tokens = tokens
+        lengths = np.random.default_rng(1).integers(1, 30, len(tokens))
+        ends = np.minimum(np.cumsum(lengths), len(tokens))
+        ends = ends[: np.searchsorted(ends, len(tokens)) + 1]
+        self.documents = Documents(np.append(0, ends[:-1]), np.diff(ends, prepend=0).astype(np.uint32))
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+    def packed(self, seq_len: int, seed: int) -> TrainingData:
+        packing = BestFit(self.documents.lengths, seq_len, seed)
+        return TrainingData([Sequences(self, self.documents, packing, seq_len)], seed, None, {"tokens": "these"})
+
+
 class Validation:
     """Six windows, each with the tokens of another one as its targets."""
 
@@ -68,7 +90,8 @@ class Validation:
         return {"tokens": self.tokens[index : index + n], "targets": self.tokens.flip(0)[index : index + n]}
 
     def padding(self) -> Batch:
-        return padding_window(16)
+        tokens = torch.zeros(1, 16, dtype=torch.int64)
+        return {"tokens": tokens, "targets": torch.full_like(tokens, IGNORE_INDEX)}
 
 
 def make(config: Config, out: Path, precision: torch.dtype = torch.float32) -> Trainer:
@@ -81,7 +104,7 @@ def make(config: Config, out: Path, precision: torch.dtype = torch.float32) -> T
         dims,
         build_model(config, dims, precision, CPU),
         objective,
-        TokenDataset(tokens, config.model.max_seq_len, config.train.seed),
+        RowOfTokens(tokens).packed(config.model.max_seq_len, config.train.seed),
         Evaluator(objective, Validation(tokens), 6, config.train.micro_batch),
         run_dir=out,
         device=CPU,

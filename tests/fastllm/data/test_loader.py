@@ -1,175 +1,182 @@
+"""Batches of packed documents, and what they are for any order of asking."""
+
 from __future__ import annotations
 
-import json.decoder
-from pathlib import Path
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from fastllm.data import loader, sources
-from fastllm.data.tokenizer import Tokenizer
+from fastllm.data.loader import (
+    IGNORE_INDEX,
+    EvaluationData,
+    Sequences,
+    TrainingData,
+    cu_seqlens_of,
+    unigram_loss,
+)
+from fastllm.data.mixture import Mixture
+from fastllm.data.packing import BestFit, Concatenated
+from fastllm.data.token_data import Documents
 from fastllm.errors import UserError
 
-DOCUMENTS = [f"document {i} " + "word " * (50 + i % 30) for i in range(100)]
+EOS = 0
+RNG = np.random.default_rng()
 
 
-FILES = [[document] for document in DOCUMENTS]
+class Row:
+    """Documents of tokens that tell themselves: 1000 · document + place, and the end-of-text token last."""
+
+    eos_id = EOS
+
+    def __init__(self, lengths: np.ndarray, first: int = 1) -> None:
+        starts = np.cumsum(lengths, dtype=np.int64) - lengths
+        self.documents = Documents(starts, lengths)
+        self.texts = [[*(1000 * (first + d) + np.arange(n - 1)).tolist(), EOS] for d, n in enumerate(lengths.tolist())]
+        self.tokens = np.array([token for text in self.texts for token in text], np.uint32)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        assert 0 <= start < stop
+        return self.tokens[start:stop]
+
+    def sequences(self, seq_len: int, method: type = BestFit, seed: int = 0) -> Sequences:
+        return Sequences(self, self.documents, method(self.documents.lengths, seq_len, seed), seq_len)
 
 
-def test_split_is_disjoint_whole_and_independent_of_the_order():
-    train, validation = sources.split(FILES, 0.1)
-    assert sorted(train + validation) == sorted(DOCUMENTS)
-    assert 0.05 < sum(map(len, validation)) / sum(map(len, DOCUMENTS)) <= 0.1
-    assert sources.split(FILES[::-1], 0.1) == (train, validation)
+def some_lengths(n: int = 60, longest: int = 50) -> np.ndarray:
+    return RNG.integers(1, longest, n).astype(np.uint32)
 
 
-def test_no_file_is_in_both_splits():
-    files = [[f"{i}, part {k} " * 10 for k in range(5)] for i in range(60)]
-    train, validation = sources.split(files, 0.1)
-    assert 0.05 < len(validation) / 300 <= 0.1
-    assert not {text.split(",")[0] for text in train} & {text.split(",")[0] for text in validation}
+def test_inputs_and_targets_of_documents():
+    """Each document, or each part of one, with its end; the end-of-text token or the token before it begins it."""
+    row = Row(some_lengths())
+    before = {token: text[i - 1] if i else EOS for text in row.texts for i, token in enumerate(text[:-1])}
+    sequences = row.sequences(16)
+    batch = sequences.build(np.arange(sequences.packing.sequences), 0)
+    cu_seqlens = cu_seqlens_of(batch["positions"]).tolist()
+    tokens, targets, positions = (batch[name].flatten().tolist() for name in ("tokens", "targets", "positions"))
+    for start, stop in pairwise(cu_seqlens):
+        inputs, part = tokens[start:stop], targets[start:stop]
+        assert positions[start:stop] == list(range(stop - start))
+        if IGNORE_INDEX in part:
+            assert set(part) == {IGNORE_INDEX}
+            assert stop % 16 == 0  # padding ends a sequence
+            continue
+        assert inputs[1:] == part[:-1]
+        assert EOS not in part[:-1]
+        assert all(inputs[i] == before[token] for i, token in enumerate(part) if token != EOS)
+    assert sorted(token for token in targets if token != IGNORE_INDEX) == sorted(row.tokens.tolist())
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_split_of_one_file_of_many_documents():
-    """Documents of it, and those for training in their order. Equal ones are in the same split."""
-    train, validation = sources.split([DOCUMENTS * 3], 0.1)
-    assert sorted(train + validation) == sorted(DOCUMENTS * 3)
-    assert not set(train) & set(validation)
-    assert train == [document for document in DOCUMENTS * 3 if document not in validation]
-    assert 0.05 < sum(map(len, validation)) / sum(map(len, DOCUMENTS * 3)) <= 0.1
+def test_concatenated_targets_follow_their_inputs():
+    row = Row(some_lengths())
+    sequences = row.sequences(16, Concatenated)
+    batch = sequences.build(np.arange(sequences.packing.sequences), 0)
+    assert batch.keys() == {"tokens", "targets"}
+    real = batch["targets"] != IGNORE_INDEX
+    assert sorted(batch["targets"][real].tolist()) == sorted(row.tokens.tolist())
+    assert torch.equal(batch["tokens"][:, 1:][real[:, 1:]], batch["targets"][:, :-1][real[:, 1:]])
 
 
-def test_split_of_one_document_holds_out_its_tail():
-    text = "".join(DOCUMENTS)
-    train, validation = sources.split([[text]], 0.1)
-    assert train + validation == [text[: len(train[0])], text[len(train[0]) :]]
-    assert 0 <= len(validation[0]) - 0.1 * len(text) < len("document ")  # whole words
+@pytest.mark.parametrize("method", [BestFit, Concatenated])
+def test_each_token_once_an_epoch_in_another_order(method):
+    row = Row(some_lengths())
+    data = TrainingData([row.sequences(16, method)], seed=3)
+    n = data.sources[0].packing.sequences
+    epochs = [data.batch(first, n)["targets"] for first in (0, n)]
+    for targets in epochs:
+        assert sorted(targets[targets != IGNORE_INDEX].tolist()) == sorted(row.tokens.tolist())
+    assert not torch.equal(*epochs)
+    assert not torch.equal(epochs[0], TrainingData([row.sequences(16, method)], seed=4).batch(0, n)["targets"])
 
 
-def test_split_of_equal_documents_parts_them():
-    """There is no other way."""
-    train, validation = sources.split([["same"] * 100], 0.1)
-    assert len(train) + len(validation) == 100
-    assert 5 <= len(validation) <= 10
+@pytest.mark.parametrize("mixed", [False, True])
+def test_any_order_of_asking_gives_the_same(mixed):
+    """Across epochs and sources, whatever the number of items: so for any number of ranks."""
+
+    lengths, others = some_lengths(), some_lengths(20)
+
+    def make() -> TrainingData:
+        sources = [Row(lengths).sequences(16), Row(others, 100).sequences(16, seed=1)][: 1 + mixed]
+        return TrainingData(sources, 5, Mixture([1, 2], 5) if mixed else None)
+
+    whole = make().batch(0, 200)
+    data = make()
+    for first in RNG.permutation(200 - 7).tolist()[:40]:
+        n = int(RNG.integers(1, 8))
+        for name, tensor in data.batch(first, n).items():
+            assert torch.equal(tensor, whole[name][first : first + n])
+    for name, tensor in make().batch(150, 50).items():
+        assert torch.equal(tensor, whole[name][150:])
 
 
-def test_split_of_unequal_files_holds_out_enough():
-    train, validation = sources.split([["a" * 100_000], ["short"]], 0.1)
-    assert sum(map(len, validation)) == pytest.approx(10_000, rel=0.01)
-    assert sum(map(len, train)) == pytest.approx(90_000, rel=0.01)
-
-
-def test_folders_are_read_recursively_and_binary_files_in_them_skipped(tmp_path):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "a.txt").write_text("first text")
-    (tmp_path / "in" / "b.md").write_bytes(b"second\r\ntext")
-    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
-    (tmp_path / "d.png").write_bytes(b"\x89PNG")
-    corpus = sources.load_corpus([tmp_path], 0.3)
-    assert corpus.size == len("first text") + len("second\r\ntext")
-    assert len(corpus.notes) == 1
-    assert "c.txt" in corpus.notes[0]
-
-
-def test_the_standard_library_without_its_tests():
-    corpus = sources.load_corpus([], 0.05)
-    documents = corpus.train + corpus.validation
-    assert len(documents) > 300
-    assert 0.03 < sum(map(len, corpus.validation)) / corpus.size <= 0.05
-    assert Path(json.decoder.__file__).read_text("utf-8") in documents
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "No such file"),
-        (b"", "empty"),
-        (b" \n\t ", "empty"),
-        (b"text \xff\xfe", "not UTF-8 text: byte 5"),
-    ],
-)
-def test_a_named_file_that_is_no_text(content, words, tmp_path):
-    path = tmp_path / "named.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=words) as error:
-        sources.load_corpus([path], 0.05)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_folders_without_text(tmp_path):
-    with pytest.raises(UserError, match="no text files"):
-        sources.load_corpus([tmp_path], 0.05)
-    (tmp_path / "a.txt").write_text("")
-    with pytest.raises(UserError, match="no text"):
-        sources.load_corpus([tmp_path], 0.05)
-
-
-def test_encode_puts_the_end_token_before_and_after_each_document():
-    tokenizer = Tokenizer.train(DOCUMENTS, 300)
-    row = loader.encode_documents(tokenizer, DOCUMENTS)
-    assert row.dtype == np.uint16
-    eos = tokenizer.eos_id
-    assert [eos, *(i for d in DOCUMENTS for i in (*tokenizer.encode(d), eos))] == row.tolist()
-    assert (row[1:] == eos).sum() == len(DOCUMENTS)  # targets
-    assert loader.encode_documents(tokenizer, []).tolist() == [eos]
-
-
-@pytest.mark.parametrize("length", [17, 18, 33, 1000, 1001])
-def test_token_dataset(length):
-    tokens = np.arange(length, dtype=np.uint16)
-    dataset = loader.TokenDataset(tokens, 16, seed=3)
-    inputs, targets = dataset.batch(0, dataset.windows).values()  # an epoch
-    assert inputs.shape == targets.shape == (dataset.windows, 16)
-    assert inputs.dtype == targets.dtype == torch.int64
-    assert torch.equal(targets, inputs + 1)
-    assert len(inputs.unique()) == inputs.numel()  # nothing twice
-    assert inputs.numel() >= length - 3 * 16
-    again = loader.TokenDataset(tokens, 16, seed=3)
-    for first in range(0, 3 * dataset.windows, 7):  # any order of asking gives the same
-        expected = loader.TokenDataset(tokens, 16, seed=3).batch(first, 5)
-        assert all(torch.equal(again.batch(first, 5)[name], tensor) for name, tensor in expected.items())
-
-
-def test_epochs_and_seeds_differ():
-    tokens = np.arange(10_000, dtype=np.uint16)
-    dataset = loader.TokenDataset(tokens, 16, seed=0)
-    first, second = dataset.batch(0, 50)["tokens"], dataset.batch(dataset.windows, 50)["tokens"]
-    assert not torch.equal(first, second)
-    assert not torch.equal(first, loader.TokenDataset(tokens, 16, seed=1).batch(0, 50)["tokens"])
+def test_a_source_is_read_as_often_as_its_weight_says():
+    sources = [Row(some_lengths()).sequences(16), Row(some_lengths(), 100).sequences(16)]
+    targets = TrainingData(sources, 0, Mixture([1, 3], 0)).batch(0, 4096)["targets"]
+    first = ((targets > 0) & (targets < 100_000)).any(1)
+    second = (targets > 100_000).any(1)
+    assert not (first & second).any()
+    ends_only = ~(first | second)  # of documents without text
+    assert first.sum() <= 1024 <= (first | ends_only).sum()
 
 
 def test_a_dataset_recognises_its_state():
-    tokens = np.arange(100, dtype=np.uint16)
-    state = loader.TokenDataset(tokens, 16, seed=0).state_dict()
-    loader.TokenDataset(tokens, 16, seed=0).load_state_dict(state)
+    sequences = [Row(some_lengths()).sequences(16)]
+    identity = {"tokens": "abc", "weights": [0.5, 2.0], "schedule": 100}
+    state = TrainingData(sequences, 0, None, identity).state_dict()
+    TrainingData(sequences, 0, None, identity).load_state_dict(state)
+    for changed, words in (
+        ({"tokens": "abd"}, "of tokens abc, this is tokens abd"),
+        ({"weights": [0.5, 1.0]}, r"of weights \[0.5, 2.0\], this is weights \[0.5, 1.0\]"),
+        (
+            {"schedule": 200},
+            "weights move over 100 sequences in the checkpoint and over 200 in this run: .*train.steps",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            TrainingData(sequences, 0, None, identity | changed).load_state_dict(state)
     with pytest.raises(UserError, match="of seed 0, this is seed 1"):
-        loader.TokenDataset(tokens, 16, seed=1).load_state_dict(state)
-    with pytest.raises(UserError, match="of tokens 100, this is tokens 90"):
-        loader.TokenDataset(tokens[:90], 16, seed=0).load_state_dict(state)
+        TrainingData(sequences, 1, None, identity).load_state_dict(state)
+    with pytest.raises(UserError, match="of weights"):  # without weights now
+        TrainingData(sequences, 0, None, {"tokens": "abc"}).load_state_dict(state)
 
 
-def test_padding_does_not_count():
-    assert (loader.TokenDataset(np.arange(100), 16, seed=0).padding()["targets"] == loader.IGNORE_INDEX).all()
+@pytest.mark.parametrize("method", [BestFit, Concatenated])
+def test_padding_does_not_count(method):
+    sequences = Row(some_lengths()).sequences(16, method)
+    padding, batch = sequences.padding(), sequences.build(np.arange(1), 0)
+    assert (padding["targets"] == IGNORE_INDEX).all()
+    assert {n: (t.shape, t.dtype) for n, t in padding.items()} == {n: (t.shape, t.dtype) for n, t in batch.items()}
 
 
-@pytest.mark.parametrize("length", [17, 100, 1000])
 @pytest.mark.parametrize("count", [1, 160, 10_000])
-def test_eval_dataset(length, count):
-    tokens = np.arange(length)
-    dataset = loader.EvalDataset(tokens, 16, count)
-    starts = loader.eval_starts(tokens, 16, count)
-    assert len(dataset) == len(starts) == max(1, min((length - 1) // 16, count // 16))
-    assert starts[-1] + 17 <= length
-    assert np.all(np.diff(starts) >= 16)
-    windows = dataset.batch(0, len(dataset))
-    assert windows["tokens"][:, 0].tolist() == starts.tolist()
-    assert torch.equal(windows["targets"], windows["tokens"] + 1)
+def test_evaluation_data(count):
+    sequences = Row(some_lengths()).sequences(16)
+    data = EvaluationData(sequences, count)
+    assert len(data) == max(1, min(sequences.packing.sequences, count // 16))
+    batch = data.batch(0, len(data))
+    assert len(batch["tokens"]) == len(data)
+    rows = {tuple(row) for row in sequences.build(np.arange(sequences.packing.sequences), 0)["targets"].tolist()}
+    assert {tuple(row) for row in batch["targets"].tolist()} <= rows
+
+
+def test_cu_seqlens_have_few_lengths():
+    lengths = set()
+    for documents in range(1, 70):
+        counts = np.bincount(RNG.integers(0, documents, 200), minlength=documents)
+        counts = counts[counts > 0]
+        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in counts])).reshape(4, -1)
+        cu_seqlens = cu_seqlens_of(positions)
+        assert cu_seqlens.dtype == torch.int32
+        sizes = cu_seqlens.diff().tolist()
+        assert sizes[: len(counts)] == counts.tolist()
+        assert not any(sizes[len(counts) :])
+        lengths.add(len(cu_seqlens))
+    assert lengths <= {9, 17, 33, 65, 129}
 
 
 def test_unigram_loss():
-    train = np.array([0, 0, 0, 1], np.uint16)
-    targets = np.array([[0, 2]])
-    assert loader.unigram_loss(train, targets, 3) == pytest.approx(-(np.log(4 / 7) + np.log(1 / 7)) / 2)
+    counts, targets = np.array([3, 1, 0]), np.array([0, 2])
+    assert unigram_loss(counts, targets) == pytest.approx(-(np.log(4 / 7) + np.log(1 / 7)) / 2)

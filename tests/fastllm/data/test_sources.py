@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import json.decoder
 import os
 import socket
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -16,12 +18,12 @@ TEXT = "some text of a few words\n" * 40
 
 
 def texts_of(corpus: sources.Corpus) -> str:
-    return "".join(sorted(corpus.train + corpus.validation))
+    return "".join(sorted(corpus.documents))
 
 
 def error_of(path: object) -> str:
     with pytest.raises(UserError) as error:
-        sources.load_corpus([path], 0.05)  # type: ignore[list-item]
+        sources.load_corpus([path])  # type: ignore[list-item]
     assert "\n" not in str(error.value)
     assert str(error.value).isprintable()
     return str(error.value)
@@ -41,7 +43,7 @@ def test_run_and_model_folders_are_left_out(names, tmp_path):
     for name in ("notes.txt", *(f"in/model/{name}" for name in names)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(TEXT if name == "notes.txt" else f"{name} is no text to train on")
-    corpus = sources.load_corpus([tmp_path], 0.1)
+    corpus = sources.load_corpus([tmp_path])
     assert texts_of(corpus).count("some") == 40
     assert "no text" not in texts_of(corpus)
     assert corpus.notes == (f"left out: run or model folders (1: {tmp_path / 'in' / 'model'})",)
@@ -58,13 +60,13 @@ def test_hidden_folders_and_caches_are_left_out(tmp_path):
     (tmp_path / "target" / "CACHEDIR.TAG").write_text("not mine")
     (tmp_path / "lib" / "mine.py").write_text(TEXT)
     (tmp_path / ".hidden.txt").write_text("not mine")
-    corpus = sources.load_corpus([tmp_path], 0.1)
+    corpus = sources.load_corpus([tmp_path])
     assert texts_of(corpus).count("some") == 40
     assert "not mine" not in texts_of(corpus)
     (note,) = corpus.notes
     assert "hidden folders (2, such as" in note
     assert "folders of installed or cached files (5, such as" in note
-    assert sources.load_corpus([tmp_path / ".git"], 0.1).size == len("not mine")  # by its name
+    assert sources.load_corpus([tmp_path / ".git"]).size == len("not mine")  # by its name
 
 
 def test_what_is_no_regular_file(tmp_path):
@@ -83,7 +85,7 @@ def test_what_is_no_regular_file(tmp_path):
     assert "is a device" in error_of(tmp_path / "zero.txt")
     assert "symbolic links" in error_of(tmp_path / "loop.txt")
     assert "No such file" in error_of(tmp_path / "gone.txt")
-    corpus = sources.load_corpus([tmp_path / "a.txt", tmp_path / ".." / tmp_path.name, tmp_path / "a.txt"], 0.1)
+    corpus = sources.load_corpus([tmp_path / "a.txt", tmp_path / ".." / tmp_path.name, tmp_path / "a.txt"])
     assert texts_of(corpus).count("some") == 40  # once
     for words in ("links to folders (2", "a named pipe (1:", "a device (1:", "files that can't be read (2"):
         assert words in corpus.notes[0]
@@ -110,7 +112,7 @@ def test_unreadable_files_and_folders(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse(scan))
     monkeypatch.setattr(os, "open", refuse(opened))
-    (note,) = sources.load_corpus([tmp_path], 0.1).notes
+    (note,) = sources.load_corpus([tmp_path]).notes
     assert "folders that can't be read (1" in note
     assert "files that can't be read (1" in note
     assert "Permission denied" in error_of(tmp_path / "b.txt")
@@ -119,17 +121,17 @@ def test_unreadable_files_and_folders(tmp_path, monkeypatch):
 def test_names_that_are_not_utf8(tmp_path):
     path = tmp_path / os.fsdecode(b"b\xff\n'\".txt")
     path.write_text(TEXT)
-    corpus = sources.load_corpus([path], 0.1)
+    corpus = sources.load_corpus([path])
     assert texts_of(corpus).count("some") == 40
     assert corpus.name.endswith("b\\xff\\n'\".txt")
     assert corpus.name.isprintable()
-    assert texts_of(sources.load_corpus([tmp_path], 0.1)).count("some") == 40
+    assert texts_of(sources.load_corpus([tmp_path])).count("some") == 40
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(codecs.BOM_UTF8 + TEXT.encode() + "\ufeffin the midst, and a \0".encode())
-    corpus = sources.load_corpus([path], 0.1)
+    corpus = sources.load_corpus([path])
     assert corpus.size == len(TEXT) + len("\ufeffin the midst, and a \0")
     path.write_bytes(codecs.BOM_UTF8)
     assert "is empty" in error_of(path)
@@ -144,7 +146,7 @@ def test_other_encodings_are_named(encoding, tmp_path):
     name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
     assert f"is {name} text: convert it to UTF-8" in error_of(path)
     (tmp_path / "b.txt").write_text(TEXT)
-    assert sources.load_corpus([tmp_path], 0.1).notes == (f"left out: {name} text (1: {path})",)
+    assert sources.load_corpus([tmp_path]).notes == (f"left out: {name} text (1: {path})",)
 
 
 def test_zero_bytes_are_no_text(tmp_path):
@@ -158,27 +160,71 @@ def test_the_byte_of_an_error_far_into_a_file(tmp_path, monkeypatch):
     path.write_bytes(codecs.BOM_UTF8 + "né日本😀".encode() * 50 + b"\xe6\x97" + b"x")
     assert f"byte {3 + 50 * 13}" in error_of(path)
     path.write_bytes(codecs.BOM_UTF8 + "né日本😀".encode() * 50)
-    assert sources.load_corpus([path], 0.1).size == 50 * 5
+    assert sources.load_corpus([path]).size == 50 * 5
 
 
 def test_a_long_file_becomes_documents(tmp_path):
     path = tmp_path / "book.txt"
     paragraphs = [f"Paragraph {i}. " + "word " * (20 + i % 13) + "\n\n" for i in range(2000)]
     path.write_text("".join(paragraphs))
-    corpus = sources.load_corpus([path], 0.1, 4000)
-    assert len(corpus.train) > 40
-    assert len(corpus.validation) > 3
-    assert sorted("".join(corpus.train + corpus.validation)) == sorted("".join(paragraphs))
-    assert all(text.startswith("Paragraph") and len(text) <= 4000 for text in corpus.train + corpus.validation)
+    corpus = sources.load_corpus([path], 4000)
+    assert len(corpus.documents) > 40
+    assert "".join(corpus.documents) == "".join(paragraphs)
+    assert all(text.startswith("Paragraph") and len(text) <= 4000 for text in corpus.documents)
     for copy in ("x.txt", "y.txt"):  # the same for any number and place of the files
         (tmp_path / copy).write_text("".join(paragraphs))
-    again = sources.load_corpus([tmp_path / "y.txt", tmp_path], 0.1, 4000)
-    assert (again.train, again.validation) == (corpus.train, corpus.validation)
+    again = sources.load_corpus([tmp_path / "y.txt", tmp_path], 4000)
+    assert again.documents == corpus.documents
+    assert [file.digest for file in again.files] == [file.digest for file in corpus.files]
 
 
 def test_text_that_repeats_itself_is_not_lost(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("hello world\n" * 20_000)
-    corpus = sources.load_corpus([path], 0.05)
+    corpus = sources.load_corpus([path])
     assert corpus.size == 240_000
-    assert 6000 < sum(map(len, corpus.validation)) < 13_500
+
+
+def test_folders_are_read_recursively_and_binary_files_in_them_skipped(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "a.txt").write_text("first text")
+    (tmp_path / "in" / "b.md").write_bytes(b"second\r\ntext")
+    (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "d.png").write_bytes(b"\x89PNG")
+    corpus = sources.load_corpus([tmp_path])
+    assert corpus.size == len("first text") + len("second\r\ntext")
+    assert len(corpus.notes) == 1
+    assert "c.txt" in corpus.notes[0]
+
+
+def test_the_standard_library_without_its_tests():
+    corpus = sources.load_corpus([])
+    assert len(corpus.documents) > 300
+    assert Path(json.decoder.__file__).read_text("utf-8") in corpus.documents
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b" \n\t ", "empty"),
+        (b"text \xff\xfe", "not UTF-8 text: byte 5"),
+    ],
+)
+def test_a_named_file_that_is_no_text(content, words, tmp_path):
+    path = tmp_path / "named.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as error:
+        sources.load_corpus([path])
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_without_text(tmp_path):
+    with pytest.raises(UserError, match="no text files"):
+        sources.load_corpus([tmp_path])
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(UserError, match="no text"):
+        sources.load_corpus([tmp_path])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastllm.config import ModelConfig
+from fastllm.data.loader import cu_seqlens_of
 from fastllm.kernels import use_backend
 from fastllm.model.flops import count_parameters
 from fastllm.model.gpt import GPT
@@ -104,6 +105,59 @@ def test_next_logits_are_the_last(config):
 def test_more_tokens_than_max_seq_len():
     with pytest.raises(ValueError, match=r"40 tokens are more than max_seq_len \(32\)"):
         GPT(SMALL)(some_tokens(SMALL, seq=40))
+
+
+LENGTHS = [[5, 1, 26], [32], [10, 22], [1] * 32]  # of documents in sequences of 32
+
+
+def packed(config: ModelConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Tokens and targets, some of them ignored, and how documents lie in them, with empty ones at the end."""
+    tokens = some_tokens(config, 8, 32)
+    targets = tokens[4:].masked_fill(tokens[4:] % 7 == 0, -100)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in LENGTHS])
+    return tokens[:4], targets, {"positions": positions, "cu_seqlens": cu_seqlens_of(positions)}
+
+
+@shapes
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda", "torch"])
+def test_packed_documents_are_as_alone(config, backend, request):
+    """The sum of their losses, and its gradient."""
+    if GPU and backend in ("triton", "cuda"):
+        pytest.skip("the interpreter is off where there is a GPU")
+    if backend == "cuda":
+        request.getfixturevalue("simt")
+    model = awake(config)
+    tokens, targets, packing = packed(config)
+    with use_backend(backend):
+        loss = model(tokens, targets, reduction="sum", **packing)
+        found = torch.autograd.grad(loss, list(model.parameters()))
+    cuts = [n for row in LENGTHS for n in row]
+    documents = zip(tokens.flatten().split(cuts), targets.flatten().split(cuts), strict=True)
+    alone = sum(model(t[None], y[None], reduction="sum") for t, y in documents)
+    expected = torch.autograd.grad(alone, list(model.parameters()))
+    torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm()
+    assert (model(tokens, targets, reduction="sum") - alone).abs() > 1  # they would see each other
+
+
+def test_packed_documents_compile_few_times():
+    """Not for each number of documents."""
+    model, compiled = awake(SMALL), 0
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        nonlocal compiled
+        compiled += 1
+        return graph.forward
+
+    run = torch.compile(model, backend=count, fullgraph=True)
+    tokens = some_tokens(SMALL, 4)
+    for documents in (1, 2, 3, 5, 8, 9, 12, 16, 20, 32):
+        positions = torch.arange(32).remainder(32 // min(documents, 32) or 1).expand(4, 32)
+        packing = {"positions": positions, "cu_seqlens": cu_seqlens_of(positions)}
+        out = run(tokens, tokens, reduction="sum", **packing)
+        torch.testing.assert_close(out, model(tokens, tokens, reduction="sum", **packing))
+    assert compiled <= 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
