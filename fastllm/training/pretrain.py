@@ -19,10 +19,8 @@ import torch.distributed as dist
 from .. import __version__, console, run_dir
 from .. import config as configs
 from ..config import Config
-from ..data import sources
-from ..data.progress import progress
+from ..data.from_sources import make_tokens
 from ..data.token_data import TokenData
-from ..data.token_shards import document_key, write_tokens
 from ..data.tokenizer import Tokenizer
 from ..distributed.gradients import full_state_dict
 from ..distributed.mesh import (
@@ -181,7 +179,9 @@ def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[R
     lock.enter_context(run_lock(folder))
     try:
         if tokens is None:
-            tokens = TokenData([make_tokens(config, folder)])
+            document = DOCUMENT_CHARACTERS * config.model.max_seq_len
+            made = make_tokens(config.data.paths, config.model.vocab_size, document, folder)
+            tokens = TokenData([made])
         config = replace(
             config,
             model=replace(config.model, vocab_size=tokens.vocab_size),
@@ -207,24 +207,6 @@ def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[R
         shutil.rmtree(folder, ignore_errors=True)  # it was new or empty
         raise
     return Run(folder, config, metadata), data
-
-
-def make_tokens(config: Config, run_folder: Path) -> Path:
-    """Make a folder of tokens in the run folder from the text that ``data.paths`` names."""
-    document = DOCUMENT_CHARACTERS * config.model.max_seq_len
-    corpus = sources.load_corpus(config.data.paths, document)
-    console.say("data", f"{corpus.name}: {len(corpus.documents)} documents, {corpus.size / 1e6:.1f}M characters")
-    for note in corpus.notes:
-        console.say("", note)
-    tokenizer = Tokenizer.train(corpus.documents, config.model.vocab_size)
-    folder = run_folder / TOKENS
-    with write_tokens(folder, tokenizer) as writer, progress("encoding", corpus.size) as bar:
-        ids = tokenizer.encode_batch(corpus.documents)
-        for file in corpus.files:
-            for text in file.texts:
-                writer.add(next(ids), file.source, document_key(text, file.digest))
-                bar.advance(len(text))
-    return folder
 
 
 def repetition_warning(config: Config, tokens: int) -> str:

@@ -256,7 +256,7 @@ class _Pool:
             return self._one_by_one(Batch([], batch.tally))
         if not batch.records:
             raise UserError(
-                "worker processes can't start: is there memory for them? A script of your own must make its calls behind "
+                "worker processes can't start: is there memory for them? A script must make its calls behind "
                 'if __name__ == "__main__". --processes 1 needs no other process'
             )
         middle = len(batch.records) // 2

@@ -11,19 +11,33 @@ from pathlib import Path
 
 import pytest
 
-from fastllm.data import sources
+from fastllm.data import from_sources
+from fastllm.data.readers import ReaderOptions, Seen, streams
 from fastllm.errors import UserError
 
 TEXT = "some text of a few words\n" * 40
 
 
-def texts_of(corpus: sources.Corpus) -> str:
-    return "".join(sorted(corpus.documents))
+class Read:
+    """The documents of what the user names, and what is left out."""
+
+    def __init__(self, paths: list[Path | str], document: int = 2**14) -> None:
+        seen, options = Seen(), ReaderOptions(document=document)
+        named = [str(path) for path in paths]
+        files = from_sources._files(named, options, seen) if paths else from_sources._standard_library(options, seen)
+        found = [document for _, document in from_sources._documents(files)]
+        self.documents = [document.text for document in found]
+        self.groups = [document.metadata.get("group") for document in found]
+        self.note = str(seen.left_out)
+
+    @property
+    def text(self) -> str:
+        return "".join(sorted(self.documents))
 
 
 def error_of(path: object) -> str:
     with pytest.raises(UserError) as error:
-        sources.load_corpus([path])  # type: ignore[list-item]
+        Read([path])  # type: ignore[list-item]
     assert "\n" not in str(error.value)
     assert str(error.value).isprintable()
     return str(error.value)
@@ -43,10 +57,10 @@ def test_run_and_model_folders_are_left_out(names, tmp_path):
     for name in ("notes.txt", *(f"in/model/{name}" for name in names)):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(TEXT if name == "notes.txt" else f"{name} is no text to train on")
-    corpus = sources.load_corpus([tmp_path])
-    assert texts_of(corpus).count("some") == 40
-    assert "no text" not in texts_of(corpus)
-    assert corpus.notes == (f"left out: run or model folders (1: {tmp_path / 'in' / 'model'})",)
+    corpus = Read([tmp_path])
+    assert corpus.text.count("some") == 40
+    assert "no text" not in corpus.text
+    assert corpus.note == f"run or model folders (1: {tmp_path / 'in' / 'model'})"
     message = error_of(tmp_path / "in" / "model")
     assert "is a run or model folder" in message
     assert sum(name in message for name in names) >= 2  # by what it was recognised
@@ -60,13 +74,12 @@ def test_hidden_folders_and_caches_are_left_out(tmp_path):
     (tmp_path / "target" / "CACHEDIR.TAG").write_text("not mine")
     (tmp_path / "lib" / "mine.py").write_text(TEXT)
     (tmp_path / ".hidden.txt").write_text("not mine")
-    corpus = sources.load_corpus([tmp_path])
-    assert texts_of(corpus).count("some") == 40
-    assert "not mine" not in texts_of(corpus)
-    (note,) = corpus.notes
-    assert "hidden folders (2, such as" in note
-    assert "folders of installed or cached files (5, such as" in note
-    assert sources.load_corpus([tmp_path / ".git"]).size == len("not mine")  # by its name
+    corpus = Read([tmp_path])
+    assert corpus.text.count("some") == 40
+    assert "not mine" not in corpus.text
+    assert "hidden folders (2, such as" in corpus.note
+    assert "folders of installed or cached files (5, such as" in corpus.note
+    assert Read([tmp_path / ".git"]).text == "not mine"  # by its name
 
 
 def test_what_is_no_regular_file(tmp_path):
@@ -85,10 +98,10 @@ def test_what_is_no_regular_file(tmp_path):
     assert "is a device" in error_of(tmp_path / "zero.txt")
     assert "symbolic links" in error_of(tmp_path / "loop.txt")
     assert "No such file" in error_of(tmp_path / "gone.txt")
-    corpus = sources.load_corpus([tmp_path / "a.txt", tmp_path / ".." / tmp_path.name, tmp_path / "a.txt"])
-    assert texts_of(corpus).count("some") == 40  # once
+    corpus = Read([tmp_path / "a.txt", tmp_path / ".." / tmp_path.name, tmp_path / "a.txt"])
+    assert corpus.text.count("some") == 40  # once
     for words in ("links to folders (2", "a named pipe (1:", "a device (1:", "files that can't be read (2"):
-        assert words in corpus.notes[0]
+        assert words in corpus.note
 
 
 @pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000, "no\nsuch\x1b[31m", "\ud800", "no\udcff"])
@@ -112,7 +125,7 @@ def test_unreadable_files_and_folders(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse(scan))
     monkeypatch.setattr(os, "open", refuse(opened))
-    (note,) = sources.load_corpus([tmp_path]).notes
+    note = Read([tmp_path]).note
     assert "folders that can't be read (1" in note
     assert "files that can't be read (1" in note
     assert "Permission denied" in error_of(tmp_path / "b.txt")
@@ -121,18 +134,16 @@ def test_unreadable_files_and_folders(tmp_path, monkeypatch):
 def test_names_that_are_not_utf8(tmp_path):
     path = tmp_path / os.fsdecode(b"b\xff\n'\".txt")
     path.write_text(TEXT)
-    corpus = sources.load_corpus([path])
-    assert texts_of(corpus).count("some") == 40
-    assert corpus.name.endswith("b\\xff\\n'\".txt")
-    assert corpus.name.isprintable()
-    assert texts_of(sources.load_corpus([tmp_path])).count("some") == 40
+    corpus = Read([path])
+    assert corpus.text.count("some") == 40
+    assert Read([tmp_path]).text.count("some") == 40
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(codecs.BOM_UTF8 + TEXT.encode() + "\ufeffin the midst, and a \0".encode())
-    corpus = sources.load_corpus([path])
-    assert corpus.size == len(TEXT) + len("\ufeffin the midst, and a \0")
+    corpus = Read([path])
+    assert len(corpus.text) == len(TEXT) + len("\ufeffin the midst, and a \0")
     path.write_bytes(codecs.BOM_UTF8)
     assert "is empty" in error_of(path)
     path.write_bytes(codecs.BOM_UTF8 + b"text \xff")
@@ -146,7 +157,7 @@ def test_other_encodings_are_named(encoding, tmp_path):
     name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
     assert f"is {name} text: convert it to UTF-8" in error_of(path)
     (tmp_path / "b.txt").write_text(TEXT)
-    assert sources.load_corpus([tmp_path]).notes == (f"left out: {name} text (1: {path})",)
+    assert Read([tmp_path]).note == f"{name} text (1: {path})"
 
 
 def test_zero_bytes_are_no_text(tmp_path):
@@ -155,34 +166,35 @@ def test_zero_bytes_are_no_text(tmp_path):
 
 
 def test_the_byte_of_an_error_far_into_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 7)
+    monkeypatch.setattr(streams, "BLOCK", 7)
     path = tmp_path / "a.txt"
     path.write_bytes(codecs.BOM_UTF8 + "né日本😀".encode() * 50 + b"\xe6\x97" + b"x")
     assert f"byte {3 + 50 * 13}" in error_of(path)
     path.write_bytes(codecs.BOM_UTF8 + "né日本😀".encode() * 50)
-    assert sources.load_corpus([path]).size == 50 * 5
+    assert len(Read([path]).text) == 50 * 5
 
 
 def test_a_long_file_becomes_documents(tmp_path):
     path = tmp_path / "book.txt"
     paragraphs = [f"Paragraph {i}. " + "word " * (20 + i % 13) + "\n\n" for i in range(2000)]
     path.write_text("".join(paragraphs))
-    corpus = sources.load_corpus([path], 4000)
+    corpus = Read([path], 4000)
     assert len(corpus.documents) > 40
     assert "".join(corpus.documents) == "".join(paragraphs)
     assert all(text.startswith("Paragraph") and len(text) <= 4000 for text in corpus.documents)
     for copy in ("x.txt", "y.txt"):  # the same for any number and place of the files
         (tmp_path / copy).write_text("".join(paragraphs))
-    again = sources.load_corpus([tmp_path / "y.txt", tmp_path], 4000)
+    again = Read([tmp_path / "y.txt", tmp_path], 4000)
     assert again.documents == corpus.documents
-    assert [file.digest for file in again.files] == [file.digest for file in corpus.files]
+    assert again.groups == corpus.groups
+    assert len(set(again.groups)) == 1
 
 
 def test_text_that_repeats_itself_is_not_lost(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("hello world\n" * 20_000)
-    corpus = sources.load_corpus([path])
-    assert corpus.size == 240_000
+    corpus = Read([path])
+    assert len(corpus.text) == 240_000
 
 
 def test_folders_are_read_recursively_and_binary_files_in_them_skipped(tmp_path):
@@ -191,14 +203,13 @@ def test_folders_are_read_recursively_and_binary_files_in_them_skipped(tmp_path)
     (tmp_path / "in" / "b.md").write_bytes(b"second\r\ntext")
     (tmp_path / "c.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "d.png").write_bytes(b"\x89PNG")
-    corpus = sources.load_corpus([tmp_path])
-    assert corpus.size == len("first text") + len("second\r\ntext")
-    assert len(corpus.notes) == 1
-    assert "c.txt" in corpus.notes[0]
+    corpus = Read([tmp_path])
+    assert corpus.text == "first textsecond\r\ntext"
+    assert "c.txt" in corpus.note
 
 
 def test_the_standard_library_without_its_tests():
-    corpus = sources.load_corpus([])
+    corpus = Read([])
     assert len(corpus.documents) > 300
     assert Path(json.decoder.__file__).read_text("utf-8") in corpus.documents
 
@@ -217,14 +228,13 @@ def test_a_named_file_that_is_no_text(content, words, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=words) as error:
-        sources.load_corpus([path])
+        Read([path])
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_folders_without_text(tmp_path):
-    with pytest.raises(UserError, match="no text files"):
-        sources.load_corpus([tmp_path])
+    with pytest.raises(UserError, match="no files that can be read"):
+        Read([tmp_path])
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(UserError, match="no text"):
-        sources.load_corpus([tmp_path])
+    assert not Read([tmp_path]).documents
