@@ -23,8 +23,8 @@ class DecontaminationSettings:
     """Drop documents that share word n-grams with evaluation files.
 
     The method is that of GPT-3 (Brown et al. 2020, appendix C): one common run of 13 words, without case and
-    punctuation, is enough. GPT-3 cut the run and 200 characters around it out of the document; as in later practice
-    (OLMo, Dolma) the whole document is dropped here. GPT-3 also passed over runs that more than 10 documents have;
+    punctuation, is enough. GPT-3 cut the run and 200 characters around it out of the document; here the whole
+    document is dropped. GPT-3 also passed over runs that more than 10 documents have;
     ``overlap`` serves against phrases that are common.
 
     Attributes:

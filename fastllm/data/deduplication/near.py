@@ -165,7 +165,8 @@ def near_duplicates(
 
     Args:
         signature_paths: the files of write_signatures, in the order of the documents.
-        scratch: a folder for temporary files of some 100 bytes for each document; the system's where none is given.
+        scratch: a folder for temporary files, of up to 600 bytes for each document that agrees with another in all
+            bands; the system's where none is given.
 
     Returns:
         int64 ``[documents]``: the number of the kept document that each repeats, or -1; and the opened signatures,
