@@ -152,7 +152,9 @@ def tokenize(argv: list[str]) -> int:
 
     from .data.tokenize import tokenize
 
-    tokenize(chosen.corpus, chosen.tokenizer, chosen.out, chosen.processes or None)
+    done = tokenize(chosen.corpus, chosen.tokenizer, chosen.out, chosen.processes or None)
+    empty = f", {done.empty:,} without text left out" * bool(done.empty)
+    console.say("tokens", f"{chosen.out}: {done.tokens:,} tokens of {done.documents:,} documents{empty}")
     return 0
 
 

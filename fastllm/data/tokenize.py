@@ -22,7 +22,7 @@ from .. import console
 from ..errors import UserError
 from ..files import write_atomic
 from ..input_files import one_line, read_json, shown
-from ..run_lock import run_lock
+from ..run_lock import LOCK, run_lock
 from .corpus.shards import read_report, read_shard
 from .progress import progress
 from .token_shards import (
@@ -102,6 +102,7 @@ def tokenize(
     }
     if _is_finished(out, plan):
         console.say("tokens", f"{out} is complete already; remove it to encode the corpus again")
+        shutil.rmtree(out / WORK, ignore_errors=True)  # of a process that was killed at its end
         folder = TokenFolder(out)
         return Tokenized(folder.documents, folder.tokens, read_json(out / INDEX, INDEX_LIMIT)["empty"])
     tasks = _tasks(corpus, report["shards"], out, shard_tokens)
@@ -126,12 +127,13 @@ def tokenize(
 def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
     """Whether ``out`` is complete. UserError unless it is new, empty or of the same plan."""
     try:
-        if not out.exists() or not any(out.iterdir()):
-            return False
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
     except OSError as error:
         raise UserError(f"can't use the folder {out}: {error.strerror}") from None
-    finished = (out / INDEX).exists()
+    finished = INDEX in names
     if not finished and not (out / WORK / PLAN).exists():
+        if names <= {WORK, LOCK}:  # new, or left by a process that was killed at once
+            return False
         raise UserError(f"{out} is not empty: choose another folder with --out")
     before = read_json(out / INDEX, INDEX_LIMIT).get("plan") if finished else read_json(out / WORK / PLAN, INDEX_LIMIT)
     if before != plan:
