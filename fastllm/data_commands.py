@@ -59,7 +59,7 @@ class TokenizeArguments:
     corpus: tyro.conf.Positional[Path]
     tokenizer: Path  # tokenizer.json in Hugging Face form
     out: Path  # the folder of the tokens, new or empty
-    processes: int = 0  # 0: one for each core
+    processes: int = 0  # 0: one for each four cores; each has its share of the cores
 
 
 @dataclass(frozen=True)

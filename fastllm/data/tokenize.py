@@ -41,6 +41,9 @@ from .tokenizer import Tokenizer
 WORK, PLAN = "work", "plan.json"
 # Characters in a task: what is lost of an interrupted one is done again. A large corpus has so few shards of tokens.
 TASKS, TASK_LIMIT = 256, 2**28
+# The library's threads are as fast as processes, and share the work evenly at its end. But what Python does for each
+# document takes 5 % of a core's time, so that many threads would wait for it.
+THREADS = 4
 ALONE = 2**23  # characters that the first process encodes by itself before others have started
 
 
@@ -85,7 +88,7 @@ def tokenize(
         corpus: the folder that ``fastllm data prepare`` wrote.
         tokenizer: a tokenizer, or its tokenizer.json.
         out: the folder, new, empty, or of an earlier call with the same corpus and tokenizer.
-        processes: how many encode; None: one for each core. One process uses all cores by threads.
+        processes: how many encode, each on its share of the cores by threads; None: one for each THREADS cores.
         shard_tokens: a shard of tokens ends with the document that reaches this.
 
     Raises:
@@ -115,7 +118,7 @@ def tokenize(
         tokenizer.save(out / TOKENIZER)
         for left in out.glob(".*.part"):  # of a process that was killed
             left.unlink()
-        results = _run(tasks, tokenizer, processes or len(os.sched_getaffinity(0)))
+        results = _run(tasks, tokenizer, processes or max(1, len(os.sched_getaffinity(0)) // THREADS))
         shards = [Shard(**shard) for result in results for shard in result["shards"]]
         empty = sum(result["empty"] for result in results)
         write_index(out, tokenizer, shards, plan=plan, empty=empty)
