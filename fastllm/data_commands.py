@@ -59,7 +59,7 @@ class TokenizeArguments:
     corpus: tyro.conf.Positional[Path]
     tokenizer: Path  # tokenizer.json in Hugging Face form
     out: Path  # the folder of the tokens, new or empty
-    processes: int = 0  # 0: one for each core
+    processes: int = 0  # 0: one for each four cores; each has its share of the cores
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ def tokenize(argv: list[str]) -> int:
 
     from .data.tokenize import tokenize
 
-    tokenize(chosen.corpus, chosen.tokenizer, chosen.out, chosen.processes or None)
+    done = tokenize(chosen.corpus, chosen.tokenizer, chosen.out, chosen.processes or None)
+    empty = f", {done.empty:,} without text left out" * bool(done.empty)
+    console.say("tokens", f"{chosen.out}: {done.tokens:,} tokens of {done.documents:,} documents{empty}")
     return 0
 
 

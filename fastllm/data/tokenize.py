@@ -22,7 +22,7 @@ from .. import console
 from ..errors import UserError
 from ..files import write_atomic
 from ..input_files import one_line, read_json, shown
-from ..run_lock import run_lock
+from ..run_lock import LOCK, run_lock
 from .corpus.shards import read_report, read_shard
 from .progress import progress
 from .token_shards import (
@@ -41,6 +41,9 @@ from .tokenizer import Tokenizer
 WORK, PLAN = "work", "plan.json"
 # Characters in a task: what is lost of an interrupted one is done again. A large corpus has so few shards of tokens.
 TASKS, TASK_LIMIT = 256, 2**28
+# The library's threads are as fast as processes, and share the work evenly at its end. But what Python does for each
+# document takes 5 % of a core's time, so that many threads would wait for it.
+THREADS = 4
 ALONE = 2**23  # characters that the first process encodes by itself before others have started
 
 
@@ -85,7 +88,7 @@ def tokenize(
         corpus: the folder that ``fastllm data prepare`` wrote.
         tokenizer: a tokenizer, or its tokenizer.json.
         out: the folder, new, empty, or of an earlier call with the same corpus and tokenizer.
-        processes: how many encode; None: one for each core. One process uses all cores by threads.
+        processes: how many encode, each on its share of the cores by threads; None: one for each THREADS cores.
         shard_tokens: a shard of tokens ends with the document that reaches this.
 
     Raises:
@@ -102,6 +105,7 @@ def tokenize(
     }
     if _is_finished(out, plan):
         console.say("tokens", f"{out} is complete already; remove it to encode the corpus again")
+        shutil.rmtree(out / WORK, ignore_errors=True)  # of a process that was killed at its end
         folder = TokenFolder(out)
         return Tokenized(folder.documents, folder.tokens, read_json(out / INDEX, INDEX_LIMIT)["empty"])
     tasks = _tasks(corpus, report["shards"], out, shard_tokens)
@@ -114,7 +118,7 @@ def tokenize(
         tokenizer.save(out / TOKENIZER)
         for left in out.glob(".*.part"):  # of a process that was killed
             left.unlink()
-        results = _run(tasks, tokenizer, processes or len(os.sched_getaffinity(0)))
+        results = _run(tasks, tokenizer, processes or max(1, len(os.sched_getaffinity(0)) // THREADS))
         shards = [Shard(**shard) for result in results for shard in result["shards"]]
         empty = sum(result["empty"] for result in results)
         write_index(out, tokenizer, shards, plan=plan, empty=empty)
@@ -126,12 +130,13 @@ def tokenize(
 def _is_finished(out: Path, plan: dict[str, Any]) -> bool:
     """Whether ``out`` is complete. UserError unless it is new, empty or of the same plan."""
     try:
-        if not out.exists() or not any(out.iterdir()):
-            return False
+        names = {path.name for path in out.iterdir()} if out.exists() else set()
     except OSError as error:
         raise UserError(f"can't use the folder {out}: {error.strerror}") from None
-    finished = (out / INDEX).exists()
+    finished = INDEX in names
     if not finished and not (out / WORK / PLAN).exists():
+        if names <= {WORK, LOCK}:  # new, or left by a process that was killed at once
+            return False
         raise UserError(f"{out} is not empty: choose another folder with --out")
     before = read_json(out / INDEX, INDEX_LIMIT).get("plan") if finished else read_json(out / WORK / PLAN, INDEX_LIMIT)
     if before != plan:

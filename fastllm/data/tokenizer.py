@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -136,15 +137,24 @@ class Tokenizer:
 
     def encode_pieces(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, bool]]:
         """The ids of each text, in pieces, and whether each is the last of its text. Long texts take no more memory."""
-        for batch in self._batches(texts):  # the intermediate objects take 100 times the memory of the ids
-            try:
-                encodings = self.backend.encode_batch_fast([piece for piece, _ in batch])
-            except (TypeError, KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # where the library panics
-                raise UserError(f"the tokenizer can't encode a text: {one_line(error)}") from None
-            for (_, last), encoding in zip(batch, encodings, strict=True):
-                yield np.array(encoding.ids, np.uint32), last
+        with ThreadPoolExecutor(1) as pool:  # a batch is encoded while the one before is taken apart
+            running: tuple[list[bool], Future[list[tokenizers.Encoding]]] | None = None
+            for batch in self._batches(texts):
+                following = [last for _, last in batch], pool.submit(self._encode_batch, [piece for piece, _ in batch])
+                if running:
+                    yield from _ids(*running)
+                running = following
+            if running:
+                yield from _ids(*running)
+
+    def _encode_batch(self, pieces: list[str]) -> list[tokenizers.Encoding]:
+        """What the library makes of the pieces, which takes 100 times the memory of the ids."""
+        try:
+            return self.backend.encode_batch_fast(pieces)
+        except TypeError:
+            raise
+        except BaseException as error:  # where the library panics
+            raise UserError(f"the tokenizer can't encode a text: {one_line(error)}") from None
 
     def _batches(self, texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
         """The pieces of ``texts``, some BATCH characters at a time, and whether each is the last of its text."""
@@ -185,6 +195,11 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text of each token, int64 ``[vocab_size]``; 0 for the end-of-text token."""
         return np.array([0 if t == self.eos_id else len(self.token_bytes(t)) for t in range(self.vocab_size)])
+
+
+def _ids(lasts: list[bool], encodings: Future[list[tokenizers.Encoding]]) -> Iterator[tuple[np.ndarray, bool]]:
+    for encoding, last in zip(encodings.result(), lasts, strict=True):
+        yield np.array(encoding.ids, np.uint32), last
 
 
 def _until(sample: Sample, bar: Progress, interrupted: threading.Event, merging: threading.Event) -> Iterator[str]:

@@ -116,6 +116,15 @@ def test_what_is_finished_is_not_done_again(corpus, tmp_path, monkeypatch, capsy
     assert contents(tmp_path / "tokens") == before
 
 
+def test_killed_at_the_beginning_or_the_end(corpus, tmp_path):
+    (tmp_path / "tokens" / "work").mkdir(parents=True)
+    (tmp_path / "tokens" / "run.lock").touch()
+    tokenize(corpus, TOKENIZER, tmp_path / "tokens")
+    (tmp_path / "tokens" / "work").mkdir()
+    tokenize(corpus, TOKENIZER, tmp_path / "tokens")
+    assert not (tmp_path / "tokens" / "work").exists()
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_rerun_with_other_input(finished, corpus, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

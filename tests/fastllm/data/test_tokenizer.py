@@ -147,6 +147,19 @@ def test_vocabularies_that_leave_ids_out(tokenizer, tmp_path):
     assert len(loaded.byte_lengths()) == 1003
 
 
+def test_other_names_of_the_end_of_a_text(tokenizer, tmp_path):
+    content = tokenizer.backend.to_str()
+    for name in ("<|end_of_text|>", "</s>"):
+        (tmp_path / "t.json").write_text(content.replace(EOS_TOKEN, name))
+        loaded = Tokenizer.load(tmp_path / "t.json")
+        assert loaded.eos_id == tokenizer.eos_id
+        assert loaded.decode([loaded.eos_id]) == name
+    (tmp_path / "t.json").write_text(content.replace(EOS_TOKEN, "<|stop|>"))
+    with pytest.raises(UserError, match=r"t\.json has no token <\|endoftext\|>, nor <\|end_of_text\|>, </s>"):
+        Tokenizer.load(tmp_path / "t.json")
+    assert Tokenizer.load(tmp_path / "t.json", eos_ids=(0,)).eos_id == 0
+
+
 TEMPLATE = {
     "type": "TemplateProcessing", "pair": [], "special_tokens": {},
     "single": [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
