@@ -84,7 +84,9 @@ class _Transfer:
                 if error.code == 416:  # there is no such range: the file is another now
                     self._restart()
                 elif error.code not in _LATER:
-                    raise UserError(f"can't download {self._shown}: HTTP status {error.code} {error.reason}") from None
+                    raise UserError(
+                        f"can't download {self._shown}: HTTP status {error.code} {one_line(error.reason)}"
+                    ) from None
                 reason = f"HTTP status {error.code}"
                 asked = error.headers.get("Retry-After", "") if error.headers else ""
                 wait = float(asked) if asked.isdigit() else wait

@@ -89,7 +89,7 @@ def _record(page: Any, log: Log) -> Record | None:
         log.skipped("redirect")
         return None
     text, date = "", ""
-    for revision in page:
+    for revision in _revisions(page):
         main = revision.slots.contents.get("main") if revision.slots else None
         wikitext = main is not None and main.model in (None, "wikitext")
         text = (main.text or "") if wikitext else ""
@@ -101,6 +101,16 @@ def _record(page: Any, log: Log) -> Record | None:
     else:
         return Record(page.title, str(page.id), date, text)
     return None
+
+
+def _revisions(page: Any) -> Iterator[Any]:
+    from mwxml.errors import MalformedXML
+
+    try:
+        yield from page
+    except MalformedXML as error:
+        if "<upload>" not in str(error):  # of a file's page it comes behind the revisions, which mwxml does not know
+            raise
 
 
 class _Refused(Exception):
@@ -128,7 +138,7 @@ class _Guarded(io.RawIOBase):
                 raise _Refused("the XML is not UTF-8")
         if _DECLARATION.search(self._tail + block):
             raise _Refused("the XML declares a document type or entities, which no dump of MediaWiki does")
-        self._tail = block[-10:]
+        self._tail = (self._tail + block)[-10:]
         self.place += len(block)
         return self._bounded(block)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from typing import Any
 
 from .base import Skipped, words
 
 TEXT_LIMIT = 2 * 2**20  # characters of a page; MediaWiki's own limit in bytes
-MOST_OPEN = 1e8  # characters times unclosed tags, links and tables: the parser takes time with their product
-DEEPEST_TABLES = 20  # in each other, likewise
+MOST_OPEN = 3e7  # characters of a page times the marks that are open at a time: the parser's time grows with both
+DEEPEST_TABLES = 20  # in each other: its time grows faster with them
 
 # What these hold is no text of the article.
 _DROPPED = words(
@@ -38,7 +39,10 @@ _EMPTY_BRACKETS = re.compile(r"[ \t]*[(（]\s*(?:[,;、，；]\s*)*[)）]")
 _LEADING_MARKS = re.compile(r"([(（])\s*(?:[,;、，；]\s*)+")
 _SPACES = re.compile(r"[ \t\xa0]{2,}")
 _BLANK_LINES = re.compile(r"[ \t]*\n(?:[ \t]*\n)+")
-_COSTS = re.compile(r"(\{\|)|(\|\})|(<[a-zA-Z])|(</|/>)|(\[)|(\])")
+_MARKS = re.compile(r"<(/?)([a-zA-Z][a-zA-Z0-9]*)([^<>]*)(>?)|(\{\||\|\}|\{\{|\}\}|<!--|-->|\[\[?|\]\]?)")
+_PAIRS = {"|}": "{|", "}}": "{{", "-->": "<!--", "]]": "[[", "]": "["}
+_WEIGHTS = {"{{": 10, "half a tag": 20}  # of an open mark, by how long the parser takes
+_SINGLE = words("br wbr hr meta link img li dt dd th td tr")  # elements without an end
 
 
 def plain_text(wikitext: str) -> str:
@@ -66,22 +70,26 @@ def plain_text(wikitext: str) -> str:
 
 
 def _check(text: str) -> None:
-    """Raise Skipped for a page on which the parser, which tries each unclosed mark to the end, takes very long."""
-    depth = tags = links = 0
-    for match in _COSTS.finditer(text):
-        kind = match.lastindex
-        if kind == 1:
-            depth += 1
-            if depth > DEEPEST_TABLES:
-                raise Skipped("wikitext nested too deeply")
-        elif kind == 2:
-            depth = max(0, depth - 1)
-        elif kind in (3, 4):
-            tags = tags + 1 if kind == 3 else max(0, tags - 1)
+    """Raise Skipped for a page on which the parser, which tries each open mark to the end, would take very long."""
+    opened: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    for end, name, rest, whole, mark in _MARKS.findall(text):
+        if not mark:
+            mark = name.lower() if whole else "half a tag"
+            if mark in _SINGLE or rest.endswith("/"):
+                continue
+            end = mark if end else ""
         else:
-            links = links + 1 if kind == 5 else max(0, links - 1)
-    if (tags + links) * len(text) > MOST_OPEN:
-        raise Skipped("wikitext with too many unclosed tags")
+            end = _PAIRS.get(mark, "")
+        if end:
+            opened[end] = max(0, opened[end] - 1)
+        else:
+            opened[mark] += 1
+            most[mark] = max(most[mark], opened[mark])
+    if most["{|"] > DEEPEST_TABLES:
+        raise Skipped("wikitext nested too deeply")
+    if sum(_WEIGHTS.get(mark, 1) * n for mark, n in most.items()) * len(text) > MOST_OPEN:
+        raise Skipped("wikitext with too many open tags")
 
 
 def _variant(match: re.Match[str]) -> str:
@@ -100,7 +108,7 @@ def _write(nodes: Any, out: list[str]) -> None:
 
     for node in nodes:
         if isinstance(node, kinds.Text):
-            out.append(str(node.value))
+            out.append(_QUOTES.sub("", str(node.value)))
         elif isinstance(node, kinds.HTMLEntity):
             out.append(_entity(node))
         elif isinstance(node, kinds.Wikilink):
@@ -160,7 +168,7 @@ def _tag(node: Any, out: list[str]) -> None:
 
 
 def _tidy(text: str) -> str:
-    text = _MAGIC_WORDS.sub("", _QUOTES.sub("", text))
+    text = _MAGIC_WORDS.sub("", text)
     text = _TABLE_REST.sub("", text)
     text = _LIST_MARK.sub("", text)
     text = _LEADING_MARKS.sub(r"\1", _EMPTY_BRACKETS.sub("", text))

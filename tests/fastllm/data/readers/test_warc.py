@@ -170,6 +170,7 @@ def test_a_bomb_is_bounded(encoding, tmp_path, monkeypatch):
     assert found.passed_over == {"page of more than 1 MiB": 1}
 
 
+META = '<meta http-equiv=Content-Type content="text/html; charset=euc-jp">'
 CHARSETS = [
     ("utf-8", "Größe und naïve Übersetzung", "text/html; charset=UTF-8", ""),
     ("utf-8", "Größe und naïve Übersetzung", "text/html; charset=iso-8859-1", ""),  # the header lies
@@ -178,7 +179,7 @@ CHARSETS = [
     ("koi8-r", "Съешь ещё этих мягких французских булок", "text/html; charset=koi8-r", ""),
     ("cp1251", "Обыкновенный русский текст, по которому кодировка определяется. ", "text/html", ""),  # by detection
     ("shift_jis", "吾輩は猫である。名前はまだ無い。", "text/html; charset=Shift_JIS", ""),
-    ("euc_jp", "吾輩は猫である。名前はまだ無い。", "text/html", '<meta http-equiv=Content-Type content="a; charset=euc-jp">'),
+    ("euc_jp", "吾輩は猫である。名前はまだ無い。", "text/html", META),
     ("iso2022_jp", "吾輩は猫である。名前はまだ無い。", "text/html; charset=iso-2022-jp", ""),
     ("gb18030", "学而时习之，不亦说乎？", "text/html; charset=gb2312", ""),
     ("big5", "學而時習之，不亦說乎？", "text/html; charset=big5", ""),
