@@ -154,9 +154,9 @@ def test_nothing(backend, shape):
 @each_backend(torch.float32, torch.bfloat16)
 @pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 9, "softcap": 2.0}], ids=str)
 def test_packed_equals_unpacked(backend, options, dtype):
-    lengths = [(1, 1), (70, 70), (0, 3), (5, 40), (33, 20), (4, 0), (100, 130)]
+    lengths = [(1, 1), (70, 70), (0, 3), (5, 40), (33, 20), (4, 0), (100, 130), (0, 0), (0, 0)]
     if backend == "triton":
-        lengths = [(1, 1), (40, 40), (0, 3), (5, 20), (13, 8), (4, 0)]
+        lengths = [(1, 1), (40, 40), (0, 3), (5, 20), (13, 8), (4, 0), (0, 0), (0, 0)]
     check_packed(backend, lengths, options, dtype)
 
 
