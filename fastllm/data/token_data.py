@@ -50,6 +50,14 @@ class TokenData:
         return self.folders[0].tokenizer
 
     @property
+    def weights(self) -> tuple[str, ...]:
+        """NAME=WEIGHT of each source, where the recipes of the corpora give weights."""
+        known: dict[str, float] = {}
+        for folder in self.folders:
+            known |= folder.weights
+        return tuple(f"{name}={known.get(name, 0.0)}" for name in self.sources) if known else ()
+
+    @property
     def checksum(self) -> str:
         """Stands for the whole content."""
         together = hashlib.sha256("".join(folder.checksum for folder in self.folders).encode()).hexdigest()

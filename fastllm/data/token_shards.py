@@ -84,6 +84,7 @@ class TokenFolder:
         vocab_size, eos_id, fingerprint: of the tokenizer.
         checksum: the index's own, hexadecimal: it stands for the whole content.
         sources: names, by the numbers in :attr:`source`.
+        weights: of the sources in a mixture, by their names, where the recipe of the corpus gives them.
         shards: in their order.
         tokens, documents: how many there are.
 
@@ -111,6 +112,10 @@ class TokenFolder:
                 raise UserError(f"{keys.path}: {shard.name!r} is no name of a shard")
             self._check_sizes(shard)
         self.sources = list(dict.fromkeys(name for shard in self.shards for name in shard.sources))
+        weights = index.get("weights", {})
+        if not isinstance(weights, dict) or not all(isinstance(value, float | int) for value in weights.values()):
+            raise keys.wrong("weights", "numbers by the names of sources")
+        self.weights: dict[str, float] = weights
         self.tokens = sum(shard.tokens for shard in self.shards)
         self.documents = sum(shard.documents for shard in self.shards)
         if not self.tokens:

@@ -121,7 +121,8 @@ def tokenize(
         results = _run(tasks, tokenizer, processes or max(1, len(os.sched_getaffinity(0)) // THREADS))
         shards = [Shard(**shard) for result in results for shard in result["shards"]]
         empty = sum(result["empty"] for result in results)
-        write_index(out, tokenizer, shards, plan=plan, empty=empty)
+        weights = {source["name"]: source["weight"] for source in report["sources"] if source["weight"]}
+        write_index(out, tokenizer, shards, plan=plan, empty=empty, weights=weights)
         shutil.rmtree(out / WORK)
     folder = TokenFolder(out)
     return Tokenized(folder.documents, folder.tokens, empty)

@@ -72,8 +72,8 @@ def load_run_data(config: Config, tokens: TokenData) -> RunData:
         return Sequences(tokens, documents, packing, seq_len)
 
     identity: dict[str, Any] = {"tokens": tokens.checksum, "validation": data.validation, "packing": data.packing}
-    if data.weights:
-        weights, mixture = _mixture(config, tokens.sources, identity)
+    if named := data.weights or tokens.weights:
+        weights, mixture = _mixture(config, named, tokens.sources, identity)
         sources = []
         for number, name in enumerate(tokens.sources):
             own = parts.train.select(parts.train_source == number)
@@ -87,10 +87,12 @@ def load_run_data(config: Config, tokens: TokenData) -> RunData:
     return RunData(tokens, train, EvaluationData(packed, config.train.eval_tokens), *sizes.values())
 
 
-def _mixture(config: Config, sources: list[str], identity: dict[str, Any]) -> tuple[list[float], Mixture]:
+def _mixture(
+    config: Config, weights: tuple[str, ...], sources: list[str], identity: dict[str, Any]
+) -> tuple[list[float], Mixture]:
     """The mixture of the sources, and the largest weight of each at any time. Adds what a checkpoint knows it by."""
     data, items = config.data, config.train.steps * config.sequences
-    begin = parse_weights("data.weights", data.weights, sources)
+    begin = parse_weights("data.weights", weights, sources)
     identity |= {"sources": sources, "weights": begin}
     if not data.anneal_weights:
         return begin, Mixture(begin, config.train.seed)

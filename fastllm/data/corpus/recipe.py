@@ -24,7 +24,7 @@ class SourceSpec:
 
     path: str  # a file, a folder, a pattern with * or ?, a URL, or hf:NAME of a Hugging Face data set
     name: str = ""  # in reports and mixtures; by default the path
-    weight: float = 1.0  # its share of the training batches, against the other sources'; see fastllm train
+    weight: float = 0.0  # its share of a training batch, as fastllm train mixes them; of none: all tokens once
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -69,6 +69,9 @@ class Recipe:
         labels = [source.label for source in self.sources]
         if twice := {label for label in labels if labels.count(label) > 1}:
             raise UserError(f"two sources are called {min(twice)}: give each a name of its own")
+        weighted = [source.label for source in self.sources if source.weight]
+        if weighted and len(weighted) < len(labels):
+            raise UserError(f"{weighted[0]} has a weight: give one to each of the sources, or to none")
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self), default=str))
