@@ -281,8 +281,10 @@ def memory_rows(pages: Path, scratch: Path) -> list[Row]:
         make_warc(pages, folder / "pages.warc.gz", megabytes)
         without = ["--without", "exact_duplicates", "near_duplicates"]  # the pages repeat
         corpus, tokens, tokenizer = (str(folder / name) for name in ("corpus", "tokens", "tokenizer.json"))
+        source = str(folder / "pages.warc.gz")
         commands = {
-            "data prepare": ["data", "prepare", str(folder / "pages.warc.gz"), "--out", corpus, *without],
+            "data prepare, duplicates dropped": ["data", "prepare", source, "--out", f"{corpus}-unique"],
+            "data prepare": ["data", "prepare", source, "--out", corpus, *without],
             "tokenizer train": ["tokenizer", "train", corpus, "--out", tokenizer, "--vocab-size", "8192"],
             "data tokenize": ["data", "tokenize", corpus, "--tokenizer", tokenizer, "--out", tokens],
             "train": ["train", "--data", tokens, "--out", str(folder / "run"), *SMALL],

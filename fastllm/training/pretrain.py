@@ -45,7 +45,7 @@ from .final_weights import WeightsRecord, save_final
 from .objectives import NextTokenPrediction
 from .plot import plot
 from .resume import check_continues, continue_run
-from .run_data import TOKENS, RunData, baseline, load_run_data, open_tokens, say_data, token_paths
+from .run_data import RunData, baseline, load_run_data, open_tokens, say_data, token_paths
 from .signals import StopSignals
 from .state import TrainState
 from .trainer import Trainer

@@ -17,16 +17,18 @@ _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 class C4(Filter):
     """The heuristics of C4: Raffel et al., "Exploring the Limits of Transfer Learning" (JMLR 2020), section 2.2.
 
-    Lines are removed, so the text changes: those with fewer than 5 words, and those with the word Javascript, a word of more than 1,000 characters or a phrase of cookie notices (the last two from the code that
-    made C4, c4_utils.py of TensorFlow Datasets). Wikipedia's citation marks are cut. A document is dropped where a line
-    that these rules leave has "lorem ipsum" or a curly bracket (the paper says the page; the code, which counts, says
-    the line), or where fewer than 3 sentences remain. The list of bad words and the duplicates of three sentences are
-    not part of this filter. Unlike C4, a blank line between paragraphs stays.
+    Lines are removed, so the text changes: those with fewer than 5 words, and those with the word Javascript, a word of
+    more than 1,000 characters or a phrase of cookie notices (the last two from the code that made C4, c4_utils.py of
+    TensorFlow Datasets). Wikipedia's citation marks are cut. A document is dropped where a line that these rules leave
+    has "lorem ipsum" or a curly bracket (the paper says the page; the code, which counts, says the line), or where
+    fewer than 3 sentences remain. The list of bad words and the duplicates of three sentences are not part of this
+    filter. Unlike C4, a blank line between paragraphs stays.
 
     C4 also keeps only lines that end in a terminal mark (of any script here) or an end quotation mark. That rule is
     off by default, as in FineWeb: it removes 30% of tokens, headings and lists among them; ``terminal_marks = true``.
     As in mC4 (Xue et al. 2021) it is for English: it applies where the language is English, or unknown and the script
-    Latin. Sentences end where a mark, a blank and no lower-case letter follow; C4 used NLTK's punkt, which knows abbreviations.
+    Latin. Sentences end where a mark, a blank and no lower-case letter follow; C4 used NLTK's punkt, which knows
+    abbreviations.
 
     datatrove differs: 5 sentences and 3 words a line (the paper's first version on arXiv); words counted before
     citation marks are cut; a line may end in an apostrophe, and only in ``"`` of the quotation marks.

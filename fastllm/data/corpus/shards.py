@@ -17,7 +17,6 @@ from ...input_files import open_regular, read_json
 REPORT = "report.json"  # written last: a corpus is complete when it is there
 SAMPLES = "samples.jsonl"
 VERSION = 1  # of the corpus folder
-LINE_LIMIT = 2**30  # bytes of a document, at most
 
 
 def is_corpus(folder: str | Path) -> bool:
