@@ -37,6 +37,9 @@ class PrepareArguments:
     processes: int = 0  # that clean documents; 0: one for each core
     executor: Literal["processes", "local", "slurm", "ray"] = "processes"  # the last three are datatrove's
     tasks: int = 0  # of a datatrove executor; 0: one for each file
+    partition: str = ""  # of the cluster, for slurm
+    time: str = "24:00:00"  # that a task may take, for slurm
+    setup: str = ""  # a command that activates the Python environment, for slurm
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,12 @@ def prepare(argv: list[str]) -> int:
         )
     recipe = replace(recipe, filters=filters).without(chosen.without)
     if chosen.executor != "processes":
-        from .data.corpus.executors import prepare_with_datatrove
+        from .data.corpus.executors import SlurmOptions, prepare_with_datatrove
 
-        return prepare_with_datatrove(recipe, chosen.out, chosen.executor, chosen.tasks, chosen.processes)
+        slurm = SlurmOptions(chosen.partition, chosen.time, setup=chosen.setup)
+        complete = prepare_with_datatrove(recipe, chosen.out, chosen.executor, chosen.tasks, chosen.processes, slurm)
+        console.say("corpus", f"{chosen.out}: {'complete' if complete else 'the jobs are submitted'}")
+        return 0
     outcome = prepare(recipe, chosen.out, chosen.processes or None)
     report = outcome.report
     console.say(

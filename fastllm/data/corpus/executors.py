@@ -99,7 +99,7 @@ def _maker(
 
         options = slurm or SlurmOptions()
         if not options.partition:
-            raise UserError("--executor slurm needs the cluster's partition: --slurm.partition NAME")
+            raise UserError("--executor slurm needs the cluster's partition: --partition NAME")
         return SlurmPipelineExecutor(
             **shared,
             time=options.time,
