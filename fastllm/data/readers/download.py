@@ -10,7 +10,6 @@ import re
 import time
 import urllib.error
 import urllib.request
-from email.message import Message
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
@@ -47,10 +46,14 @@ def download(url: str, cache: Path | None = None) -> Path:
         UserError: the URL is not of http or https, the server has no such file, or the transfer breaks again and again.
     """
     shown = printable(url)
-    if urlsplit(url).scheme.lower() not in ("http", "https"):
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"can't download {shown}: {one_line(error)}") from None
+    if parts.scheme.lower() not in ("http", "https"):
         raise UserError(f"can't download {shown}: only http and https are known")
     folder = cache_folder(cache)
-    name = re.sub(r"[^\w.+-]", "_", unquote(urlsplit(url).path).rpartition("/")[2])[-100:] or "index"
+    name = re.sub(r"[^\w.+-]", "_", unquote(parts.path).rpartition("/")[2])[-100:] or "index"
     path = folder / f"{hashlib.blake2b(url.encode('utf-8', 'surrogateescape'), digest_size=8).hexdigest()}-{name}"
     try:
         if path.exists():
@@ -169,7 +172,13 @@ class _Broken(Exception):
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
-        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
     ) -> urllib.request.Request | None:
         if urlsplit(newurl).scheme.lower() not in ("http", "https"):
             raise UserError(f"can't download {printable(req.full_url)}: it leads to {printable(newurl)}")

@@ -120,7 +120,7 @@ def _read(book: zipfile.ZipFile, log: Log) -> Record:
         for e in package.iter()
         if _name(e) == "reference" and e.get("type", "").lower() in _NO_CONTENT_TYPES
     }
-    chapters, size, seen = [], 0, set()
+    chapters, size, seen = list[bytes](), 0, set[str]()
     for reference in (e for e in package.iter() if _name(e) == "itemref"):
         item = items.get(reference.get("idref"))
         if item is None:
@@ -147,7 +147,7 @@ def _read(book: zipfile.ZipFile, log: Log) -> Record:
             log.problem(name, f"the book is cut here: its chapters have more than {TEXT_LIMIT >> 20} MiB")
             break
         chapters.append(content)
-    known = {}
+    known: dict[str, str] = {}
     for e in package.iter():
         if (name := {"title": "title", "creator": "author", "language": "book_language"}.get(_name(e), "")) and e.text:
             known.setdefault(name, " ".join(e.text.split()))

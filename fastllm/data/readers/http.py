@@ -114,7 +114,8 @@ def _decompress(body: bytes, encoding: str, limit: int) -> bytes:
 
 def _inflate(body: bytes, wbits: int, limit: int) -> bytes:
     """What can be inflated: a block at a time, so that what comes before damage is not lost."""
-    inflater, out, size = zlib.decompressobj(wbits), [], 0
+    inflater, size = zlib.decompressobj(wbits), 0
+    out: list[bytes] = []
     for start in range(0, len(body), 2**14):
         data = body[start : start + 2**14]
         while data and size <= limit and not inflater.eof:

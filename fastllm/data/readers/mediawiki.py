@@ -91,8 +91,7 @@ def _record(page: Any, log: Log) -> Record | None:
     text, date = "", ""
     for revision in _revisions(page):
         main = revision.slots.contents.get("main") if revision.slots else None
-        wikitext = main is not None and main.model in (None, "wikitext")
-        text = (main.text or "") if wikitext else ""
+        text = (main.text or "") if main and main.model in (None, "wikitext") else ""
         date = revision.timestamp.strftime("%Y-%m-%dT%H:%M:%SZ") if revision.timestamp else ""
     if not text.strip():
         log.skipped("page without wikitext")

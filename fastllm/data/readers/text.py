@@ -35,14 +35,14 @@ class TextSource(FileSource):
     def records(self, log: Log) -> Iterator[Record]:
         """The documents that the file is cut into. A file that is not UTF-8 gives none of them."""
         digest = hashlib.blake2b(digest_size=8)
-        text = False
+        empty = True
         try:
             for part in decoded(blocks(self.path, log), digest):  # the whole file, for its hash
-                text = text or bool(part.strip())
+                empty = empty and not part.strip()
         except NotText as error:
             log.problem(error.where, f"{error}; the file is left out")
             return
-        if not text:
+        if empty:
             log.skipped("empty file")
             return
         texts = documents(decoded(blocks(self.path, NO_LOG)), self.options.document)
