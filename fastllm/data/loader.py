@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,12 +13,15 @@ from torch import Tensor
 
 from ..errors import UserError
 from .mixture import Mixture
-from .packing import BestFit, Packing, Pieces
+from .packing import BestFit, Packing
 from .permutation import key_of, permuted
 from .token_data import Documents
 
 IGNORE_INDEX = -100  # the target of a token that does not count
 
+PLANNED = 256  # items of a run whose rows are computed together
+
+Row = list[tuple[int, int, int]]  # parts of documents: place in the tokens, place in the document, length
 Batch = dict[str, Tensor]  # CPU tensors by name; dimension 0 is the item, dimension 1 (where there is one) the token
 
 
@@ -73,31 +78,30 @@ class Sequences:
         self.packed = isinstance(packing, BestFit)
         self._count = np.arange(seq_len)
 
-    def build(self, numbers: np.ndarray, epoch: int) -> Batch:
-        """The sequences ``numbers`` of an epoch."""
-        pieces = self.packing.pieces(numbers, epoch)
-        places = self.documents.starts[pieces.document] + pieces.start
-        return self._tensors(len(numbers), pieces, places)
+    def rows(self, numbers: np.ndarray, epoch: int) -> list[Row]:
+        """What is in the sequences ``numbers`` of an epoch."""
+        row, document, start, length = self.packing.pieces(numbers, epoch)
+        place = self.documents.starts[document] + start
+        pieces = list(zip(place.tolist(), start.tolist(), length.tolist(), strict=True))
+        ends = np.searchsorted(row, np.arange(len(numbers) + 1)).tolist()
+        return [pieces[first:end] for first, end in pairwise(ends)]
 
-    def _tensors(self, n: int, pieces: Pieces, places: np.ndarray) -> Batch:
-        eos = self.tokens.eos_id
-        tokens, targets = np.full((n, self.seq_len), eos), np.full((n, self.seq_len), IGNORE_INDEX)
-        positions = np.empty((n, self.seq_len), np.int64)
-        ends = [0] * n  # of what is in each row
-        spans = zip(pieces.row.tolist(), places.tolist(), pieces.start.tolist(), pieces.length.tolist(), strict=True)
-        for row, place, start, length in spans:
-            first = ends[row]
-            ends[row] = end = first + length
-            ids = self.tokens.read(place - (start > 0), place + length)
-            targets[row, first:end] = ids[-length:]
-            tokens[row, end - len(ids) + 1 : end] = ids[:-1]
-            positions[row, first:end] = self._count[:length]
+    def build(self, rows: Sequence[Row]) -> Batch:
+        """The tensors of sequences; they may be of other documents among the same tokens."""
+        shape, eos = (len(rows), self.seq_len), self.tokens.eos_id
+        tokens, targets, positions = np.full(shape, eos), np.full(shape, IGNORE_INDEX), np.empty(shape, np.int64)
+        for row, pieces in enumerate(rows):
+            first = 0
+            for place, start, length in pieces:
+                end = first + length
+                ids = self.tokens.read(place - (start > 0), place + length)
+                targets[row, first:end] = ids[-length:]
+                tokens[row, end - len(ids) + 1 : end] = ids[:-1]
+                positions[row, first:end] = self._count[:length]
+                first = end
+            positions[row, first:] = self._count[: self.seq_len - first]  # what is left is a document of its own
         batch = {"tokens": torch.from_numpy(tokens), "targets": torch.from_numpy(targets)}
-        if self.packed:
-            for row, end in enumerate(ends):  # what is left is a document of its own
-                positions[row, end:] = self._count[: self.seq_len - end]
-            batch["positions"] = torch.from_numpy(positions)
-        return batch
+        return batch | {"positions": torch.from_numpy(positions)} if self.packed else batch
 
     def padding(self) -> Batch:
         """One sequence whose targets do not count."""
@@ -125,25 +129,27 @@ class TrainingData:
     ) -> None:
         self.sources, self.seed, self.mixture = sources, seed, mixture
         self.identity = dict(identity or {})
+        self._plan = lru_cache(maxsize=2)(self._plan_block)
 
     def batch(self, index: int, n: int) -> Batch:
-        items = np.arange(index, index + n)
-        of, item = self.mixture.locate(items) if self.mixture else (np.zeros(n, np.int64), items)
-        parts: list[Batch] = []
-        places: list[np.ndarray] = []
-        # Those of one source and epoch are read together.
-        epochs = item // np.array([source.packing.sequences for source in self.sources])[of]
-        for number, epoch in sorted(set(zip(of.tolist(), epochs.tolist(), strict=True))):
-            source = self.sources[number]
-            where = np.flatnonzero((of == number) & (epochs == epoch))
-            count = source.packing.sequences
-            chosen = permuted(item[where] - epoch * count, count, key_of(self.seed, number, epoch))
-            parts.append(source.build(chosen, epoch))
-            places.append(where)
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.from_numpy(np.argsort(np.concatenate(places)))
-        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        rows: list[Row] = []
+        while len(rows) < n:
+            block, first = divmod(index + len(rows), PLANNED)
+            rows += self._plan(block)[first : first + n - len(rows)]
+        return self.sources[0].build(rows)
+
+    def _plan_block(self, block: int) -> list[Row]:
+        """Items ``block * PLANNED`` and so on, PLANNED of them: together they take little more time than one."""
+        items = np.arange(block * PLANNED, (block + 1) * PLANNED)
+        of, item = self.mixture.locate(items) if self.mixture else (np.zeros_like(items), items)
+        rows: list[Row] = [[]] * PLANNED
+        epoch, item = np.divmod(item, np.array([source.packing.sequences for source in self.sources])[of])
+        for number, e in sorted(set(zip(of.tolist(), epoch.tolist(), strict=True))):
+            source, here = self.sources[number], np.flatnonzero((of == number) & (epoch == e))
+            chosen = permuted(item[here], source.packing.sequences, key_of(self.seed, number, e))
+            for place, row in zip(here.tolist(), source.rows(chosen, e), strict=True):
+                rows[place] = row
+        return rows
 
     def padding(self) -> Batch:
         return self.sources[0].padding()
@@ -157,8 +163,8 @@ class TrainingData:
             before, now = state.get(key), own.get(key)
             if before != now and key == "schedule":
                 raise UserError(
-                    f"the weights move over {before:,} sequences in the checkpoint and over {now:,} in this run: continue "
-                    "with the same train.steps and train.global_batch_tokens"
+                    f"the weights move over {before} sequences in the checkpoint and over {now} in this run: "
+                    "continue with the same train.steps and train.global_batch_tokens"
                 )
             if before != now:
                 raise UserError(f"the checkpoint was trained on data of {key} {before}, this is {key} {now}")
@@ -177,7 +183,7 @@ class EvaluationData:
         return self._n
 
     def batch(self, index: int, n: int) -> Batch:
-        return self.sequences.build(self._numbers[index : index + n], 0)
+        return self.sequences.build(self.sequences.rows(self._numbers[index : index + n], 0))
 
     def padding(self) -> Batch:
         return self.sequences.padding()

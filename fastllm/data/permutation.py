@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 
 ROUNDS = 4  # of a Feistel network, with a strong mixer: Luby and Rackoff 1988
@@ -18,10 +20,8 @@ def mixed(x: np.ndarray) -> np.ndarray:
 
 def key_of(*numbers: int) -> int:
     """A key that depends on all of ``numbers``, each of which is from 0 to 2**64 - 1, and on their order."""
-    key = np.zeros(1, np.uint64)
-    for number in numbers:
-        key = mixed(key ^ mixed(np.array([number], np.uint64)))
-    return int(key[0])
+    content = b"".join(number.to_bytes(8, "little") for number in numbers)
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def permuted(index: np.ndarray, n: np.ndarray | int, key: np.ndarray | int) -> np.ndarray:
