@@ -185,11 +185,12 @@ def _clean(batch: Batch) -> Cleaned:
 
 def _cleaned(recipe: Recipe, files: Files, batches: Iterator[Batch], processes: int) -> Iterator[tuple[Batch, Cleaned]]:
     """Each batch and what is left of it, in order."""
+    worker = Worker(recipe, files)  # what can't work is said here, once
     if processes == 1:
-        worker = Worker(recipe, files)
         for batch in batches:
             yield batch, worker.clean(batch)
         return
+    del worker
     pool = _Pool(recipe, files, processes)
     waiting: deque[tuple[Batch, Future[Cleaned]]] = deque()
     with pool.running():

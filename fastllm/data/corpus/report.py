@@ -85,7 +85,7 @@ def dropped(report: dict[str, Any]) -> list[tuple[str, str, int, int]]:
             for reason, (documents, characters) in reasons.items():
                 before = sums.get((name, reason), (0, 0))
                 sums[name, reason] = before[0] + documents, before[1] + characters
-    order = [*report["recipe"]["filters"], "exact_duplicates", "near_duplicates", "decontamination"]
+    order = [*report["recipe"]["filters"], "damaged", "exact_duplicates", "near_duplicates", "decontamination"]
     return sorted(
         ((*key, *count) for key, count in sums.items()), key=lambda row: (order.index(row[0]), -row[2], row[1])
     )

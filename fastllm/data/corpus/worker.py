@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
+from ...errors import UserError
 from ...input_files import one_line
 from ..cleaning import build
 from ..deduplication import KEY_BYTES, Decontaminator, MinHash, exact_key
@@ -75,7 +76,16 @@ class Worker:
             if document is None:
                 continue
             tally.read(document)
-            if dropped := self.filter(document):
+            try:
+                dropped = self.filter(document)
+            except UserError:  # a package that is missing
+                raise
+            except Exception as error:  # of a filter: one document must not end the work
+                where = f"{self.files[file][1].name}, record {number:,}"
+                tally.problem(document.source, where, f"{type(error).__name__}: {one_line(error)}")
+                tally.drop(document, "damaged", "a filter failed")
+                continue
+            if dropped:
                 name, reason = dropped
                 tally.drop(document, name, reason.removeprefix(f"{name}: "))
                 continue
