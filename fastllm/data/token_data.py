@@ -98,6 +98,12 @@ class TokenData:
         for folder in self.folders:
             folder.verify(part, parts)
 
+    def forget_documents(self) -> None:
+        """Free what the folders hold for each document: a split has its own."""
+        for folder in self.folders:
+            for name in ("lengths", "keys", "source", "starts"):
+                vars(folder).pop(name, None)  # cached properties, which are made anew where they are asked for
+
     def _column(self, name: str) -> np.ndarray:
         parts = [getattr(folder, name) for folder in self.folders]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

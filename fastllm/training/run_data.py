@@ -58,6 +58,7 @@ def load_run_data(config: Config, tokens: TokenData) -> RunData:
     """Split and pack the documents. Raises UserError where there are too few, or the weights don't fit the sources."""
     seq_len, seed, data = config.model.max_seq_len, config.train.seed, config.data
     parts = split(tokens, data.validation, seq_len)
+    tokens.forget_documents()
     sizes = {"training": parts.train.tokens, "validation": parts.validation.tokens}
     for purpose, n in sizes.items():
         if n < seq_len:
