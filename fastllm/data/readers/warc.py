@@ -19,7 +19,7 @@ from .streams import blocks
 RECORD_LIMIT = 32 * 2**20  # bytes of a record, and of a page without its compression
 HEADER_LIMIT = 2**16  # bytes of a record's own header
 HTML_TYPES = frozenset(("text/html", "application/xhtml+xml", ""))
-_RECORD = re.compile(rb"(?:^|(?<=\n))WARC/\d\.\d\r?\n[A-Za-z-]+[ \t]*:")
+_RECORD = re.compile(rb"WARC/\d\.\d\r?\n[A-Za-z-]+[ \t]*:")  # a plain begin: it is searched for fast
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 
 
@@ -134,7 +134,7 @@ class _Reader:
             yield offset, headers, block
             return
         if not self._broken or whole:
-            inside = _RECORD.search(self._data, end, end + size)
+            inside = _find(self._data, end, end + size) >= 0
             self._problem(
                 f"the record has {size:,} bytes by its header, but the next one begins before or behind that"
                 if whole or inside
@@ -147,13 +147,13 @@ class _Reader:
         offset, stop = self._start, self._start + end + size
         self._drop(end)
         while self._start < stop:
-            match = _RECORD.search(self._data, 0, min(len(self._data), stop - self._start))
-            if match:
+            inside = _find(self._data, 0, stop - self._start)
+            if inside >= 0:
                 self._log.problem(
                     f"byte {offset:,} of the content",
                     f"the record has {size:,} bytes by its header, but another begins in it",
                 )
-                self._drop(match.start())
+                self._drop(inside)
                 return
             self._drop(max(0, min(len(self._data) - 256, stop - self._start)))
             if len(self._data) >= stop - self._start:
@@ -186,7 +186,7 @@ class _Reader:
 
     def _next_record(self, place: int) -> None:
         """Go to the next record at ``place`` or behind it."""
-        while not (match := _RECORD.search(self._data, place)):
+        while (start := _find(self._data, place, len(self._data))) < 0:
             passed = max(0, len(self._data) - 256)
             self._drop(passed)
             place = max(0, place - passed)
@@ -197,7 +197,7 @@ class _Reader:
             if not self._broken:
                 return
             self._broken = False
-        self._drop(match.start())
+        self._drop(start)
 
     def _need(self, size: int) -> bool:
         while len(self._data) < size:
@@ -225,6 +225,15 @@ class _Reader:
 
     def _problem(self, message: str) -> None:
         self._log.problem(f"byte {self._start:,} of the content", message)
+
+
+def _find(data: bytearray, start: int, stop: int) -> int:
+    """Where the first line from ``start`` to ``stop`` begins that begins a record; -1 where there is none."""
+    while match := _RECORD.search(data, start, stop):
+        if not match.start() or data[match.start() - 1] == 10:
+            return match.start()
+        start = match.end()
+    return -1
 
 
 def _headers(head: bytes) -> dict[str, str]:
