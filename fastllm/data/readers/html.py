@@ -17,7 +17,8 @@ MOST_ATTRIBUTES = 2000  # of one element, likewise
 LONG_TAG = 2**13  # characters of an element with its attributes that is looked at
 _QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
 _BETWEEN_ATTRIBUTES = re.compile(r"[\s/]+")
-_BLOCKS = re.compile(r"<(/?)(?:div|article)\b")
+_BLOCKS = re.compile(r"<(/?)(?:div|article)\b", re.IGNORECASE)
+_BLOCK_BEGINS = ("<d", "<D", "<ar", "<aR", "<Ar", "<AR")  # counted first: the pattern is slower
 _BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*\n")
 
 # What web pages call by the first name is, as browsers read it, the second.
@@ -113,11 +114,10 @@ def _check(page: str) -> None:
             if stop < 0:
                 break
         start = stop + 1
-    lower = page.lower()
-    if lower.count("<div") + lower.count("<article") <= DEEPEST:
+    if page.count("<") <= DEEPEST or sum(map(page.count, _BLOCK_BEGINS)) <= DEEPEST:
         return
     depth = 0
-    for match in _BLOCKS.finditer(lower):
+    for match in _BLOCKS.finditer(page):
         depth = max(0, depth - 1) if match[1] else depth + 1
         if depth > DEEPEST:
             raise Skipped("HTML nested too deeply")
