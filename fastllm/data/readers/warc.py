@@ -42,7 +42,7 @@ class WarcSource(FileSource):
 
     def records(self, log: Log) -> Iterator[Record]:
         for offset, headers, block in _Reader(self.path, log).records():
-            kind, url, mime = headers.get("warc-type", ""), headers.get("warc-target-uri", ""), ""
+            kind, url = headers.get("warc-type", ""), headers.get("warc-target-uri", "").strip("<>")
             mime = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind not in ("response", "conversion", "resource"):
                 log.skipped(f"{kind if re.fullmatch('[a-z]{1,20}', kind) else 'unknown'} record")
@@ -53,7 +53,7 @@ class WarcSource(FileSource):
             else:
                 name = headers.get("warc-record-id", "").removeprefix("<urn:uuid:").removesuffix(">")
                 date = headers.get("warc-date", "")
-                yield Record(name or f"byte {offset}", kind, url.strip("<>"), date, mime, block)
+                yield Record(name or f"byte {offset}", kind, url, date, mime, block)
 
     def extract(self, record: Record) -> Document:
         title = ""
@@ -95,35 +95,35 @@ class _Reader:
     def records(self) -> Iterator[tuple[int, dict[str, str], bytes]]:
         """``(offset, headers, block)``; the block is empty where the record is longer than RECORD_LIMIT."""
         while True:
-            self._drop(len(self._data) - len(self._data.lstrip(b"\r\n")))
-            if self._data or self._fill():
-                if not self._data.lstrip(b"\r\n"):
-                    continue
-                self._drop(len(self._data) - len(self._data.lstrip(b"\r\n")))
+            while self._data[:1] in (b"\r", b"\n"):
+                self._drop(1)
+            if self._data:
                 yield from self._record()
             elif self._broken:
                 self._broken = False
-                self._drop(len(self._data))
                 self._next_record(0)
-            else:
+            elif not self._fill() and not self._broken:
                 return
 
     def _record(self) -> Iterator[tuple[int, dict[str, str], bytes]]:
         end = self._header_end()
         headers = _headers(bytes(self._data[: end or 0]))
         length = headers.get("content-length", "")
-        if not end or not self._data.startswith(b"WARC/") or not re.fullmatch(r"\d{1,15}", length):
-            if not (self._broken and not end):
-                self._problem(
-                    "a record ends inside its header"
-                    if self._end and self._data.startswith(b"WARC/")
-                    else "no WARC record begins here"
-                    if not self._data.startswith(b"WARC/")
-                    else "the record has no length"
-                )
-            self._next_record(1)
+        if not self._data.startswith(b"WARC/"):
+            problem = "no WARC record begins here"
+        elif not end:
+            problem = "" if self._broken else "the record's header has no end"
+        elif not re.fullmatch(r"\d{1,15}", length):
+            problem = "the record's header has no length"
+        else:
+            yield from self._block(end, int(length), headers)
             return
-        size = int(length)
+        if problem:
+            self._problem(problem)
+        self._next_record(1)
+
+    def _block(self, end: int, size: int, headers: dict[str, str]) -> Iterator[tuple[int, dict[str, str], bytes]]:
+        """The record whose header ends at ``end`` and tells ``size``, if that is true."""
         if size > RECORD_LIMIT:
             yield from self._long_record(end, size, headers)
             return
