@@ -95,7 +95,7 @@ class _Reader:
     def records(self) -> Iterator[tuple[int, dict[str, str], bytes]]:
         """``(offset, headers, block)``; the block is empty where the record is longer than RECORD_LIMIT."""
         while True:
-            while self._data[:1] in (b"\r", b"\n"):
+            while self._data.startswith((b"\r", b"\n")):
                 self._drop(1)
             if self._data:
                 yield from self._record()
