@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 DEEPEST = 2000  # <div>s in each other: the search for the main content takes time with the square of it
 MOST_ATTRIBUTES = 2000  # of one element, likewise
-_LONG_TAG = re.compile(r"<[a-zA-Z][^<>]{8192,}")
+LONG_TAG = 2**13  # characters of an element with its attributes that is looked at
+_QUOTED = re.compile(r"\"[^\"]*\"|'[^']*'")
+_BETWEEN_ATTRIBUTES = re.compile(r"[\s/]+")
 _BLOCKS = re.compile(r"<(/?)(?:div|article)\b", re.IGNORECASE)
+_BLOCK_BEGINS = ("<d", "<D", "<ar", "<aR", "<Ar", "<AR")  # counted first: the pattern is slower
 _BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*\n")
 
 # What web pages call by the first name is, as browsers read it, the second.
@@ -98,9 +101,20 @@ def tidy(text: str) -> str:
 
 
 def _check(page: str) -> None:
-    if any(match.group().count("=") > MOST_ATTRIBUTES for match in _LONG_TAG.finditer(page)):
-        raise Skipped("HTML element with too many attributes")
-    if page.count("<") < DEEPEST:
+    """Raise Skipped for a page that would take very long; it must cost little on all others."""
+    start = 0
+    while len(page) - start > LONG_TAG:
+        stop = page.rfind(">", start, start + LONG_TAG)
+        if stop < 0:
+            stop = page.find(">", start)
+            part = page[start : stop if stop >= 0 else len(page)]
+            tag = _QUOTED.sub("", part[part.find("<") :] if "<" in part else "")
+            if len(_BETWEEN_ATTRIBUTES.findall(tag)) > MOST_ATTRIBUTES:
+                raise Skipped("HTML element with too many attributes")
+            if stop < 0:
+                break
+        start = stop + 1
+    if page.count("<") <= DEEPEST or sum(map(page.count, _BLOCK_BEGINS)) <= DEEPEST:
         return
     depth = 0
     for match in _BLOCKS.finditer(page):

@@ -23,6 +23,10 @@ _ENCODING = re.compile(rb"<\?xml[^>]{0,200}encoding\s*=\s*[\"']([\w.-]+)")
 _REDIRECT = re.compile(r"\s*#[^\W\d_]{3,30}\s*:?\s*\[\[")  # "#REDIRECT [[", in any language
 
 
+# What mwxml raises, beside its own MalformedXML, where an element is not as the schema has it.
+_ODD = (AssertionError, AttributeError, KeyError, TypeError, ValueError)
+
+
 class Record(NamedTuple):
     title: str
     id: str
@@ -49,11 +53,11 @@ class MediaWikiSource(FileSource):
             root = ElementIterator.from_file(file)
             for element in root:
                 if element.tag == "siteinfo":
-                    site = _namespaces(element)
+                    site = _namespaces(element, log)
                 elif element.tag == "page":
                     try:
                         record = _record(Page.from_element(element, site), log)
-                    except (MalformedXML, AttributeError, TypeError, ValueError, KeyError) as error:
+                    except (MalformedXML, *_ODD) as error:
                         log.problem(f"byte {file.place:,} of the content", f"a page before it: {one_line(error)}")
                         record = None
                     if record:
@@ -61,7 +65,7 @@ class MediaWikiSource(FileSource):
                 root.element.clear()  # ElementTree would keep an element of each page
         except _Refused as error:
             log.problem(f"byte {file.place:,} of the content", f"{error}; what follows is left out")
-        except (ParseError, RecursionError, MalformedXML) as error:
+        except (ParseError, RecursionError) as error:
             if not file.broken:
                 log.problem(f"byte {file.place:,} of the content or before", f"not well-formed XML: {one_line(error)}")
 
@@ -73,10 +77,16 @@ class MediaWikiSource(FileSource):
         return Document(text, self.name, self.kind, record.id, {key: value for key, value in known.items() if value})
 
 
-def _namespaces(element: Any) -> dict[str, Any] | None:
+def _namespaces(element: Any, log: Log) -> dict[str, Any] | None:
+    """The namespaces by name, by which mwxml knows those of pages without a number (dumps until 2011)."""
+    from mwxml.errors import MalformedXML
     from mwxml.iteration.site_info import SiteInfo
 
-    found = SiteInfo.from_element(element).namespaces
+    try:
+        found = SiteInfo.from_element(element).namespaces
+    except (MalformedXML, *_ODD) as error:
+        log.problem("the siteinfo", f"its namespaces can't be read: {one_line(error)}")
+        return None
     return None if found is None else {namespace.name: namespace for namespace in found}
 
 

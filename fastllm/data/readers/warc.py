@@ -19,7 +19,7 @@ from .streams import blocks
 RECORD_LIMIT = 32 * 2**20  # bytes of a record, and of a page without its compression
 HEADER_LIMIT = 2**16  # bytes of a record's own header
 HTML_TYPES = frozenset(("text/html", "application/xhtml+xml", ""))
-_RECORD = re.compile(rb"(?:^|(?<=\n))WARC/\d\.\d\r?\n[A-Za-z-]+[ \t]*:")
+_RECORD = re.compile(rb"WARC/\d\.\d\r?\n[A-Za-z-]+[ \t]*:")  # a plain begin: it is searched for fast
 _HEADER_END = re.compile(rb"\r?\n\r?\n")
 
 
@@ -42,7 +42,7 @@ class WarcSource(FileSource):
 
     def records(self, log: Log) -> Iterator[Record]:
         for offset, headers, block in _Reader(self.path, log).records():
-            kind, url, mime = headers.get("warc-type", ""), headers.get("warc-target-uri", ""), ""
+            kind, url = headers.get("warc-type", ""), headers.get("warc-target-uri", "").strip("<>")
             mime = headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind not in ("response", "conversion", "resource"):
                 log.skipped(f"{kind if re.fullmatch('[a-z]{1,20}', kind) else 'unknown'} record")
@@ -53,7 +53,7 @@ class WarcSource(FileSource):
             else:
                 name = headers.get("warc-record-id", "").removeprefix("<urn:uuid:").removesuffix(">")
                 date = headers.get("warc-date", "")
-                yield Record(name or f"byte {offset}", kind, url.strip("<>"), date, mime, block)
+                yield Record(name or f"byte {offset}", kind, url, date, mime, block)
 
     def extract(self, record: Record) -> Document:
         title = ""
@@ -95,35 +95,35 @@ class _Reader:
     def records(self) -> Iterator[tuple[int, dict[str, str], bytes]]:
         """``(offset, headers, block)``; the block is empty where the record is longer than RECORD_LIMIT."""
         while True:
-            self._drop(len(self._data) - len(self._data.lstrip(b"\r\n")))
-            if self._data or self._fill():
-                if not self._data.lstrip(b"\r\n"):
-                    continue
-                self._drop(len(self._data) - len(self._data.lstrip(b"\r\n")))
+            while self._data.startswith((b"\r", b"\n")):
+                self._drop(1)
+            if self._data:
                 yield from self._record()
             elif self._broken:
                 self._broken = False
-                self._drop(len(self._data))
                 self._next_record(0)
-            else:
+            elif not self._fill() and not self._broken:
                 return
 
     def _record(self) -> Iterator[tuple[int, dict[str, str], bytes]]:
         end = self._header_end()
         headers = _headers(bytes(self._data[: end or 0]))
         length = headers.get("content-length", "")
-        if not end or not self._data.startswith(b"WARC/") or not re.fullmatch(r"\d{1,15}", length):
-            if not (self._broken and not end):
-                self._problem(
-                    "a record ends inside its header"
-                    if self._end and self._data.startswith(b"WARC/")
-                    else "no WARC record begins here"
-                    if not self._data.startswith(b"WARC/")
-                    else "the record has no length"
-                )
-            self._next_record(1)
+        if not self._data.startswith(b"WARC/"):
+            problem = "no WARC record begins here"
+        elif not end:
+            problem = "" if self._broken else "the record's header has no end"
+        elif not re.fullmatch(r"\d{1,15}", length):
+            problem = "the record's header has no length"
+        else:
+            yield from self._block(end, int(length), headers)
             return
-        size = int(length)
+        if problem:
+            self._problem(problem)
+        self._next_record(1)
+
+    def _block(self, end: int, size: int, headers: dict[str, str]) -> Iterator[tuple[int, dict[str, str], bytes]]:
+        """The record whose header ends at ``end`` and tells ``size``, if that is true."""
         if size > RECORD_LIMIT:
             yield from self._long_record(end, size, headers)
             return
@@ -134,7 +134,7 @@ class _Reader:
             yield offset, headers, block
             return
         if not self._broken or whole:
-            inside = _RECORD.search(self._data, end, end + size)
+            inside = _find(self._data, end, end + size) >= 0
             self._problem(
                 f"the record has {size:,} bytes by its header, but the next one begins before or behind that"
                 if whole or inside
@@ -147,13 +147,13 @@ class _Reader:
         offset, stop = self._start, self._start + end + size
         self._drop(end)
         while self._start < stop:
-            match = _RECORD.search(self._data, 0, min(len(self._data), stop - self._start))
-            if match:
+            inside = _find(self._data, 0, stop - self._start)
+            if inside >= 0:
                 self._log.problem(
                     f"byte {offset:,} of the content",
                     f"the record has {size:,} bytes by its header, but another begins in it",
                 )
-                self._drop(match.start())
+                self._drop(inside)
                 return
             self._drop(max(0, min(len(self._data) - 256, stop - self._start)))
             if len(self._data) >= stop - self._start:
@@ -186,7 +186,7 @@ class _Reader:
 
     def _next_record(self, place: int) -> None:
         """Go to the next record at ``place`` or behind it."""
-        while not (match := _RECORD.search(self._data, place)):
+        while (start := _find(self._data, place, len(self._data))) < 0:
             passed = max(0, len(self._data) - 256)
             self._drop(passed)
             place = max(0, place - passed)
@@ -197,7 +197,7 @@ class _Reader:
             if not self._broken:
                 return
             self._broken = False
-        self._drop(match.start())
+        self._drop(start)
 
     def _need(self, size: int) -> bool:
         while len(self._data) < size:
@@ -225,6 +225,15 @@ class _Reader:
 
     def _problem(self, message: str) -> None:
         self._log.problem(f"byte {self._start:,} of the content", message)
+
+
+def _find(data: bytearray, start: int, stop: int) -> int:
+    """Where the first line from ``start`` to ``stop`` begins that begins a record; -1 where there is none."""
+    while match := _RECORD.search(data, start, stop):
+        if not match.start() or data[match.start() - 1] == 10:
+            return match.start()
+        start = match.end()
+    return -1
 
 
 def _headers(head: bytes) -> dict[str, str]:

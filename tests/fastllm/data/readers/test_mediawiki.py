@@ -133,6 +133,14 @@ def test_a_page_that_is_not_as_the_schema_has_it(tmp_path):
     assert len(found.problems) == 1
 
 
+def test_a_damaged_siteinfo(tmp_path):
+    path = tmp_path / "a.xml"
+    path.write_text(SITE.replace("<namespaces>", "<namespaces><other/>") + page("Lake", "A lake.") + END)
+    found = read(path)
+    assert found.texts == ["A lake."]
+    assert found.problems[0][0] == "the siteinfo"
+
+
 def test_a_text_that_is_too_long(tmp_path, monkeypatch):
     monkeypatch.setattr(mediawiki, "PAGE_LIMIT", 2**20)
     path = tmp_path / "a.xml"

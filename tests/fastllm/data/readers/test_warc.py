@@ -225,6 +225,7 @@ def test_html_as_crawls_have_it(tmp_path):
         ("<div>" * 30_000 + "text", "HTML nested too deeply"),
         ("<article><div>" * 3000 + "text" + "</div></article>" * 3000, "HTML nested too deeply"),
         ("<div " + " ".join(f"a{i}=1" for i in range(100_000)) + ">text", "HTML element with too many attributes"),
+        ("<div x='<'/" + "/".join(f"a{i}" for i in range(100_000)) + ">text", "HTML element with too many attributes"),
     ],
 )
 def test_pages_that_would_take_very_long(html, reason, tmp_path):
@@ -234,6 +235,8 @@ def test_pages_that_would_take_very_long(html, reason, tmp_path):
 
 
 def test_deep_and_large_pages_are_read(tmp_path):
+    picture = f"<main><img src='data:image/png;base64,{'abc/def+ ' * 50_000}'><p>A text beside a picture.</main>"
+    assert read(write(tmp_path / "b", record(response(picture.encode())))).texts == ["A text beside a picture."]
     deep = "<p>" + "<span><b>" * 50_000 + "text of it"
     large = "<main>" + "<p>A paragraph of a page that is large, with several words in it.</p>\n" * 100_000
     found = read(write(tmp_path / "a", record(response(deep.encode())), record(response(large.encode()))))
