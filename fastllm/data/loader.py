@@ -159,7 +159,7 @@ class TrainingData:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         own = self.state_dict()
-        for key in own | state:
+        for key in own | {**state}:
             before, now = state.get(key), own.get(key)
             if before != now and key == "schedule":
                 raise UserError(

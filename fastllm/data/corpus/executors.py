@@ -66,7 +66,7 @@ def prepare_with_datatrove(
         ("shards", preparation.tasks, _shards),
         ("finish", 1, _finish),
     ]
-    last = None
+    last: Any = None
     for name, count, call in stages:
         if count:
             last = make(name, count, partial(call, preparation), last)

@@ -84,7 +84,7 @@ class _Hashed(io.RawIOBase):
 def read_lines(path: Path, digest: Any = None) -> Iterator[bytes]:
     """The lines of a zstd file, without their ends; ``digest`` takes in the file's own bytes."""
     with open_regular(path, "the shard ") as file:
-        raw = file if digest is None else _Hashed(file, digest)
+        raw: Any = file if digest is None else _Hashed(file, digest)
         reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
         try:
             for number, line in enumerate(io.BufferedReader(reader, 2**20), start=1):

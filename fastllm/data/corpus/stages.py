@@ -110,8 +110,8 @@ class Preparation:
         few = np.flatnonzero(kept)
         few = few[:: max(1, len(few) // (2 * FEW))][: 2 * FEW]
         tally.samples["kept"] = list(_excerpts(parts, few, "kept"))
-        with atomic(self.work / "kept.npy") as path, open(path, "wb") as file:
-            np.save(file, kept, allow_pickle=False)
+        with atomic(self.work / "kept.npy") as path, open(path, "wb") as output:
+            np.save(output, kept, allow_pickle=False)
         write_atomic(self.work / "dropped.json", json.dumps(tally.to_json()).encode())
 
     def _drop(
@@ -192,7 +192,7 @@ def _write_shard(part: Part, mask: np.ndarray, path: Path) -> dict[str, Any]:
         if mask.all():
             shutil.copyfile(part.lines, temporary)
         else:
-            with open(temporary, "wb") as file, zstandard.ZstdCompressor(LEVEL).stream_writer(file) as writer:
+            with open(temporary, "wb") as output, zstandard.ZstdCompressor(LEVEL).stream_writer(output) as writer:
                 for keep, line in zip(mask, read_lines(part.lines), strict=True):
                     if keep:
                         writer.write(line + b"\n")

@@ -10,6 +10,7 @@ from typing import Any
 from ..document import Document
 
 SAMPLES = 5  # of what a filter dropped for one reason
+SHOWN = ("url", "title", "language")  # of its metadata
 EXCERPT = 600  # characters of a sample
 PROBLEMS = 1000  # that a report lists; all are counted
 
@@ -28,7 +29,7 @@ def length_bin(characters: int) -> int:
 def sample(document: Document, fate: str, reason: str = "") -> dict[str, Any]:
     """An excerpt of a document as ``samples.jsonl`` has it; ``fate``: "kept", or the filter that dropped it."""
     text = document.text
-    more = {key: document.metadata[key] for key in ("url", "title", "language") if key in document.metadata}
+    more: dict[str, Any] = {key: value for key, value in document.metadata.items() if key in SHOWN}
     excerpt = text if len(text) <= EXCERPT else f"{text[:EXCERPT]}…"
     return {"fate": fate, "reason": reason, "source": document.source, "id": document.id, **more, "text": excerpt}
 
