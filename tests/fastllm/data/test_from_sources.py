@@ -1,18 +1,20 @@
-"""Files and folders as people name them."""
+"""From what the user names to the tokens of a run."""
 
 from __future__ import annotations
 
 import codecs
+import json
 import json.decoder
-import os
-import socket
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from fastllm.data import from_sources
+from fastllm.data import from_sources, read_corpus
+from fastllm.data.cleaning import FILTERS
+from fastllm.data.corpus.prepare import prepare
+from fastllm.data.corpus.recipe import Recipe, SourceSpec
 from fastllm.data.readers import ReaderOptions, Seen, streams
+from fastllm.data.token_shards import TokenFolder
 from fastllm.errors import UserError
 
 TEXT = "some text of a few words\n" * 40
@@ -82,63 +84,6 @@ def test_hidden_folders_and_caches_are_left_out(tmp_path):
     assert Read([tmp_path / ".git"]).text == "not mine"  # by its name
 
 
-def test_what_is_no_regular_file(tmp_path):
-    (tmp_path / "a.txt").write_text(TEXT)
-    os.mkfifo(tmp_path / "pipe.txt")
-    (tmp_path / "loop.txt").symlink_to("loop.txt")
-    (tmp_path / "gone.txt").symlink_to("nowhere")
-    (tmp_path / "up").symlink_to(".")
-    (tmp_path / "dir.txt").symlink_to(tmp_path)
-    (tmp_path / "zero.txt").symlink_to("/dev/zero")
-    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as listener:  # a socket's path is short
-        listener.bind(f"{short}/socket.txt")
-        assert "is a socket" in error_of(f"{short}/socket.txt")
-    assert "is a named pipe" in error_of(tmp_path / "pipe.txt")
-    assert "is a device" in error_of("/dev/zero")
-    assert "is a device" in error_of(tmp_path / "zero.txt")
-    assert "symbolic links" in error_of(tmp_path / "loop.txt")
-    assert "No such file" in error_of(tmp_path / "gone.txt")
-    corpus = Read([tmp_path / "a.txt", tmp_path / ".." / tmp_path.name, tmp_path / "a.txt"])
-    assert corpus.text.count("some") == 40  # once
-    for words in ("links to folders (2", "a named pipe (1:", "a device (1:", "files that can't be read (2"):
-        assert words in corpus.note
-
-
-@pytest.mark.parametrize("path", ["", "a\0b", "x" * 5000, "no\nsuch\x1b[31m", "\ud800", "no\udcff"])
-def test_names_that_no_file_has(path):
-    error_of(path)
-
-
-def test_unreadable_files_and_folders(tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    (tmp_path / "a.txt").write_text(TEXT)
-    (tmp_path / "b.txt").write_text(TEXT)
-    scan, opened = os.scandir, os.open
-
-    def refuse(call):
-        def refusing(path, *args):
-            if str(path).endswith(("in", "b.txt")):
-                raise PermissionError(13, "Permission denied")
-            return call(path, *args)
-
-        return refusing
-
-    monkeypatch.setattr(os, "scandir", refuse(scan))
-    monkeypatch.setattr(os, "open", refuse(opened))
-    note = Read([tmp_path]).note
-    assert "folders that can't be read (1" in note
-    assert "files that can't be read (1" in note
-    assert "Permission denied" in error_of(tmp_path / "b.txt")
-
-
-def test_names_that_are_not_utf8(tmp_path):
-    path = tmp_path / os.fsdecode(b"b\xff\n'\".txt")
-    path.write_text(TEXT)
-    corpus = Read([path])
-    assert corpus.text.count("some") == 40
-    assert Read([tmp_path]).text.count("some") == 40
-
-
 def test_a_byte_order_mark_is_not_text(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(codecs.BOM_UTF8 + TEXT.encode() + "\ufeffin the midst, and a \0".encode())
@@ -148,21 +93,6 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
     assert "is empty" in error_of(path)
     path.write_bytes(codecs.BOM_UTF8 + b"text \xff")
     assert "not UTF-8 text: byte 8" in error_of(path)
-
-
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be"])
-def test_other_encodings_are_named(encoding, tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(TEXT.encode(encoding))
-    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
-    assert f"is {name} text: convert it to UTF-8" in error_of(path)
-    (tmp_path / "b.txt").write_text(TEXT)
-    assert Read([tmp_path]).note == f"{name} text (1: {path})"
-
-
-def test_zero_bytes_are_no_text(tmp_path):
-    (tmp_path / "a.txt").write_bytes(bytes(5000))
-    assert "is not text" in error_of(tmp_path / "a.txt")
 
 
 def test_the_byte_of_an_error_far_into_a_file(tmp_path, monkeypatch):
@@ -238,3 +168,31 @@ def test_folders_without_text(tmp_path):
         Read([tmp_path])
     (tmp_path / "a.txt").write_text("")
     assert not Read([tmp_path]).documents
+
+
+def test_text_becomes_tokens_of_what_the_user_named(tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("first text of the notes\n" * 50)
+    (tmp_path / "b.txt").write_text("another text\n" * 50)
+    paths = [str(tmp_path / "notes"), str(tmp_path / "b.txt")]
+    folder = TokenFolder(from_sources.make_tokens(paths, 300, 1000, tmp_path))
+    assert folder.sources == paths
+    assert folder.documents >= 2
+    decoded = folder.tokenizer.decode(folder.read(0, int(folder.lengths[0]) - 1))
+    assert (tmp_path / "notes" / "a.txt").read_text().startswith(decoded)
+    assert "documents" in capsys.readouterr().out
+
+
+def test_a_table_becomes_a_corpus_first(tmp_path, capsys):
+    lines = [json.dumps({"text": f"The text number {n} has {n * 7} words and more of it.\n" * 20}) for n in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{damaged"]) + "\n")
+    with pytest.raises(UserError, match="the filters keep no document"):  # which repeat their lines
+        from_sources.make_tokens([str(tmp_path / "a.jsonl")], 300, 1000, tmp_path / "none")
+    assert (tmp_path / "none" / "corpus" / "report.md").exists()
+    recipe = Recipe((SourceSpec(str(tmp_path / "a.jsonl"), "mine", 2.0),)).without(tuple(FILTERS))
+    prepare(recipe, tmp_path / "corpus", 1)
+    folder = TokenFolder(from_sources.make_tokens([str(tmp_path / "corpus")], 300, 1000, tmp_path / "run"))
+    assert folder.sources == ["mine"] and folder.weights == {"mine": 2.0}
+    assert folder.documents == len(list(read_corpus(tmp_path / "corpus"))) > 10
+    with pytest.raises(UserError, match="give one corpus alone"):
+        from_sources.make_tokens([str(tmp_path / "corpus"), str(tmp_path / "a.jsonl")], 300, 1000, tmp_path / "run2")
