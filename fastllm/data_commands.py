@@ -96,6 +96,7 @@ def prepare(argv: list[str]) -> int:
 
     from .data.corpus.prepare import prepare
     from .data.corpus.recipe import Recipe, SourceSpec, load_recipe
+    from .data.corpus.shards import read_report
 
     if any(source.endswith(".toml") for source in chosen.sources):
         if len(chosen.sources) > 1:
@@ -116,9 +117,12 @@ def prepare(argv: list[str]) -> int:
     if chosen.executor != "processes":
         from .data.corpus.executors import prepare_with_datatrove
 
-        return prepare_with_datatrove(recipe, chosen.out, chosen.executor, chosen.tasks, chosen.processes)
-    outcome = prepare(recipe, chosen.out, chosen.processes or None)
-    report = outcome.report
+        if not prepare_with_datatrove(recipe, chosen.out, chosen.executor, chosen.tasks, chosen.processes):
+            console.say("submitted", f"{chosen.out} is complete when the last job has ended")
+            return 0
+        report = read_report(chosen.out)
+    else:
+        report = prepare(recipe, chosen.out, chosen.processes or None).report
     console.say(
         "corpus",
         f"{chosen.out}: {report['documents']:,} documents of {report['read'][0]:,}, "
