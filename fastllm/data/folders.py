@@ -7,6 +7,8 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..errors import UserError
+
 TEXT_SUFFIXES = frozenset(
     f".{suffix}"
     for line in (
@@ -69,6 +71,16 @@ def own_folder(names: Iterable[str]) -> str:
     """What a folder with these names is that ``fastllm data`` makes; empty for another folder."""
     found = set(names)
     return next((kind for kind, marks in OWN_FOLDERS if marks <= found), "")
+
+
+def refuse_own(path: str | Path) -> None:
+    """Raise UserError where ``path`` is a folder that ``fastllm data`` makes, or is making: it is no source."""
+    try:
+        kind = own_folder(os.listdir(path))
+    except (OSError, ValueError):  # no folder; who reads it says what it is
+        return
+    if kind:
+        raise UserError(f"{printable(path)} is a {kind}, finished or not, which fastllm made: it is no source of text")
 
 
 def text_files(root: Path, left_out: LeftOut, suffixes: frozenset[str] = TEXT_SUFFIXES) -> Iterator[Path]:

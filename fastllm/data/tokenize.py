@@ -95,7 +95,12 @@ def tokenize(
         UserError: corpus or tokenizer can't be used, ``out`` holds something else or can't be written to.
     """
     corpus, out = Path(corpus), Path(out)
+    cores = len(os.sched_getaffinity(0))
+    if processes is not None and not 0 < processes <= 4 * cores:
+        raise UserError(f"--processes must be from 1 to {4 * cores} on {cores} cores, it is {processes}")
     report = read_report(corpus)
+    if not report["shards"]:
+        raise UserError(f"the corpus {corpus} has no documents: fastllm data inspect {corpus} shows what was dropped")
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
     plan = {
@@ -118,7 +123,7 @@ def tokenize(
         tokenizer.save(out / TOKENIZER)
         for left in out.glob(".*.part"):  # of a process that was killed
             left.unlink()
-        results = _run(tasks, tokenizer, processes or max(1, len(os.sched_getaffinity(0)) // THREADS))
+        results = _run(tasks, tokenizer, processes or max(1, cores // THREADS))
         shards = [Shard(**shard) for result in results for shard in result["shards"]]
         empty = sum(result["empty"] for result in results)
         weights = {source["name"]: source["weight"] for source in report["sources"] if source["weight"]}

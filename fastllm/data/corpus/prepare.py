@@ -17,7 +17,7 @@ from ...errors import UserError
 from ...files import write_atomic
 from ...input_files import read_json
 from ...run_lock import LOCK, run_lock
-from ..folders import own_folder, printable
+from ..folders import refuse_own
 from ..progress import progress
 from ..readers import Seen, open_source
 from .parts import Files
@@ -90,11 +90,7 @@ def open_files(recipe: Recipe) -> Files:
     files, seen = [], Seen()
     for number, spec in enumerate(recipe.sources):
         for path in spec.paths():
-            if os.path.isdir(path) and (kind := own_folder(os.listdir(path))):
-                raise UserError(
-                    f"{printable(path)} is a {kind} that fastllm made, not a source: to join corpora, prepare all of "
-                    "their sources together"
-                )
+            refuse_own(path)
             files += [(number, source) for source in open_source(path, recipe.readers, seen)]
     if left_out := str(seen.left_out):
         console.say("", f"left out: {left_out}")
