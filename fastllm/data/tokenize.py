@@ -100,7 +100,7 @@ def tokenize(
         raise UserError(f"--processes must be from 1 to {4 * cores} on {cores} cores, it is {processes}")
     report = read_report(corpus)
     if not report["shards"]:
-        raise UserError(f"the corpus {corpus} has no documents: fastllm data inspect {corpus} shows what was dropped")
+        raise UserError(f"{corpus}: there is no document with text: fastllm data inspect shows what was dropped")
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
     plan = {

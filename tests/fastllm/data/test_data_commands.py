@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_figures_are_legible_at_any_width(tmp_path, width):
     report |= {"read": [1_234_567, 9_876_543_210], "languages": {"en": 3}, "lengths": {"kept": {"128": 3}}}
     report |= {"documents": 3, "characters": 3, "problems": 0, "damage": [], "recipe": {"filters": []}}
     source = {"name": "web", "weight": 0.0, "kinds": {"web": 3}, "skipped": {}, "dropped": {}, "problems": 0}
-    report["sources"] = [source | {key: report["read"] for key in ("read", "cleaned", "kept")}]
+    report["sources"] = [source | dict.fromkeys(("read", "cleaned", "kept"), report["read"])]
     (corpus / "report.json").write_text(json.dumps(report))
     (corpus / "samples.jsonl").write_text("")
     terminal = Console(file=io.StringIO(), width=width)
@@ -68,6 +69,13 @@ def test_a_corpus_without_documents_is_not_tokenized(tmp_path, capsys):
     corpus = write_corpus(tmp_path / "corpus", [])
     run = ["data", "tokenize", str(corpus), "--tokenizer", "tokenizer.json", "--out", str(tmp_path / "tokens")]
     assert main(run) == 2
-    assert "has no documents" in capsys.readouterr().err and not (tmp_path / "tokens").exists()
+    assert "there is no document with text" in capsys.readouterr().err and not (tmp_path / "tokens").exists()
     assert main([*run, "--processes", "-3"]) == 2
     assert "--processes must be from 1 to" in capsys.readouterr().err
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path, lines, capsys):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main(["tokenizer", "train", str(lines), "--vocab-size", "280", "--out", str(pipe)]) == 2
+    assert "it is a pipe or a device" in capsys.readouterr().err and pipe.is_fifo()
