@@ -15,6 +15,7 @@ from ...errors import UserError, did_you_mean
 from ...input_files import shown
 from ..cleaning import FILTERS
 from ..deduplication import DecontaminationSettings, MinHashSettings
+from ..folders import printable
 from ..readers import ReaderOptions
 
 
@@ -34,7 +35,7 @@ class SourceSpec:
 
     @property
     def label(self) -> str:
-        return self.name or self.path
+        return printable(self.name or self.path)
 
     def paths(self) -> list[str]:
         """The files and folders that a pattern stands for; of anything else itself."""

@@ -370,3 +370,12 @@ def test_datatrove_from_the_command_line(tmp_path, capsys):
     assert main(run) == 0
     assert "3 documents of 3" in capsys.readouterr().out
     assert read_report(tmp_path / "out")["seconds"] > 0
+
+
+def test_figures_of_a_source_whose_name_is_not_utf8_add_up(tmp_path, bare):
+    source = write_jsonl(tmp_path / os.fsdecode(b"bad\xff\n.jsonl"), [essay(1), essay(1), essay(2)])
+    source.write_text(source.read_text() + "{broken\n")
+    report = prepare(Recipe((SourceSpec(str(source)),), bare.readers, bare.filters), tmp_path / "out", 1).report
+    (found,) = report["sources"]
+    assert found["name"].endswith(r"bad\xff\n.jsonl") and report["problems"] == 1
+    assert found["read"][0] == 3 == found["kept"][0] + found["dropped"]["exact_duplicates"].popitem()[1][0]
