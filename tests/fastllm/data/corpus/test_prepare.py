@@ -379,3 +379,16 @@ def test_figures_of_a_source_whose_name_is_not_utf8_add_up(tmp_path, bare):
     (found,) = report["sources"]
     assert found["name"].endswith(r"bad\xff\n.jsonl") and report["problems"] == 1
     assert found["read"][0] == 3 == found["kept"][0] + found["dropped"]["exact_duplicates"].popitem()[1][0]
+
+
+def test_a_recipe_may_have_many_sources_but_not_any_number():
+    began = time.process_time()
+    assert len(Recipe(tuple(SourceSpec(f"{n}.jsonl") for n in range(60_000))).sources) == 60_000
+    assert time.process_time() - began < 5
+    with pytest.raises(UserError, match="at most 65,535 are possible: name their folder"):
+        Recipe(tuple(SourceSpec(f"{n}.jsonl") for n in range(70_000)))
+
+
+def test_a_name_is_no_formula_in_the_picture(tmp_path, bare):
+    source = write_jsonl(tmp_path / "a$x_$.jsonl", [essay(1)])
+    assert prepare(with_sources(bare, source), tmp_path / "out", 1).report["documents"] == 1
