@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from . import arguments, console
+from .data.folders import printable
 from .errors import UserError
+from .input_files import one_line
 
-DAMAGED = 1  # the exit code where all is done but for damaged input, or nothing is left
+if TYPE_CHECKING:
+    from .data.readers import Source
+
+DAMAGED = 1  # the exit code where all is done but for damaged input, or the filters leave nothing
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class PrepareArguments:
     SOURCE: files, folders, patterns ("crawl/*.warc.gz"), URLs, hf:NAME of a Hugging Face data set; or one TOML file, a
     recipe, which names sources, filters and thresholds. Formats are recognised by content: WARC and WET, MediaWiki
     dumps, EPUB and Project Gutenberg books, JSONL, Parquet, text and code; gzip, bzip2 and zstd. What was interrupted
-    continues when the command is given again.
+    continues when the command is given again. Exit code: 0; 1 if places in the sources are damaged and the rest is
+    done, or if the filters leave nothing; 2 for an error; 130 for Ctrl-C.
     """
 
     sources: tyro.conf.Positional[tuple[str, ...]]
@@ -56,7 +61,8 @@ class InspectArguments:
 class TokenizeArguments:
     """Encode a corpus: memory-mapped shards of token ids, which fastllm train --data reads.
 
-    What was interrupted continues when the command is given again.
+    What was interrupted continues when the command is given again. Exit code: 0; 2 for an error, a damaged shard too
+    (the others are encoded); 130 for Ctrl-C.
     """
 
     corpus: tyro.conf.Positional[Path]
@@ -67,7 +73,10 @@ class TokenizeArguments:
 
 @dataclass(frozen=True)
 class TokenizerTrainArguments:
-    """Train a byte-level BPE tokenizer on a corpus, or on text files and folders."""
+    """Train a byte-level BPE tokenizer on a corpus, or on text files and folders.
+
+    Exit code: 0; 1 if places in the files are damaged and the rest was read; 2 for an error; 130 for Ctrl-C.
+    """
 
     paths: tyro.conf.Positional[tuple[Path, ...]]
     vocab_size: int = 32768  # tokens, special ones included
@@ -87,7 +96,10 @@ class TokenizerConvertArguments:
 
 @dataclass(frozen=True)
 class TokenizerInspectArguments:
-    """Show how a tokenizer splits text: bytes per token by source and language, longest and unused tokens."""
+    """Show how a tokenizer splits text: bytes per token by source and language, longest and unused tokens.
+
+    Exit code: as that of fastllm tokenizer train.
+    """
 
     tokenizer: tyro.conf.Positional[Path]
     data: tuple[Path, ...] = ()  # a corpus, or text files and folders, to measure on; none: the vocabulary alone
@@ -99,6 +111,7 @@ def prepare(argv: list[str]) -> int:
 
     from .data.corpus.prepare import prepare
     from .data.corpus.recipe import Recipe, SourceSpec, load_recipe
+    from .data.corpus.shards import read_report
 
     if any(source.endswith(".toml") for source in chosen.sources):
         if len(chosen.sources) > 1:
@@ -120,11 +133,12 @@ def prepare(argv: list[str]) -> int:
         from .data.corpus.executors import SlurmOptions, prepare_with_datatrove
 
         slurm = SlurmOptions(chosen.partition, chosen.time, setup=chosen.setup)
-        complete = prepare_with_datatrove(recipe, chosen.out, chosen.executor, chosen.tasks, chosen.processes, slurm)
-        console.say("corpus", f"{chosen.out}: {'complete' if complete else 'the jobs are submitted'}")
-        return 0
-    outcome = prepare(recipe, chosen.out, chosen.processes or None)
-    report = outcome.report
+        if not prepare_with_datatrove(recipe, chosen.out, chosen.executor, chosen.tasks, chosen.processes, slurm):
+            console.say("submitted", f"{chosen.out} is complete when the last job has ended")
+            return 0
+        report = read_report(chosen.out)
+    else:
+        report = prepare(recipe, chosen.out, chosen.processes or None).report
     console.say(
         "corpus",
         f"{chosen.out}: {report['documents']:,} documents of {report['read'][0]:,}, "
@@ -146,6 +160,8 @@ def inspect(argv: list[str]) -> int:
     from .data.corpus.inspect import inspect
     from .data.corpus.shards import read_report
 
+    if chosen.samples < 0:
+        raise UserError("--samples must not be negative")
     if chosen.json:
         print(json.dumps(read_report(chosen.corpus), ensure_ascii=False))
     else:
@@ -171,11 +187,17 @@ def tokenizer_train(argv: list[str]) -> int:
 
     if chosen.out.is_dir():
         raise UserError(f"{chosen.out} is a folder: --out names the file tokenizer.json")
-    texts = (document["text"] for document in _documents(chosen.paths))
+    if not chosen.paths:
+        raise UserError("there is no text to train on: name a corpus, a file or a folder")
+    read = _Read(chosen.paths)
+    texts = (document["text"] for document in read.documents())
     tokenizer = Tokenizer.train(texts, chosen.vocab_size, digits=chosen.digits, chat=chosen.chat)
+    if not read.number:
+        raise UserError(f"there is no document to train on in {', '.join(map(printable, chosen.paths))}")
     tokenizer.save(chosen.out)
-    console.say("tokenizer", f"{chosen.out}: {tokenizer.vocab_size:,} tokens")
-    return 0
+    few = f", not {chosen.vocab_size:,}: the text has no more to merge" * (tokenizer.vocab_size < chosen.vocab_size)
+    console.say("tokenizer", f"{chosen.out}: {tokenizer.vocab_size:,} tokens{few}")
+    return read.exit_code()
 
 
 def tokenizer_convert(argv: list[str]) -> int:
@@ -195,41 +217,81 @@ def tokenizer_inspect(argv: list[str]) -> int:
     from .data.tokenizer import Tokenizer
     from .data.tokenizer_report import inspect, render
 
-    report = inspect(Tokenizer.load(chosen.tokenizer), _documents(chosen.data))
+    read = _Read(chosen.data)
+    report = inspect(Tokenizer.load(chosen.tokenizer), read.documents())
+    if chosen.data and not read.number:
+        raise UserError(f"there is no document to measure on in {', '.join(map(printable, chosen.data))}")
     if chosen.json:
         print(json.dumps(report, ensure_ascii=False))
     else:
         console.console.print(render(report))
-    return 0
+    return read.exit_code()
 
 
-def _documents(paths: tuple[Path, ...]) -> Iterator[dict[str, Any]]:
-    """The documents of corpora, and of files and folders in any form that is known."""
-    from .data.corpus.shards import is_corpus, read_corpus
-    from .data.readers import Seen, Skipped, open_source
+class _Read:
+    """The documents of corpora, and of files and folders in any form that is known. What is damaged is said.
 
-    seen = Seen()
-    for path in paths:
-        if is_corpus(path):
-            yield from read_corpus(path)
-            continue
-        for source in open_source(str(path), seen=seen):
-            for record in source.records(_Warnings(source.name)):
-                with suppress(Skipped):
-                    yield source.extract(record).to_json()
+    It is the log of the readers. ``number``: documents; ``problems``: damaged places.
+    """
 
+    def __init__(self, paths: tuple[Path, ...]) -> None:
+        self._paths, self._name = paths, ""
+        self.number = self.problems = 0
 
-class _Warnings:
-    """A reader's log that says what is damaged."""
+    def documents(self) -> Iterator[dict[str, Any]]:
+        from .data.corpus.shards import is_corpus, read_corpus
+        from .data.folders import refuse_own
+        from .data.readers import Seen, open_source
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+        seen = Seen()
+        for path in self._paths:
+            if is_corpus(path):
+                for document in read_corpus(path):
+                    self.number += 1
+                    yield document
+                continue
+            refuse_own(path)
+            for source in open_source(str(path), seen=seen):
+                self._name = printable(source.name)
+                yield from self._of(source)
+        if left_out := str(seen.left_out):
+            self._say("left out", left_out)
+
+    def _of(self, source: Source) -> Iterator[dict[str, Any]]:
+        from .data.readers import Skipped
+
+        try:
+            for number, record in enumerate(source.records(self)):
+                try:
+                    document = source.extract(record)
+                except Skipped as skipped:
+                    if skipped.where:
+                        self.problem(skipped.where, skipped.reason)
+                    continue
+                except Exception as error:  # of a parser: the other documents are read
+                    self.problem(f"record {number:,}", f"{type(error).__name__}: {one_line(error)}")
+                    continue
+                self.number += 1
+                yield document.to_json()
+        except Exception as error:  # of a library, on damage that the reader does not know: go on with the next file
+            self.problem("while reading", one_line(error) or type(error).__name__)
 
     def skipped(self, reason: str, n: int = 1) -> None:
         pass
 
     def problem(self, where: str, message: str) -> None:
-        console.say("damaged", f"{self._name}, {where}: {message}")
+        self.problems += 1
+        if self.problems <= 10:
+            self._say("damaged", f"{self._name}, {where}: {message}")
+
+    def exit_code(self) -> int:
+        if self.problems > 10:
+            self._say("damaged", f"{self.problems:,} places in all")
+        return DAMAGED if self.problems else 0
+
+    def _say(self, label: str, text: str) -> None:
+        """On standard error: the standard output may be JSON."""
+        print(f"fastllm: {label}: {text}", file=sys.stderr)
 
 
 ARGUMENTS = {

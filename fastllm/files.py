@@ -16,6 +16,8 @@ from .errors import UserError
 def atomic(path: str | Path) -> Iterator[Path]:
     """A path to write to. At the end of the block the file is flushed to disk and renamed to ``path``."""
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/null would be replaced by a file
+        raise UserError(f"can't write {path}: it is a pipe or a device, not a file")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.touch()

@@ -7,6 +7,8 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..errors import UserError
+
 TEXT_SUFFIXES = frozenset(
     f".{suffix}"
     for line in (
@@ -33,6 +35,15 @@ MODEL_FILES = frozenset(
 )
 
 
+# Names by which a folder is one that ``fastllm data`` makes, or is making.
+OWN_FOLDERS = (
+    ("corpus", frozenset(("plan.json", "samples.jsonl"))),
+    ("corpus", frozenset(("plan.json", "work"))),
+    ("folder of tokens", frozenset(("index.json", "tokenizer.json"))),
+    ("folder of tokens", frozenset(("work", "tokenizer.json"))),
+)
+
+
 class LeftOut:
     """What is not read, by the reason: how many, and the first."""
 
@@ -54,6 +65,22 @@ def model_files(names: Iterable[str]) -> list[str]:
     """Those of a folder's names by which it is a run folder or a Hugging Face model; empty for another folder."""
     found = sorted(MODEL_FILES.intersection(names))
     return found if len(found) > 1 else []
+
+
+def own_folder(names: Iterable[str]) -> str:
+    """What a folder with these names is that ``fastllm data`` makes; empty for another folder."""
+    found = set(names)
+    return next((kind for kind, marks in OWN_FOLDERS if marks <= found), "")
+
+
+def refuse_own(path: str | Path) -> None:
+    """Raise UserError where ``path`` is a folder that ``fastllm data`` makes, or is making: it is no source."""
+    try:
+        kind = own_folder(os.listdir(path))
+    except (OSError, ValueError):  # no folder; who reads it says what it is
+        return
+    if kind:
+        raise UserError(f"{printable(path)} is a {kind}, finished or not, which fastllm made: it is no source of text")
 
 
 def text_files(root: Path, left_out: LeftOut, suffixes: frozenset[str] = TEXT_SUFFIXES) -> Iterator[Path]:
@@ -87,6 +114,8 @@ def _reason_to_skip(name: str, names: set[str]) -> str:
         return "hidden folders"
     if name in CACHES or names & MARKERS:
         return "folders of installed or cached files"
+    if own_folder(names):
+        return "corpora and folders of tokens"
     return "run or model folders" if model_files(names) else ""
 
 

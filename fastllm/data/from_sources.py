@@ -12,7 +12,7 @@ from .. import console
 from ..errors import UserError
 from .corpus.shards import is_corpus, read_corpus
 from .document import Document
-from .folders import LeftOut, printable, text_files
+from .folders import LeftOut, printable, refuse_own, text_files
 from .progress import progress
 from .readers import ReaderOptions, Seen, Source, open_source
 from .readers.text import TextSource
@@ -45,6 +45,8 @@ def make_tokens(paths: Sequence[str], vocab_size: int, document: int, folder: Pa
         if len(paths) > 1:
             raise UserError(f"{printable(paths[0])} is a corpus, or one beside it is: give one corpus alone")
         return _from_corpus(Path(paths[0]), vocab_size, folder)
+    for path in paths:
+        refuse_own(path)
     options = ReaderOptions(document=document)
     seen = Seen()
     files = _files(paths, options, seen) if paths else _standard_library(options, seen)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -37,6 +34,7 @@ from .token_shards import (
     write_index,
 )
 from .tokenizer import Tokenizer
+from .workers import end_with_parent, starting
 
 WORK, PLAN = "work", "plan.json"
 # Characters in a task: what is lost of an interrupted one is done again. A large corpus has so few shards of tokens.
@@ -95,7 +93,12 @@ def tokenize(
         UserError: corpus or tokenizer can't be used, ``out`` holds something else or can't be written to.
     """
     corpus, out = Path(corpus), Path(out)
+    cores = len(os.sched_getaffinity(0))
+    if processes is not None and not 0 < processes <= 4 * cores:
+        raise UserError(f"--processes must be from 1 to {4 * cores} on {cores} cores, it is {processes}")
     report = read_report(corpus)
+    if not report["shards"]:
+        raise UserError(f"{corpus}: there is no document with text: fastllm data inspect shows what was dropped")
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
     plan = {
@@ -118,7 +121,7 @@ def tokenize(
         tokenizer.save(out / TOKENIZER)
         for left in out.glob(".*.part"):  # of a process that was killed
             left.unlink()
-        results = _run(tasks, tokenizer, processes or max(1, len(os.sched_getaffinity(0)) // THREADS))
+        results = _run(tasks, tokenizer, processes or max(1, cores // THREADS))
         shards = [Shard(**shard) for result in results for shard in result["shards"]]
         empty = sum(result["empty"] for result in results)
         weights = {source["name"]: source["weight"] for source in report["sources"] if source["weight"]}
@@ -278,7 +281,8 @@ def _in_processes(
     pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=arguments)
     shown, failed = 0, []
     try:
-        left: set[Future[None]] = {pool.submit(_encode_here, task) for task in tasks}
+        with starting():
+            left: set[Future[None]] = {pool.submit(_encode_here, task) for task in tasks}
         while left:
             ended, left = wait(left, timeout=0.5, return_when=FIRST_COMPLETED)
             advance(done.value - shown)
@@ -303,11 +307,9 @@ def _in_processes(
 
 
 def _begin(path: Path, eos_ids: tuple[int, ...], done: Any, threads: int) -> None:
-    """In a worker process: ignore Ctrl-C, which the first process answers, and end when that is killed."""
+    """In a worker process."""
     global _tokenizer, _done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent()
     os.environ["RAYON_NUM_THREADS"] = str(threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     _tokenizer, _done = Tokenizer.load(path, eos_ids), done

@@ -126,6 +126,8 @@ def baseline(data: RunData) -> dict[str, float]:
     counts = np.zeros(data.tokens.vocab_size, np.int64)
     for first in range(0, items, 256):
         seen = data.train.batch(first, min(256, items - first))["targets"].numpy()
+        if max(seen.max(initial=0), targets.max(initial=0)) >= len(counts):
+            data.tokens.verify(0, 1)  # which names the shard that is damaged
         counts += np.bincount(seen[seen != IGNORE_INDEX], minlength=len(counts))
     return {
         "unigram_loss": unigram_loss(counts, targets),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -9,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import UserError
-from .prepare import begin, open_files
+from .prepare import begun, open_files
 from .recipe import Recipe
-from .stages import Preparation
+from .stages import PLAN, Preparation
 
 Executor = Literal["local", "slurm", "ray"]
 
@@ -43,7 +45,7 @@ def prepare_with_datatrove(
         recipe, out: see there.
         executor: datatrove's: "local" (processes), "slurm" or "ray".
         tasks: that the files are shared among; 0: one for each file, at most 1,000.
-        workers: tasks that run at once; 0: as many as there are.
+        workers: tasks that run at once; 0: as many as there are, or with "local" as there are cores.
         slurm: for "slurm".
 
     Returns:
@@ -56,21 +58,22 @@ def prepare_with_datatrove(
     del datatrove
     files = open_files(recipe)
     preparation = Preparation(recipe, files, out.resolve(), tasks or min(len(files), 1000))
-    if not begin(preparation):
-        return True
-    make = _maker(executor, preparation.out / "datatrove", workers, slurm)
-    stages: list[tuple[str, int, Callable[..., Any]]] = [
-        ("clean", preparation.tasks, _clean),
-        ("buckets", preparation.bands, _buckets),
-        ("decide", 1, _decide),
-        ("shards", preparation.tasks, _shards),
-        ("finish", 1, _finish),
-    ]
-    last: Any = None
-    for name, count, call in stages:
-        if count:
-            last = make(name, count, partial(call, preparation), last)
-    last.run()
+    with begun(preparation) as anything:
+        if not anything:
+            return True
+        make = _maker(executor, preparation.out / "datatrove", workers, slurm)
+        stages: list[tuple[str, int, Callable[..., Any]]] = [
+            ("clean", preparation.tasks, _clean),
+            ("buckets", preparation.bands, _buckets),
+            ("decide", 1, _decide),
+            ("shards", preparation.tasks, _shards),
+            ("finish", 1, _finish),
+        ]
+        last: Any = None
+        for name, count, call in stages:
+            if count:
+                last = make(name, count, partial(call, preparation), last)
+        last.run()
     return not preparation.work.exists()
 
 
@@ -90,6 +93,7 @@ def _maker(
         if executor == "local":
             from datatrove.executor.local import LocalPipelineExecutor
 
+            shared["workers"] = workers or len(os.sched_getaffinity(0))
             return LocalPipelineExecutor(**shared, start_method="spawn")
         if executor == "ray":
             from datatrove.executor.ray import RayPipelineExecutor
@@ -137,5 +141,6 @@ def _shards(preparation: Preparation, data: Iterable[Any] | None, rank: int = 0,
 
 
 def _finish(preparation: Preparation, data: Iterable[Any] | None, rank: int = 0, world_size: int = 1) -> list[Any]:
-    preparation.finish()
+    began = (preparation.out / PLAN).stat().st_mtime
+    preparation.finish(time.time() - began)
     return []

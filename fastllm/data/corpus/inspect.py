@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +39,7 @@ def inspect(folder: Path, samples: int = 1, only: str = "") -> RenderableType:
     parts: list[RenderableType] = [
         f"{report['documents']:,} documents, {report['characters']:,} characters in {len(report['shards'])} shards: "
         f"{share:.1%} of the {report['read'][0]:,} documents that were read",
-        _table("sources", SOURCE_HEAD, source_rows(report), words=2),
+        _WideOrLong("sources", SOURCE_HEAD, source_rows(report)),
     ]
     if rows := [[name, why, f"{n:,}", f"{size:,}"] for name, why, n, size in dropped(report)]:
         parts.append(_table("dropped", DROP_HEAD, rows, words=2))
@@ -69,7 +69,7 @@ def _samples(folder: Path) -> list[dict[str, Any]]:
 
 def _table(title: str, head: list[str], rows: Iterable[list[str]], words: int) -> Table:
     """``words``: how many of the columns are words; the others are numbers."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(_printable(title), "italic"), title_justify="left")
     for n, name in enumerate(head):
         table.add_column(name, justify="left" if n < words else "right", overflow="fold")
     for row in rows:
@@ -77,12 +77,28 @@ def _table(title: str, head: list[str], rows: Iterable[list[str]], words: int) -
     return table
 
 
+class _WideOrLong:
+    """A table of many columns; on a terminal that is too narrow for them a table of two for each row."""
+
+    def __init__(self, title: str, head: list[str], rows: list[list[str]]) -> None:
+        self._title, self._head, self._rows = title, head, rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        numbers = sum(max(len(row[n]) for row in (self._head, *self._rows)) + 3 for n in range(1, len(self._head)))
+        if numbers + 12 <= options.max_width:
+            yield _table(self._title, self._head, self._rows, words=2)
+            return
+        for row in self._rows:
+            pairs = zip(self._head[1:], row[1:], strict=True)
+            yield _table(f"{self._title}: {row[0]}", ["", "number"], [list(pair) for pair in pairs], words=1)
+
+
 def _bars(name: str, counts: list[tuple[str, int]]) -> Table:
     table = Table(name, "documents", "", box=None)
     table.columns[1].justify = "right"
     most = max((n for _, n in counts), default=1)
     for label, n in counts:
-        table.add_row(label, f"{n:,}", "█" * max(1, round(BAR * n / most)))
+        table.add_row(Text(label), f"{n:,}", "█" * max(1, round(BAR * n / most)))
     return table
 
 

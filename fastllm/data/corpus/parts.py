@@ -7,11 +7,8 @@ was killed continues behind the last complete one.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
-import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -28,6 +25,7 @@ from ...files import write_atomic
 from ...input_files import one_line, read_json
 from ..deduplication import MinHashSettings, write_signatures
 from ..readers import Source
+from ..workers import end_with_parent, starting
 from .recipe import Recipe
 from .tally import Tally
 from .worker import ROW, Batch, Cleaned, Worker
@@ -171,11 +169,9 @@ _worker: Worker
 
 
 def _begin(recipe: Recipe, files: Files) -> None:
-    """In a worker process: ignore Ctrl-C, which the first process answers, and end when that is killed."""
+    """In a worker process."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent()
     _worker = Worker(recipe, files)
 
 
@@ -226,7 +222,8 @@ class _Pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, batch: Batch) -> Future[Cleaned]:
-        return self._pool.submit(_clean, batch)
+        with starting():
+            return self._pool.submit(_clean, batch)
 
     def result(self, waiting: deque[tuple[Batch, Future[Cleaned]]]) -> tuple[Batch, Cleaned]:
         """Of the first batch that is waiting."""

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ from ...errors import UserError, did_you_mean
 from ...input_files import shown
 from ..cleaning import FILTERS
 from ..deduplication import DecontaminationSettings, MinHashSettings
+from ..folders import printable
 from ..readers import ReaderOptions
+
+MOST_SOURCES = 2**16 - 1  # their numbers are uint16
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class SourceSpec:
 
     @property
     def label(self) -> str:
-        return self.name or self.path
+        return printable(self.name or self.path)
 
     def paths(self) -> list[str]:
         """The files and folders that a pattern stands for; of anything else itself."""
@@ -67,8 +71,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         labels = [source.label for source in self.sources]
-        if twice := {label for label in labels if labels.count(label) > 1}:
+        if twice := [label for label, n in Counter(labels).items() if n > 1]:
             raise UserError(f"two sources are called {min(twice)}: give each a name of its own")
+        if len(labels) > MOST_SOURCES:
+            raise UserError(
+                f"there are {len(labels):,} sources, at most {MOST_SOURCES:,} are possible: name their folder"
+            )
         weighted = [source.label for source in self.sources if source.weight]
         if weighted and len(weighted) < len(labels):
             raise UserError(f"{weighted[0]} has a weight: give one to each of the sources, or to none")

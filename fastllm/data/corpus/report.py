@@ -19,6 +19,7 @@ from .tally import SourceTally, Tally
 
 PICTURE = "report.png"
 MOST_LANGUAGES = 12  # in the picture
+MOST_SOURCES = 20
 
 
 def make_report(
@@ -170,12 +171,16 @@ def picture(report: dict[str, Any]) -> bytes:
 
     figure = Figure(figsize=(12, 7), layout="constrained")
     (by_source, by_filter), (by_length, by_language) = figure.subplots(2, 2)
-    names = [_short(source["name"]) for source in report["sources"]]
+    sources = sorted(report["sources"], key=lambda source: -source["read"][1])[:MOST_SOURCES]
+    names = [_short(source["name"]) for source in sources]
+    title = (
+        "sources" if len(sources) == len(report["sources"]) else f"the largest of {len(report['sources']):,} sources"
+    )
     y = np.arange(len(names))
-    for offset, key, color in ((0.27, "read", "#b8c4d6"), (0, "cleaned", "#7f9cc7"), (-0.27, "kept", "#2f5d9b")):
-        sizes = [source[key][1] for source in report["sources"]]
+    for offset, key, color in ((-0.27, "read", "#b8c4d6"), (0, "cleaned", "#7f9cc7"), (0.27, "kept", "#2f5d9b")):
+        sizes = [source[key][1] for source in sources]
         by_source.barh(y + offset, sizes, 0.27, label=key, color=color)
-    by_source.set(yticks=y, yticklabels=names, xlabel="characters", title="sources")
+    by_source.set(yticks=y, yticklabels=names, xlabel="characters", title=title)
     by_source.invert_yaxis()
     by_source.legend()
 
@@ -206,4 +211,5 @@ def picture(report: dict[str, Any]) -> bytes:
 
 def _short(name: str) -> str:
     name = name.encode("utf-8", "replace").decode()
-    return name if len(name) <= 30 else f"…{name[-29:]}"
+    name = name if len(name) <= 30 else f"…{name[-29:]}"
+    return name.replace("$", r"\$")  # else what is between two of them is a formula

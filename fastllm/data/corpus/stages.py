@@ -165,7 +165,6 @@ class Preparation:
         samples = [entry for entries in tally.samples.values() for entry in entries]
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in samples)
         write_atomic(self.out / SAMPLES, lines.encode("utf-8", "replace"))
-        shutil.copyfile(self.work / PLAN, self.out / PLAN)
         write_report(report, self.out)
         shutil.rmtree(self.work)
         return report

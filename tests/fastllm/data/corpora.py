@@ -35,5 +35,5 @@ def write_corpus(folder: Path, shards: Sequence[Sequence[dict[str, Any] | bytes]
                 "sha256": hashlib.sha256(content).hexdigest(),
             }
         )
-    (folder / REPORT).write_text(json.dumps({"version": VERSION, "shards": listed}))
+    (folder / REPORT).write_text(json.dumps({"version": VERSION, "sources": [], "shards": listed}))
     return folder

@@ -150,11 +150,12 @@ def test_tokens_that_have_changed(train):
         train("--resume", "run", "--train.steps", 9)
 
 
-def test_a_damaged_shard(train):
+@pytest.mark.parametrize("damage", ["a bit", "other bytes"])
+def test_a_damaged_shard(damage, train):
     path = Path("tokens/00001.tokens")
     content = bytearray(path.read_bytes())
     content[7] ^= 1
-    path.write_bytes(content)
+    path.write_bytes(content if damage == "a bit" else b"\xff" * len(content))  # ids that no token has
     with pytest.raises(Ended, match=r"00001\.tokens"):
         train("tiny.toml", "--data", "tokens", "--out", "run")
 

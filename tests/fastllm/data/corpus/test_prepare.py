@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from fastllm.cli import main
 from fastllm.data import read_corpus
 from fastllm.data.corpus import parts, stages
 from fastllm.data.corpus.executors import prepare_with_datatrove
-from fastllm.data.corpus.prepare import begin, open_files, prepare
+from fastllm.data.corpus.prepare import begun, open_files, prepare
 from fastllm.data.corpus.recipe import Recipe, SourceSpec, load_recipe
 from fastllm.data.corpus.shards import read_report
+from fastllm.data.deduplication import DecontaminationSettings
 from fastllm.data.document import Document
 from fastllm.errors import UserError
 
 TEXT = "".join(Path(module.__file__ or "").read_text() for module in (random, json.decoder, subprocess, pydoc))
+NOWHERE = DecontaminationSettings(files=("nowhere",))
 WORDS = sorted({word.lower() for word in TEXT.split() if word.isalpha()})
 
 
@@ -142,9 +145,9 @@ def test_an_interrupted_preparation_continues(tmp_path, many, monkeypatch):
             raise KeyboardInterrupt
 
     preparation = stages.Preparation(many, open_files(many), tmp_path / "out")
-    assert begin(preparation)
-    with pytest.raises(KeyboardInterrupt):
+    with begun(preparation) as anything, pytest.raises(KeyboardInterrupt):
         preparation.clean(0, 1, stop)
+    assert anything
     done = len(preparation.parts())
     assert done and not list((tmp_path / "out" / "work").rglob("*.part"))
     with pytest.raises(UserError, match="is not finished: run fastllm data prepare again"):
@@ -308,3 +311,84 @@ def test_datatrove_runs_the_same_tasks(tmp_path, many):
     texts = [[document["text"] for document in read_corpus(tmp_path / name)] for name in ("out", "one")]
     assert texts[0] == texts[1]
     assert prepare_with_datatrove(many, tmp_path / "out", "local", tasks=2)  # nothing to do
+
+
+def test_a_mistake_in_the_settings_does_not_block_the_folder(tmp_path, bare, monkeypatch):
+    source = write_jsonl(tmp_path / "a.jsonl", [essay(1)])
+    with pytest.raises(UserError, match="nowhere"):
+        prepare(replace(with_sources(bare, source), decontamination=NOWHERE), tmp_path / "out", 1)
+    assert prepare(with_sources(bare, source), tmp_path / "out", 1).report["documents"] == 1
+
+
+def test_evaluation_files_that_changed_are_another_preparation(tmp_path, bare):
+    source, question = (write_jsonl(tmp_path / f"{n}.jsonl", [essay(n)]) for n in (1, 2))
+    recipe = replace(with_sources(bare, source), decontamination=replace(NOWHERE, files=(str(question),)))
+    prepare(recipe, tmp_path / "out", 1)
+    write_jsonl(question, [essay(1), essay(2)])
+    with pytest.raises(UserError, match="from other evaluation files"):
+        prepare(recipe, tmp_path / "out", 1)
+
+
+@pytest.mark.parametrize("left", ["plan.json", ".plan.json.77.part"])
+def test_a_preparation_that_was_killed_at_its_begin_continues(tmp_path, bare, left):
+    recipe = with_sources(bare, write_jsonl(tmp_path / "a.jsonl", [essay(1)]))
+    out = tmp_path / "out"
+    with begun(stages.Preparation(recipe, open_files(recipe), out)):
+        pass
+    (out / "work").rmdir()
+    (out / "plan.json").rename(out / left)
+    (out / "run.lock").touch()
+    prepare(recipe, out, 1)
+    assert {path.suffix for path in out.iterdir()} == {".zst", ".json", ".jsonl", ".md", ".png"}
+
+
+def test_a_corpus_in_a_folder_of_sources_is_no_source(tmp_path, bare):
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [essay(1)])
+    out = folder / "out"
+    first = prepare(with_sources(bare, folder), out, 1)
+    assert prepare(with_sources(bare, folder), out, 1).report == first.report  # complete: nothing to do
+    (out / "report.json").unlink()
+    (out / "work").mkdir()  # as if killed at its end
+    assert prepare(with_sources(bare, folder), out, 1).report["read"] == first.report["read"]
+    with pytest.raises(UserError, match="is a corpus, finished or not, which fastllm made"):
+        prepare(with_sources(bare, out), tmp_path / "other", 1)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("processes", [-1, 100_000])
+def test_a_number_of_processes_that_can_not_be_is_refused(tmp_path, bare, processes):
+    source = write_jsonl(tmp_path / "a.jsonl", [essay(1)])
+    with pytest.raises(UserError, match="--processes must be from 1 to"):
+        prepare(with_sources(bare, source), tmp_path / "out", processes)
+
+
+def test_datatrove_from_the_command_line(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", [essay(n) for n in range(3)])
+    run = ["data", "prepare", str(source), "--executor", "local", "--processes", "1", "--out", str(tmp_path / "out")]
+    assert main(run) == 0
+    assert "3 documents of 3" in capsys.readouterr().out
+    assert read_report(tmp_path / "out")["seconds"] > 0
+
+
+def test_figures_of_a_source_whose_name_is_not_utf8_add_up(tmp_path, bare):
+    source = write_jsonl(tmp_path / os.fsdecode(b"bad\xff\n.jsonl"), [essay(1), essay(1), essay(2)])
+    source.write_text(source.read_text() + "{broken\n")
+    report = prepare(Recipe((SourceSpec(str(source)),), bare.readers, bare.filters), tmp_path / "out", 1).report
+    (found,) = report["sources"]
+    assert found["name"].endswith(r"bad\xff\n.jsonl") and report["problems"] == 1
+    assert found["read"][0] == 3 == found["kept"][0] + found["dropped"]["exact_duplicates"].popitem()[1][0]
+
+
+def test_a_recipe_may_have_many_sources_but_not_any_number():
+    began = time.process_time()
+    assert len(Recipe(tuple(SourceSpec(f"{n}.jsonl") for n in range(60_000))).sources) == 60_000
+    assert time.process_time() - began < 5
+    with pytest.raises(UserError, match="at most 65,535 are possible: name their folder"):
+        Recipe(tuple(SourceSpec(f"{n}.jsonl") for n in range(70_000)))
+
+
+def test_a_name_is_no_formula_in_the_picture(tmp_path, bare):
+    source = write_jsonl(tmp_path / "a$x_$.jsonl", [essay(1)])
+    assert prepare(with_sources(bare, source), tmp_path / "out", 1).report["documents"] == 1
