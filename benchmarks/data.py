@@ -5,7 +5,7 @@
 
 Implementations take turns in one run on one core each, where nothing else is said. Writes data.json and data.md into
 benchmarks/results/<device>/. Peers: datatrove's WarcReader (warcio) with its Trafilatura extractor, rensa's RMinHash,
-the tokenizers library itself (pip install datatrove trafilatura warcio).
+the tokenizers library itself (pip install datatrove trafilatura lxml_html_clean warcio).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastllm import config as configs
 from fastllm.data.cleaning import settings
 from fastllm.data.corpus.recipe import Recipe, SourceSpec
 from fastllm.data.corpus.tally import Tally
@@ -37,6 +38,8 @@ from fastllm.data.readers import ReaderOptions, Skipped, Source, open_source
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.errors import UserError
 from fastllm.files import write_atomic
+from fastllm.input_files import read_json
+from fastllm.training.run_data import load_run_data, open_tokens
 
 from .record import FOLDER
 from .timing import device_name, stamp
@@ -230,6 +233,25 @@ def minhash_rows(texts: list[str]) -> list[Row]:
     return [Row("MinHash signature", "M characters/s and core", found["ours"], peer, found["theirs"])]
 
 
+def loader_rows(scratch: Path) -> list[Row]:
+    """The batches of the default run, made by one thread, against what its steps consume."""
+    run = scratch / "default"
+    words = ["train", "--out", str(run), "--train.steps", "150"]
+    subprocess.run([sys.executable, "-m", "fastllm", *words], check=True, stdout=subprocess.DEVNULL)
+    consumed = read_json(run / "run.json")["tokens_per_second"] / MB
+    config = configs.load(run / "config.toml")
+    data = load_run_data(config, open_tokens(config, run)).train
+    tokens, steps = config.train.global_batch_tokens, 500
+    position = itertools.count()
+
+    def batches() -> None:
+        for _ in range(steps):
+            data.batch(next(position) * config.sequences, config.sequences)
+
+    found = in_turns({"ours": lambda: rate(steps * tokens / MB, batches)})
+    return [Row("loader", "M tokens/s and core", found["ours"], "the default training step", (consumed,) * 3)]
+
+
 def tokenize_rows(corpus: Path, tokenizer: Path, scratch: Path) -> list[Row]:
     from fastllm.data import read_corpus
     from fastllm.data.tokenize import tokenize
@@ -333,7 +355,9 @@ def main() -> int:
         scratch = Path(name)
         warc = scratch / "pages.warc.gz"
         size = make_warc(chosen.pages, warc, chosen.megabytes)
-        rows = warc_rows(warc, size)
+        few = scratch / "few" / "pages.warc.gz"  # of the slowest implementation
+        few.parent.mkdir()
+        rows = warc_rows(few, make_warc(chosen.pages, few, min(10.0, chosen.megabytes)))
         texts = [document.text for _, document in zip(range(2000), documents_of(warc), strict=False)]
         rows += minhash_rows(texts)
         corpus, tokenizer = scratch / "corpus", scratch / "tokenizer.json"
@@ -343,6 +367,7 @@ def main() -> int:
         ):
             subprocess.run([sys.executable, "-m", "fastllm", *words], check=True, stdout=subprocess.DEVNULL)
         rows += tokenize_rows(corpus, tokenizer, scratch)
+        rows += loader_rows(scratch)
         stages = stage_rows(warc, size)
         memory = memory_rows(chosen.pages, scratch) if chosen.memory else []
     text = [f"# The data path on {device_name()}", "", table(rows), "", "## Time of each stage", "", table(stages)]
