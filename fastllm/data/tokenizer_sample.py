@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 
 import zstandard
@@ -19,7 +20,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2**64 divided by the golden ratio
 
 
 class Sample:
-    """Takes in texts one at a time, and holds a sample of bounded size, compressed.
+    """Takes in texts one at a time, and holds a sample of bounded size, compressed, in a temporary file.
 
     The blocks of the sample are evenly spaced over all texts: the multiples of the golden ratio modulo 1 lie evenly, so
     do those below any limit, and block ``n`` is kept while its multiple is below a limit that shrinks. The sample
@@ -27,7 +28,7 @@ class Sample:
     """
 
     def __init__(self, cutter: Cutter) -> None:
-        self.blocks: dict[int, bytes] = {}
+        self.blocks: dict[int, tuple[int, int]] = {}  # by number: where it is in the file, and its bytes
         self.characters = 0  # of the blocks
         self._cutter = cutter
         self._pieces: list[str] = []  # of the block that is being filled
@@ -36,6 +37,8 @@ class Sample:
         self._sizes: dict[int, int] = {}
         self._words: set[str] = set()
         self._word_characters = 0
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115, it ends with this object
+        self._end = 0
         self._compressor, self._decompressor = zstandard.ZstdCompressor(1), zstandard.ZstdDecompressor()
 
     def add(self, texts: Iterable[str]) -> Iterator[int]:
@@ -55,8 +58,8 @@ class Sample:
         self._words.clear()
 
     def pieces(self) -> Iterator[str]:
-        for block in self.blocks.values():
-            yield from self._read(block)
+        for number in self.blocks:
+            yield from self._read(number)
 
     def _end_block(self) -> None:
         if self._priority(self._number) < self._limit:
@@ -65,7 +68,7 @@ class Sample:
                 block = self._compressor.compress(content.encode())
             except UnicodeEncodeError as error:
                 raise UserError(f"a text has a lone surrogate, {error.object[error.start]!r}") from None
-            self.blocks[self._number] = block
+            self._write(block)
             self._sizes[self._number] = self._size
             self.characters += self._size
             self._count(self._pieces)
@@ -87,13 +90,25 @@ class Sample:
             self.characters -= self._sizes.pop(number)
         self._words.clear()
         self._word_characters = 0
-        for block in self.blocks.values():
-            self._count(self._read(block))
+        for number in self.blocks:
+            self._count(self._read(number))
 
     def _count(self, pieces: list[str]) -> None:
         new = {word for piece in pieces for word in piece.split()} - self._words
         self._words |= new
         self._word_characters += sum(map(len, new))
 
-    def _read(self, block: bytes) -> list[str]:
-        return json.loads(self._decompressor.decompress(block))
+    def _write(self, block: bytes) -> None:
+        try:
+            self._file.seek(self._end)
+            self._file.write(block)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"can't write a temporary file in {tempfile.gettempdir()}: {error.strerror}") from None
+        self.blocks[self._number] = self._end, len(block)
+        self._end += len(block)
+
+    def _read(self, number: int) -> list[str]:
+        place, size = self.blocks[number]
+        self._file.seek(place)
+        return json.loads(self._decompressor.decompress(self._file.read(size)))

@@ -51,8 +51,8 @@ eval_every = 20
 eval_tokens = 1024
 """
 FILES = {
-    "checkpoints", "config.toml", "data", "log.jsonl", "loss.png", "model.safetensors", "run.json", "sample.txt",
-    "tokenizer.json",
+    "checkpoints", "config.toml", "log.jsonl", "loss.png", "model.safetensors", "run.json", "sample.txt",
+    "tokenizer.json", "tokens",
 }  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in conftest.py
 

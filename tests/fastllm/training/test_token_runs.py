@@ -129,7 +129,10 @@ def test_what_is_said_of_a_mixture(train):
         (("--data", "tokens", "--data.weights", "sum=1", "words=1"), "did you mean 'sums'"),
         (("--data", "tokens", *WEIGHTS, "--data.anneal-weights", "words=1"), "has no weight of 'sums'"),
         (("--data", "tokens", "--data.anneal-weights", "words=1"), "data.anneal_weights needs data.weights"),
-        (("--data", "tokens", "--model.max-seq-len", "8192", "--train.global-batch-tokens", "8192"), "too little data"),
+        (
+            ("--data", "tokens", "--model.max-seq-len", "65536", "--train.global-batch-tokens", "65536"),
+            "too little data",
+        ),
     ],
 )
 def test_what_is_refused_leaves_no_folder(words, message, train):
