@@ -5,7 +5,8 @@
 
 Implementations take turns in one run on one core each, where nothing else is said. Writes data.json and data.md into
 benchmarks/results/<device>/. Peers: datatrove's WarcReader (warcio) with its Trafilatura extractor, rensa's RMinHash,
-the tokenizers library itself (pip install datatrove trafilatura lxml_html_clean warcio).
+the tokenizers library itself
+(pip install datatrove trafilatura lxml_html_clean warcio faust-cchardet python-magic).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fastllm import config as configs
-from fastllm.data.cleaning import settings
+from fastllm.data.cleaning import FILTERS, settings
 from fastllm.data.corpus.recipe import Recipe, SourceSpec
 from fastllm.data.corpus.tally import Tally
 from fastllm.data.corpus.worker import Batch, Worker
@@ -46,6 +47,7 @@ from .timing import device_name, stamp
 
 MB = 1e6
 TURNS = 3
+DUPLICATES = ("exact_duplicates", "near_duplicates")
 SIZES = (10, 2000)  # MB of input whose peak memory is compared
 SMALL = [
     "--model.dim",
@@ -106,6 +108,7 @@ def make_warc(pages: Path, path: Path, megabytes: float) -> int:
             head = (
                 f"WARC/1.0\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{uuid.UUID(int=n)}>\r\n"
                 f"WARC-Target-URI: https://example.org/{n}/{file.name}\r\nWARC-Date: 2026-01-01T00:00:00Z\r\n"
+                "WARC-Identified-Payload-Type: text/html\r\n"
                 f"Content-Type: application/http; msgtype=response\r\nContent-Length: {len(block)}\r\n\r\n"
             )
             warc.write(gzip.compress(head.encode() + block + b"\r\n\r\n", 6))
@@ -159,9 +162,11 @@ def warc_rows(warc: Path, size: int) -> list[Row]:
 
     def theirs() -> None:
         # Without the process of its own in which each page is given a time limit: ours counts no processes either.
-        extractor = Trafilatura()
+        extractor, characters = Trafilatura(), 0
         for document in WarcReader(str(warc.parent), glob_pattern=warc.name).run():
-            extractor.extract(document.text)
+            characters += len(extractor.extract(document.text) or "")
+        if not characters:
+            raise UserError("datatrove gives no text of these pages")
 
     found = in_turns(
         {
@@ -301,7 +306,7 @@ def memory_rows(pages: Path, scratch: Path) -> list[Row]:
         folder = scratch / f"{megabytes}"
         folder.mkdir()
         make_warc(pages, folder / "pages.warc.gz", megabytes)
-        without = ["--without", "exact_duplicates", "near_duplicates"]  # the pages repeat
+        without = ["--without", *DUPLICATES]  # the pages repeat
         corpus, tokens, tokenizer = (str(folder / name) for name in ("corpus", "tokens", "tokenizer.json"))
         source = str(folder / "pages.warc.gz")
         commands = {
@@ -362,7 +367,7 @@ def main() -> int:
         rows += minhash_rows(texts)
         corpus, tokenizer = scratch / "corpus", scratch / "tokenizer.json"
         for words in (
-            ["data", "prepare", str(warc), "--out", str(corpus)],
+            ["data", "prepare", str(warc), "--out", str(corpus), "--without", *FILTERS, *DUPLICATES],
             ["tokenizer", "train", str(corpus), "--out", str(tokenizer), "--vocab-size", "32768"],
         ):
             subprocess.run([sys.executable, "-m", "fastllm", *words], check=True, stdout=subprocess.DEVNULL)
