@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...errors import UserError
 from ..document import Document, Kind
 
 TEXT_LIMIT = 64 * 2**20  # bytes of one record: a line, a table's cell, a book
@@ -19,6 +20,12 @@ class ReaderOptions:
     text_column: str = "text"  # of JSONL, Parquet and Hugging Face data sets
     document: int = 2**20  # a text file is cut into documents of at most this many characters
     cache: Path | None = None  # where downloads are kept; none: $FASTLLM_CACHE, or ~/.cache/fastllm/downloads
+
+    def __post_init__(self) -> None:
+        if not self.text_column:
+            raise UserError("readers.text_column is empty")
+        if self.document < 1:
+            raise UserError(f"readers.document must be greater than 0, it is {self.document}")
 
 
 class Skipped(Exception):

@@ -295,6 +295,7 @@ def test_from_the_command_line(tmp_path, capsys):
         ("[[sources]]\npath = 'a'\n[[sources]]\npath = 'b'\nname = 'a'\n", "two sources are called a"),
         ("[near_duplicates]\nthreshold = 2.0\n", "threshold"),
         ("[near]\n", "unknown key"),
+        ("[readers]\ndocument = -1\n", "document must be greater than 0"),
     ],
 )
 def test_a_wrong_recipe_is_explained(tmp_path, content, message):
