@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from ...errors import UserError
@@ -19,7 +18,7 @@ class ReaderOptions:
 
     text_column: str = "text"  # of JSONL, Parquet and Hugging Face data sets
     document: int = 2**20  # a text file is cut into documents of at most this many characters
-    cache: Path | None = None  # where downloads are kept; none: $FASTLLM_CACHE, or ~/.cache/fastllm/downloads
+    cache: str = ""  # where downloads are kept; none: $FASTLLM_CACHE, or ~/.cache/fastllm/downloads
 
     def __post_init__(self) -> None:
         if not self.text_column:

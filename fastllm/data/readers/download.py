@@ -32,11 +32,11 @@ def is_url(name: str) -> bool:
     return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", name) is not None
 
 
-def cache_folder(cache: Path | None) -> Path:
-    return cache or Path(os.environ.get("FASTLLM_CACHE") or Path.home() / ".cache" / "fastllm" / "downloads")
+def cache_folder(cache: str | Path = "") -> Path:
+    return Path(cache or os.environ.get("FASTLLM_CACHE") or Path.home() / ".cache" / "fastllm" / "downloads")
 
 
-def download(url: str, cache: Path | None = None) -> Path:
+def download(url: str, cache: str | Path = "") -> Path:
     """The file at ``url``, downloaded into the folder ``cache``, or from there where it is complete already.
 
     A broken transfer is resumed where the server can (Range with If-Range), by a later call too. The file is complete

@@ -178,7 +178,7 @@ def test_redirects_and_errors(server, tmp_path):
 
 def test_a_url_as_a_source(server, tmp_path, monkeypatch):
     server.body = gzip.compress(b'{"text": "from afar"}\n')
-    found = read(f"{server.url}/x", ReaderOptions(cache=tmp_path))
+    found = read(f"{server.url}/x", ReaderOptions(cache=str(tmp_path)))
     assert found.formats == ["jsonl"] and found.texts == ["from afar"]
     assert found.documents[0].source == f"{server.url}/x"
     monkeypatch.setenv("FASTLLM_CACHE", str(tmp_path / "other"))
