@@ -59,7 +59,7 @@ class InspectArguments:
 
 @dataclass(frozen=True)
 class TokenizeArguments:
-    """Encode a corpus: memory-mapped shards of token ids, which fastllm train --data reads.
+    """Encode a corpus: shards of token ids, which fastllm train --data reads.
 
     What was interrupted continues when the command is given again. Exit code: 0; 2 for an error, a damaged shard too
     (the others are encoded); 130 for Ctrl-C.

@@ -40,7 +40,7 @@ INDEX_LIMIT = 2**28  # bytes: a million shards
 DOCUMENT = np.dtype([("key", "<u8"), ("length", "<u4"), ("source", "<u4")])
 SHARD_TOKENS = 2**27  # a shard ends with the document that reaches this
 SHARD_DOCUMENTS = 2**20  # or this: their records are held in memory until then
-OPEN_SHARDS = 256  # memory-mapped at a time; each takes a file descriptor
+OPEN_SHARDS = 256  # at a time; each takes a file descriptor
 CHUNK = 2**22  # bytes that are read and checked at a time
 
 
@@ -74,7 +74,7 @@ def document_key(text: str, group: str | None = None) -> int:
 
 
 class TokenFolder:
-    """Tokens in memory-mapped shards, as one row, and the documents that it is made of.
+    """Tokens in shards, as one row, and the documents that it is made of.
 
     Opening it checks the index and the sizes of all files; :meth:`verify` reads everything.
 
@@ -157,7 +157,10 @@ class TokenFolder:
         return starts
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start`` to ``stop`` of the row of all tokens: a view of the file where they lie in one shard."""
+        """Tokens ``start`` to ``stop`` of the row of all tokens, read from the files.
+
+        They are not mapped: pages once touched would count as the process's memory, which then grows with the data.
+        """
         if not 0 <= start <= stop <= self.tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.tokens}")
         number = int(np.searchsorted(self._ends, start, side="right"))
@@ -165,7 +168,7 @@ class TokenFolder:
         while start < stop:
             end = int(self._ends[number])
             first = end - self.shards[number].tokens
-            parts.append(self._open(number)[start - first : min(stop, end) - first])
+            parts.append(self._pread(number, start - first, min(stop, end) - start))
             start, number = end, number + 1
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
 
@@ -221,8 +224,22 @@ class TokenFolder:
     def _documents_file(self, shard: Shard) -> Path:
         return self.path / f"{shard.name}.documents.npy"
 
-    def _open_shard(self, number: int) -> np.ndarray:
-        return _map(self._tokens_file(self.shards[number]), self.dtype, 0, self.shards[number].tokens)
+    def _open_shard(self, number: int) -> BinaryIO:
+        return open_regular(self._tokens_file(self.shards[number]), "the shard ")
+
+    def _pread(self, number: int, first: int, n: int) -> np.ndarray:
+        content = np.empty(n, self.dtype)
+        left, place = content.view(np.uint8).data, first * self.dtype.itemsize
+        file = self._open(number)
+        while left:
+            try:
+                done = os.preadv(file.fileno(), [left], place)
+            except OSError as error:
+                raise UserError(f"can't read {file.name}: {error.strerror}") from None
+            if not done:
+                raise UserError(f"{file.name} is damaged: it ends before token {first + n:,}")
+            left, place = left[done:], place + done
+        return content
 
     def _table(self, number: int) -> np.ndarray:
         """The records of a shard's documents; UserError where they can't be those of its tokens."""
