@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
 
 DISTRIBUTION = "fastllm-kernels"  # what pip installs; the name fastllm on the index is another project's
@@ -19,6 +20,16 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
     return f"; choose from {', '.join(choices)}"
+
+
+def require_packages(what: str, *packages: str, install: str = "") -> None:
+    """Raise UserError where one of ``packages`` can't be imported; ``install``: how to get them, by default the extra
+    "data"."""
+    try:
+        for package in packages:
+            importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{what} needs {' and '.join(packages)}: {install or pip_install('data')}") from None
 
 
 def pip_install(extra: str) -> str:

@@ -285,7 +285,7 @@ class ShardWriter:
         self._keys, self._lengths, self._numbers = array("Q"), array("I"), array("I")
         self._sources: dict[str, int] = {}
         with self._errors():
-            self._file = open(self._part, "wb", buffering=CHUNK)  # noqa: SIM115
+            self._file = open(self._part, "wb", buffering=CHUNK)  # noqa: SIM115, closed by close or discard
 
     @property
     def documents(self) -> int:

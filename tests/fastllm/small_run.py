@@ -8,8 +8,10 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
+from fastllm.cli import main
 from fastllm.config import CheckpointConfig, Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from fastllm.data.loader import IGNORE_INDEX, Batch, Sequences, TrainingData
 from fastllm.data.packing import BestFit
@@ -58,6 +60,21 @@ def some_tokens(vocab_size: int = MODEL.vocab_size) -> np.ndarray:
     tokens = np.random.default_rng(0).integers(0, vocab_size, 2000).astype(np.uint16)
     tokens[1::2] = tokens[::2] // 2  # something to learn
     return tokens
+
+
+class Ended(Exception):
+    """A command failed, with this on stderr."""
+
+
+def train_command(capsys: pytest.CaptureFixture[str], *words: object, codes: tuple[int, ...] = (0,)) -> str:
+    """``fastllm train`` in this process; returns what it printed. ``codes``: exit codes that are expected."""
+    capsys.readouterr()
+    code = main(["train", *map(str, words)])
+    printed, errors = capsys.readouterr()
+    if code == 2:
+        raise Ended(errors)
+    assert code in codes, errors
+    return printed
 
 
 class RowOfTokens:

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import UserError
+from ...errors import UserError, require_packages
 from .prepare import begun, open_files
 from .recipe import Recipe
 from .stages import PLAN, Preparation
@@ -51,11 +51,7 @@ def prepare_with_datatrove(
     Returns:
         Whether the corpus is complete now.
     """
-    try:
-        import datatrove
-    except ImportError:
-        raise UserError(f'--executor {executor} needs datatrove: pip install "datatrove>=0.10"') from None
-    del datatrove
+    require_packages(f"--executor {executor}", "datatrove", install='pip install "datatrove>=0.10"')
     files = open_files(recipe)
     preparation = Preparation(recipe, files, out.resolve(), tasks or min(len(files), 1000))
     with begun(preparation) as anything:

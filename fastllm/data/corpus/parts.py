@@ -281,7 +281,7 @@ class _Writer:
         self.tally = Tally()
         self._rows: list[np.ndarray] = []
         self._signatures: list[np.ndarray] = []
-        self._file = open(self._path("jsonl.zst.part"), "wb")  # noqa: SIM115
+        self._file = open(self._path("jsonl.zst.part"), "wb")  # noqa: SIM115, closed by close or abandon
 
     def add(self, batch: Batch, cleaned: Cleaned) -> None:
         self._file.write(cleaned.lines)

@@ -16,6 +16,7 @@ from ..cleaning import build
 from ..deduplication import KEY_BYTES, Decontaminator, MinHash, exact_key
 from ..document import Document
 from ..readers import Skipped, Source
+from ..readers.base import without_surrogates
 from .recipe import Recipe
 from .tally import Tally
 
@@ -115,7 +116,7 @@ class Worker:
         except Exception as error:  # of a parser: one document must not end the work
             tally.problem(label, f"{source.name}, record {number:,}", f"{type(error).__name__}: {one_line(error)}")
             return None
-        document.text = document.text.encode("utf-8", "replace").decode()  # lone surrogates are no text
+        document.text = without_surrogates(document.text)
         if document.source != label:
             document.metadata.setdefault("file", document.source)
             document.source = label

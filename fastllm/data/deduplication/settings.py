@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from ...errors import UserError
 from ...input_files import shown
 
@@ -15,7 +13,7 @@ def check_integer(where: str, value: object, least: int, most: int) -> None:
 
 def check_share(where: str, value: object) -> None:
     """A number above 0 and at most 1."""
-    if type(value) not in (int, float) or not math.isfinite(value) or not 0 < value <= 1:  # type: ignore[operator, arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:  # which NaN is not
         raise UserError(f"{where} must be a number above 0 and at most 1, it is {shown(value)}")
 
 

@@ -6,7 +6,7 @@ import codecs
 import re
 from typing import TYPE_CHECKING
 
-from ...errors import UserError, pip_install
+from ...errors import require_packages
 from .base import Skipped
 
 if TYPE_CHECKING:
@@ -125,7 +125,4 @@ def _check(page: str) -> None:
 
 def require() -> None:
     """Raise UserError where Resiliparse is not installed."""
-    try:
-        import resiliparse  # noqa: F401
-    except ImportError:
-        raise UserError(f"reading HTML needs resiliparse: {pip_install('data')}") from None
+    require_packages("reading HTML", "resiliparse")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ...errors import UserError
+from ...errors import UserError, require_packages
 from ...input_files import one_line
 from ..document import Document, Kind
 from .base import Log, ReaderOptions
@@ -55,8 +55,5 @@ def open_dataset(name: str, options: ReaderOptions) -> HubSource:
     match = _NAME.fullmatch(name)
     if not match:
         raise UserError(f"{name} names no data set: it is hf:OWNER/NAME, hf:OWNER/NAME/CONFIG or hf:OWNER/NAME:SPLIT")
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise UserError(f"reading {name} needs the library datasets: pip install datasets") from None
+    require_packages(f"reading {name}", "datasets", install="pip install datasets")
     return HubSource(name, match[1], match[2], match[3] or "train", options)

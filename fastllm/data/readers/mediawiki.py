@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 from xml.etree.ElementTree import ParseError
 
-from ...errors import UserError, pip_install
+from ...errors import require_packages
 from ...input_files import one_line
 from ..document import Document, Kind
 from .base import FileSource, Log, Skipped
@@ -171,8 +171,4 @@ class _Guarded(io.RawIOBase):
 
 def require() -> None:
     """Raise UserError where the packages are not installed."""
-    try:
-        import mwparserfromhell  # noqa: F401
-        import mwxml  # noqa: F401
-    except ImportError:
-        raise UserError(f"reading MediaWiki dumps needs mwxml and mwparserfromhell: {pip_install('data')}") from None
+    require_packages("reading MediaWiki dumps", "mwxml", "mwparserfromhell")

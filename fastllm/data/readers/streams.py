@@ -7,7 +7,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -93,7 +93,7 @@ def compression(start: bytes) -> Codec | None:
     return next((codec for codec in CODECS if codec.magic.match(start)), None)
 
 
-def blocks(path: str | Path, log: Log) -> Iterator[bytes | None]:
+def blocks(path: str | Path, log: Log) -> Generator[bytes | None, None, None]:
     """The content of a file, decompressed, some of it at a time; ``None`` where damage left some out.
 
     Damage is told to ``log``. Behind it reading goes on with the next member, frame or stream, if there is one.
@@ -120,7 +120,7 @@ def head(path: str | Path, size: int) -> bytes:
         found += block or b""
         if block is None or len(found) >= size:
             break
-    parts.close()  # type: ignore[attr-defined]
+    parts.close()
     return found[:size]
 
 

@@ -28,6 +28,7 @@ from fastllm.training import pretrain, trainer
 from fastllm.training.final_weights import read_record
 from fastllm.training.run_data import RunData, load_run_data, open_tokens
 from tests.fastllm import small_run
+from tests.fastllm.small_run import Ended, train_command
 
 TINY = f"""
 {small_run.TOML_MODEL}
@@ -45,23 +46,13 @@ keep = 9
 """
 
 
-class Ended(Exception):
-    """A command failed, with this on stderr."""
-
-
 @pytest.fixture
 def train(tmp_path, capsys, monkeypatch) -> Callable[..., str]:
     """``fastllm train`` in this process, in ``tmp_path``; returns what it printed."""
     monkeypatch.chdir(tmp_path)
 
     def train(*words: object) -> str:
-        capsys.readouterr()
-        code = main(["train", *map(str, words)])
-        printed, errors = capsys.readouterr()
-        if code == 2:
-            raise Ended(errors)
-        assert code in (0, 130), errors
-        return printed
+        return train_command(capsys, *words, codes=(0, 130))
 
     return train
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastllm.cli import main
 from fastllm.data.token_shards import document_key, write_tokens
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.run_dir import load_metadata
 from fastllm.training import trainer
 from tests.fastllm import small_run
+from tests.fastllm.small_run import Ended, train_command
 
 TINY = f"""
 {small_run.TOML_MODEL}
@@ -34,10 +34,6 @@ every = 3
 """
 WEIGHTS = ("--data.weights", "sums=3", "words=1")
 ANNEAL = ("--data.anneal-weights", "sums=0", "words=1", "--data.anneal-from", "0.5")
-
-
-class Ended(Exception):
-    """A command failed, with this on stderr."""
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +63,7 @@ def train(folders, tmp_path, capsys, monkeypatch) -> Callable[..., str]:
     monkeypatch.chdir(tmp_path / "w")
 
     def train(*words: object) -> str:
-        capsys.readouterr()
-        code = main(["train", *map(str, words)])
-        printed, errors = capsys.readouterr()
-        if code == 2:
-            raise Ended(errors)
-        assert code == 0, errors
-        return printed
+        return train_command(capsys, *words)
 
     return train
 

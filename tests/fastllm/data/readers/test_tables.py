@@ -172,7 +172,7 @@ def test_a_long_cell(tmp_path, monkeypatch):
 
 def test_data_sets_need_their_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="needs the library datasets: pip install datasets"):
+    with pytest.raises(UserError, match="needs datasets: pip install datasets"):
         read("hf:owner/name")
 
 
