@@ -13,6 +13,14 @@ class UserError(Exception):
     """Something in the input, the configuration or the machine is wrong; the message is one clear line."""
 
 
+class ParameterError(UserError):
+    """A parameter of a request is wrong; ``name`` is its name."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean 'a' or 'b'?"``, or the choices where none is near."""
     choices = sorted(choices)

@@ -186,6 +186,11 @@ class Tokenizer:
         except KeyError:  # the library's decoder takes such a token for plain text
             return text.encode()
 
+    def with_prefix(self, prefix: bytes) -> tuple[int, ...]:
+        """The tokens that begin with ``prefix`` and are longer."""
+        tokens = ((t, self.token_bytes(t)) for t in range(self.vocab_size))
+        return tuple(t for t, text in tokens if text.startswith(prefix) and len(text) > len(prefix))
+
     @property
     def special_ids(self) -> frozenset[int]:
         """Tokens that no text is encoded to."""
