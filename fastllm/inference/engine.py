@@ -15,8 +15,8 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError, did_you_mean
 from ..hardware import host_memory
 from ..model.gpt import GPT
-from .pages import PagePool
 from .paged_gpt import PagedGPT
+from .pages import PagePool
 from .prompts import chat_prompt, text_prompt
 from .request import Completion, Delta, Prompt, Request, make_requests
 from .sampling import SamplingParams, sample
