@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -64,10 +65,8 @@ class _Renderer:
         if process is None:
             return None
         assert process.stdin and process.stdout
-        try:
+        with contextlib.suppress(OSError):  # it still holds a part of the request
             process.stdin.close()
-        except OSError:  # it still holds a part of the request
-            pass
         code = process.poll()
         if code is None:
             try:
@@ -94,9 +93,6 @@ def _start() -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
-
-
-_workers: dict[int, _Worker] = {}  # by process: a fork needs its own
 
 
 _renderers: dict[int, _Renderer] = {}  # by process: a fork needs its own

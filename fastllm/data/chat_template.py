@@ -83,7 +83,7 @@ class ChatTemplate:
         text = self._render(_mapped(given, marked), add_generation_prompt)
         ids: list[int] = []
         for part in tokenizer.split_special(text):
-            ids += [part] if isinstance(part, int) else _as_text(tokenizer, part.replace(mark, ""))
+            ids += [part] if isinstance(part, int) else _as_text(tokenizer, part, mark)
         return ids
 
     def _render(self, given: dict[str, Any], add_generation_prompt: bool) -> str:
@@ -193,13 +193,12 @@ class _Marker:
         return text
 
 
-def _as_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a text, none of which is special."""
-    special = tokenizer.special_ids
+def _as_text(tokenizer: Tokenizer, marked: str, mark: str) -> list[int]:
+    """The ids of a text without its marks, none of which is special."""
+    special, text = tokenizer.special_ids, marked.replace(mark, "")
     ids = tokenizer.encode(text, add_special_tokens=False)
-    if special.isdisjoint(ids):
-        return ids
-    ids = [i for character in text for i in tokenizer.encode(character, add_special_tokens=False)]
+    if not special.isdisjoint(ids):  # merges make one of plain text, but not of its parts
+        ids = [i for part in marked.split(mark) for i in tokenizer.encode(part, add_special_tokens=False)]
     if not special.isdisjoint(ids):
         raise UserError(f"the tokenizer makes a special token of the text {shown(text)}")
     return ids
