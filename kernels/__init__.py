@@ -4,7 +4,7 @@
 >>> y = rms_norm(x, weight)
 
 Ops: flash_attention, flash_decode, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob, rope,
-swiglu. ``explain(op, ...)`` tells which backend a call runs on and why; ``use_backend`` and the
+rope_append, swiglu. ``explain(op, ...)`` tells which backend a call runs on and why; ``use_backend`` and the
 environment variable FASTLLM_BACKEND prefer one.
 """
 
@@ -25,7 +25,7 @@ else:
     from .loss import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
     from .modules import CausalSelfAttention, CrossEntropyLoss, LinearCrossEntropyLoss, RMSNorm, SwiGLU
     from .norm import rms_norm
-    from .rotary import rope
+    from .rotary import rope, rope_append
 
     __all__ = [
         "BACKENDS",
@@ -43,6 +43,7 @@ else:
         "linear_log_prob",
         "rms_norm",
         "rope",
+        "rope_append",
         "softmax",
         "swiglu",
         "use_backend",
