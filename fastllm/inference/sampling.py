@@ -220,7 +220,7 @@ def gumbel(keys: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
     whenever it is asked for. The hash is SplitMix64 (Steele et al. 2014), once for each of the three.
     """
     bits = _mix(tokens + _mix(places + _mix(keys)))
-    uniform = (((bits >> 11) & (2**53 - 1)) + 0.5).double() * 2.0**-53
+    uniform = (((bits >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
     return -(-uniform.log()).log()
 
 
