@@ -148,6 +148,14 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
+def serve(argv: list[str]) -> int:
+    from . import serving_commands
+
+    if _asks_for_help(argv):
+        return _print_help("serve", "MODEL", serving_commands.ServeArguments)
+    return serving_commands.serve(argv)
+
+
 def export(argv: list[str]) -> int:
     from . import arguments
 
@@ -261,6 +269,11 @@ COMMANDS = {
         generate,
         "print text from a trained model",
         ('fastllm generate runs/gpt2 --prompt "def "',),
+    ),
+    "serve": Command(
+        serve,
+        "serve a model by OpenAI's API, with a chat page",
+        ("fastllm serve SmolLM2-135M-Instruct.Q4_1.gguf  at http://127.0.0.1:8000",),
     ),
     "export": Command(
         export,
