@@ -6,26 +6,22 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import tyro
+from typing import TYPE_CHECKING
 
 from . import arguments, console
 from .errors import UserError, pip_install, require_packages
+from .inference_commands import EngineArguments, make_engine, note_early_end
 from .input_files import open_regular
 
 if TYPE_CHECKING:
-    from .data.tokenizer import Tokenizer
-    from .inference.engine import Engine
     from .inference.server.gate import Access, Record
-    from .model.gpt import GPT
 
 PACKAGES = ("llguidance", "prometheus_client", "starlette", "uvicorn")
 KEY_VARIABLE = "FASTLLM_API_KEY"
 
 
-@dataclass(frozen=True)
-class ServeArguments:
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments(EngineArguments):
     """Serve a model by OpenAI's API, with a chat page at / and metrics at /metrics.
 
     MODEL is a run folder, a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3, or a GGUF file. The API key comes
@@ -33,7 +29,6 @@ class ServeArguments:
     doesn't wait. Exit code: 0 after a signal; 2 for an error.
     """
 
-    model: tyro.conf.Positional[Path]
     host: str = "127.0.0.1"  # the address to serve at; 0.0.0.0: all of this machine, with a key
     port: int = 8000  # 0: a free one
     name: str = ""  # what clients call the model; none: its file's or folder's name
@@ -41,13 +36,6 @@ class ServeArguments:
     no_key: bool = False  # serve other machines without a key
     allow_host: tuple[str, ...] = ()  # names beside localhost that a proxy calls a loopback server by
     allow_origin: tuple[str, ...] = ()  # origins of web pages elsewhere that may ask (https://example.org); "*": all
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; none: unchanged
-    quantize: Literal["int8"] | None = None  # 8-bit weights
-    max_batch: int = 32  # answers that are computed at once
-    max_seq_len: int | None = None  # tokens of prompt and answer; none: what the model sees
-    kv_tokens: int | None = None  # tokens in the key/value pool; none: by batch and memory
-    speculate: int = 0  # tokens that a draft proposes in a step; the answers stay the same
-    draft: Path | None = None  # a smaller model that proposes them; none: what followed earlier in the text
     max_queue: int = 256  # answers that may wait; beyond them: status 429
     max_connections: int = 512  # beyond them: status 503
     max_body: int = 8  # MiB of a request; beyond them: status 413
@@ -70,6 +58,9 @@ class ServeArguments:
                 raise UserError(f"--{name} must {rule}")
 
 
+ARGUMENTS: dict[str, type] = {"serve": ServeArguments}
+
+
 def serve(argv: list[str]) -> int:
     chosen = arguments.parse(ServeArguments, "fastllm serve", argv)
     require_packages("fastllm serve", *PACKAGES, install=pip_install("serve"))
@@ -84,7 +75,9 @@ def serve(argv: list[str]) -> int:
 
     access = _access(chosen)
     listener = run.bind(chosen.host, chosen.port)
-    engine = _engine(chosen)
+    with console.working(f"loading {chosen.model}"):
+        engine = make_engine(chosen)
+    note_early_end(chosen.model)
     tokenizer = engine.tokenizer
     model = Model(
         chosen.name or chosen.model.resolve().name.removesuffix(".gguf"), tokenizer, engine.vocab_size,
@@ -144,27 +137,6 @@ def _key(path: Path | None) -> bytes | None:
     if not key or len(key) > 4096 or not all("!" <= c <= "~" for c in key):
         raise UserError(f"{where} must hold one API key: printable ASCII without spaces")
     return key.encode()
-
-
-def _engine(chosen: ServeArguments) -> Engine:
-    from .inference.engine import Engine
-
-    model, tokenizer = _load(chosen.model, chosen)
-    draft = _load(chosen.draft, chosen)[0] if chosen.draft is not None else "prompt"
-    return Engine(
-        model, tokenizer, max_batch=chosen.max_batch, max_seq_len=chosen.max_seq_len, kv_tokens=chosen.kv_tokens,
-        quantize=chosen.quantize, speculate=chosen.speculate, draft=draft,
-    )  # fmt: skip
-
-
-def _load(path: Path, chosen: ServeArguments) -> tuple[GPT, Tokenizer]:
-    import torch
-
-    from .inference.load import load
-
-    with console.working(f"loading {path}"):
-        model, tokenizer = load(path, "cuda" if torch.cuda.is_available() else "cpu")
-        return (model if chosen.dtype is None else model.to(getattr(torch, chosen.dtype))), tokenizer
 
 
 def _log(record: Record) -> None:

@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -30,10 +31,8 @@ class _Client:
     deltas: asyncio.Queue[tuple[int, Delta] | BaseException] = field(default_factory=asyncio.Queue)
 
     def send(self, delta: tuple[int, Delta] | BaseException) -> None:
-        try:
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
             self.loop.call_soon_threadsafe(self.deltas.put_nowait, delta)
-        except RuntimeError:
-            pass  # the loop has ended, and with it whoever waited
 
 
 class AsyncEngine:

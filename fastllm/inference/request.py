@@ -172,9 +172,8 @@ def make_requests(
         raise ParameterError(name, f"{name} has token {outside[0]}, the model's are 0 to {vocab_size - 1}")
     length = len(prompt.tokens)
     if length >= max_seq_len:
-        raise ParameterError(
-            "prompt", f"the prompt has {length:,} tokens, the model sees {max_seq_len:,} with the answer"
-        )
+        room = f"the context is {max_seq_len:,} tokens, the answer included"
+        raise ParameterError("prompt", f"the prompt has {length:,} tokens; {room}")
     limit = min(max_seq_len, length + (params.max_tokens or max_seq_len))
     ends = () if params.ignore_eos else tokenizer.eos_ids
     seed = secrets.randbits(64) if params.seed is None else params.seed
