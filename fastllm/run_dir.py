@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import config as configs
+from .data.chat_template import read_chat_template
 from .data.tokenizer import Tokenizer
 from .errors import UserError
 from .files import write_atomic
@@ -47,6 +48,7 @@ def load_run(
         )
     trained_with = read_weights_metadata(folder / WEIGHTS).get("tokenizer")
     check_tokenizer(tokenizer, folder / TOKENIZER, folder / WEIGHTS, trained_with)
+    tokenizer.chat_template = read_chat_template(folder)
     model = load_weights(config.model, folder / WEIGHTS, dtype=dtype)
     return model.to(device).eval(), tokenizer
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.chat_template import ChatTemplate
 from ..data.pieces import GPT2_SPLIT, LLAMA3_SPLIT, O200K_SPLIT, QWEN_SPLIT, SMOLLM_SPLIT
 from ..data.tokenizer import Tokenizer
 from ..data.tokenizer_file import MOST_TOKENS, parse_tokenizer
@@ -82,11 +83,21 @@ def read_tokenizer(header: Header) -> Tokenizer:
             "fuse_unk": False, "byte_fallback": False,
         },
     }  # fmt: skip
-    return Tokenizer(parse_tokenizer(json.dumps(content).encode(), Path(f"{path} (tokenizer.ggml)")), eos_ids)
+    tokenizer = Tokenizer(parse_tokenizer(json.dumps(content).encode(), Path(f"{path} (tokenizer.ggml)")), eos_ids)
+    source = header.metadata.get("tokenizer.chat_template")
+    if source is not None and not isinstance(source, str):
+        raise UserError(f"{path}: tokenizer.chat_template must be a text, it is {shown(source)}")
+    if source is not None:
+        texts = {f"{name}_token": tokens[i] for name in ("bos", "eos", "unk", "pad") if (i := ids[name]) is not None}
+        tokenizer.chat_template = ChatTemplate(source, texts)
+    return tokenizer
 
 
 # Keys of tokens.
-_NAMED = {"bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id"}
+_NAMED = {
+    "bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",
+    "unk": "unknown_token_id", "pad": "padding_token_id",
+}  # fmt: skip
 
 
 def _token_id(keys: Keys, name: str, count: int) -> int | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..data.chat_template import read_chat_template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..input_files import Keys, read_json, shown
@@ -69,6 +70,7 @@ def load(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | No
         )
     for file, metadata in _weights_metadata(path):
         check_tokenizer(tokenizer, path / TOKENIZER, file, metadata.get("tokenizer"))
+    tokenizer.chat_template = read_chat_template(path)
     return from_pretrained(path, dtype=dtype, device=device), tokenizer
 
 
