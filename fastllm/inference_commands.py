@@ -100,8 +100,8 @@ def make_engine(chosen: EngineArguments) -> Engine:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(device) if chosen.dtype == "auto" else getattr(torch, chosen.dtype)
-    model, tokenizer = load(chosen.model, device, dtype)
-    draft = None if chosen.draft is None else load(chosen.draft, device, dtype)[0]
+    model, tokenizer = load(chosen.model, device, dtype=dtype)
+    draft = None if chosen.draft is None else load(chosen.draft, device, dtype=dtype)[0]
     return Engine(
         model, tokenizer, max_batch=chosen.max_batch, max_seq_len=chosen.max_seq_len, kv_tokens=chosen.kv_tokens,
         quantize=None if chosen.quantize == "none" else chosen.quantize, speculate=chosen.speculate,
