@@ -49,10 +49,11 @@ def ask_as(engine: Engine, model: Model) -> Callable[..., Ask]:
             method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, *,
             parts: list[bytes] | None = None,
         ) -> Answer:  # fmt: skip
-            sent = {"host": "127.0.0.1:8000", **(headers or {})}
+            sent = {"host": "127.0.0.1:8000"}
             if body is not None:
                 parts = [json.dumps(body).encode()]
-                sent = {"content-type": "application/json", **sent}
+                sent["content-type"] = "application/json"
+            sent |= {name.lower(): value for name, value in (headers or {}).items()}
             return asyncio.run(_call(method, path, sent, parts or [b""]))
 
         async def _call(method: str, path: str, headers: dict[str, str], parts: list[bytes]) -> Answer:
@@ -73,7 +74,7 @@ def ask_as(engine: Engine, model: Model) -> Callable[..., Ask]:
 
             scope = {
                 "type": "http", "method": method, "path": path, "query_string": b"", "client": ("1.2.3.4", 5),
-                "headers": [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()],
+                "headers": [(name.encode(), value.encode("latin-1")) for name, value in headers.items()],
             }  # fmt: skip
             try:
                 await app(scope, receive, send)

@@ -21,9 +21,7 @@ from fastllm.inference.server.errors import ApiError
 from fastllm.inference.server.fields import parse_body
 from fastllm.serving_commands import served_model
 
-from .conftest import CONTEXT
-
-HELLO = [{"role": "user", "content": "hello"}]
+from .conftest import CONTEXT, HELLO
 
 
 @pytest.fixture(scope="module")
