@@ -26,9 +26,9 @@ KEY_VARIABLE = "FASTLLM_API_KEY"
 class ServeArguments(EngineArguments):
     """Serve a model by OpenAI's API, with a chat page at / and metrics at /metrics.
 
-    MODEL is a run folder, a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3, or a GGUF file. The API key comes
+    MODEL is a run folder, a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3), or a GGUF file. The API key comes
     from --api-key-file or the variable FASTLLM_API_KEY. SIGTERM and Ctrl-C let running answers end; a second one
-    doesn't wait. Exit code: 0 after a signal; 2 for an error.
+    does not wait. Exit code: 0 after a signal; 2 for an error.
     """
 
     host: str = "127.0.0.1"  # the address to serve at; 0.0.0.0: all of this machine, with a key

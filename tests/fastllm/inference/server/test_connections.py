@@ -17,9 +17,9 @@ from tests.limits import HANG
 
 
 async def flood(scope: Any, receive: Any, send: Any) -> None:
-    """An answer that does not end by itself."""
+    """An answer, at /flood more than the system holds for a client."""
     await send({"type": "http.response.start", "status": 200, "headers": []})
-    while scope["path"] == "/flood":
+    for _ in range(2000 if scope["path"] == "/flood" else 0):
         await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
         await asyncio.sleep(0)
     await send({"type": "http.response.body", "body": b"done"})
@@ -82,7 +82,7 @@ async def _ends(reader: Reader) -> bytes:
 
 
 def read_all(connection: socket.socket) -> None:
-    """To the end, which an answer that goes on would not have."""
+    """To the end of the connection, which stays open after an answer."""
     with suppress(ConnectionError):
         while connection.recv(2**20):
             pass

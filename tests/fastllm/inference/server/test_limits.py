@@ -69,7 +69,7 @@ def test_more_answers_than_the_server_takes(server: Running):
 
 def test_a_client_that_does_not_read(server: Running):
     """It holds its own answer up and nobody else's."""
-    body = {"prompt": "the", "n": 8, "stream": True, "logprobs": 20, **LONG}
+    body = {"prompt": "the", "n": 8, "stream": True, "logprobs": 20, **LONG, "max_tokens": 200}
     content = json.dumps(body).encode()
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -110,7 +110,7 @@ def test_large_bodies(server: Running):
 
 @pytest.mark.parametrize(
     "request_",
-    [b"nonsense\r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n", b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", b"\0" * 100,
+    [b"nonsense\r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n", b"\0" * 100,
      b"GET /health HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * 200_000 + b"\r\n\r\n",
      b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n"],
 )  # fmt: skip
@@ -135,7 +135,7 @@ def test_a_websocket_is_no_address(server: Running):
 
 # Without shrinking: what one body does may depend on those before it.
 @settings(
-    max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(body=BODIES | JUNK | st.binary(max_size=20))
 def test_any_body_is_answered_or_refused(server: Running, body: Any):
