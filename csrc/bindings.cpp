@@ -11,6 +11,7 @@
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "linear.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "softmax.h"
@@ -124,6 +125,18 @@ AttentionDecode attention_decode(const TensorView& q, const TensorView& k, const
   return a;
 }
 
+// weight is of another length where it was packed for another product.
+Linear linear(const TensorView& x, const TensorView& weight, const TensorView& scales, const TensorView& bias,
+              const TensorView& out) {
+  const Matrix product(out);
+  const Linear a{x.rows(), weight.dense(), scales.dense<float>(), bias.dense(), out.dense(), product.rows,
+                 x.sizes()[-1], product.cols, out.dtype()};
+  if (weight.numel() != a.panels() * a.packed_depth() * Linear::kFeatures) {
+    throw py::value_error("a kernel was given a weight that is not packed for this product");
+  }
+  return a;
+}
+
 SoftmaxForward softmax_forward(const TensorView& x, const TensorView& mask, int mask_kind, float scale, bool causal,
                                const TensorView& y) {
   const auto [rows, cols] = Matrix(y);
@@ -220,6 +233,7 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   def_cpu(on_cpu, "attention_forward", attention_forward, &cpu::Kernels::attention_forward);
   def_cpu(on_cpu, "attention_backward", attention_backward, &cpu::Kernels::attention_backward);
   def_cpu(on_cpu, "attention_decode", attention_decode, &cpu::Kernels::attention_decode);
+  def_cpu(on_cpu, "linear", linear, &cpu::Kernels::linear);
   def_cpu(on_cpu, "swiglu_forward", swiglu_forward, &cpu::Kernels::swiglu_forward);
   def_cpu(on_cpu, "swiglu_backward", swiglu_backward, &cpu::Kernels::swiglu_backward);
   def_launch(on_cpu, "rope", rope, [](const Rope& a, int, uintptr_t) {

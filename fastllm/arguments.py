@@ -37,33 +37,6 @@ class TrainArguments(configs.Config):
 
 
 @dataclass(frozen=True)
-class GenerateArguments:
-    """Print text from a trained model as it is generated.
-
-    MODEL is a run folder of fastllm train, or a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3.
-    """
-
-    model: tyro.conf.Positional[Path]
-    prompt: str = ""  # the text to continue
-    max_tokens: int = 200  # stop after this many tokens, if the model does not end the text before
-    temperature: float = 0.8  # below 1 makes likely tokens likelier; 0 takes the most likely token
-    top_k: int = 50  # choose among this many most likely tokens; 0: all
-    top_p: float = 1.0  # choose among the most likely tokens that reach this probability together
-    seed: int = 0  # the same seed gives the same text
-
-    def __post_init__(self) -> None:
-        for name, ok, rule in (
-            ("max-tokens", self.max_tokens > 0, "be greater than 0"),
-            ("temperature", self.temperature >= 0, "not be negative"),
-            ("top-k", self.top_k >= 0, "not be negative"),
-            ("top-p", 0 < self.top_p <= 1, "be greater than 0 and at most 1"),
-            ("seed", self.seed >= 0, "not be negative"),
-        ):
-            if not ok:
-                raise UserError(f"--{name} must {rule}")
-
-
-@dataclass(frozen=True)
 class ExportArguments:
     """Write the trained model of a run folder as a Hugging Face folder, for transformers and vLLM."""
 

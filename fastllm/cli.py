@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.util
 import os
 import sys
@@ -99,53 +100,18 @@ def _print_help(command: str, usage: str, cls: type) -> int:
     return 0
 
 
-def _data_command(command: str, usage: str) -> Callable[[list[str]], int]:
-    """A command of data_commands, by the name of its function."""
+def _command(module: str, command: str, usage: str) -> Callable[[list[str]], int]:
+    """A command of a module such as data_commands, by the name of its function."""
     name = command.replace(" ", "_").removeprefix("data_")
 
     def run(argv: list[str]) -> int:
-        from . import data_commands
+        commands = importlib.import_module(f".{module}", __package__)
 
         if _asks_for_help(argv):
-            return _print_help(command, usage, data_commands.ARGUMENTS[name])
-        return getattr(data_commands, name)(argv)
+            return _print_help(command, usage, commands.ARGUMENTS[name])
+        return getattr(commands, name)(argv)
 
     return run
-
-
-def generate(argv: list[str]) -> int:
-    from . import arguments
-
-    if _asks_for_help(argv):
-        return _print_help("generate", "MODEL", arguments.GenerateArguments)
-    chosen = arguments.parse(arguments.GenerateArguments, "fastllm generate", argv)
-
-    import torch
-
-    from . import run_dir
-    from .inference.generate import encode_prompt, generate
-    from .inference.load import load
-    from .training.final_weights import read_record
-
-    model, tokenizer = load(chosen.model, "cuda" if torch.cuda.is_available() else "cpu")
-    prompt_tokens = len(encode_prompt(tokenizer, chosen.prompt))
-    record = read_record(chosen.model)
-    if record is not None and not record.finished:
-        early = f"ended early, at step {record.step} of {run_dir.load_metadata(chosen.model).get('steps')}"
-        print(f"fastllm: note: this run {early}", file=sys.stderr)
-    if prompt_tokens > model.config.max_seq_len:
-        seen = f"the last {model.config.max_seq_len} tokens of the prompt"
-        print(f"fastllm: note: the model sees {seen}", file=sys.stderr)
-    print(chosen.prompt, end="", flush=True)
-    options = {name: getattr(chosen, name) for name in ("max_tokens", "temperature", "top_k", "top_p", "seed")}
-    try:
-        for text in generate(model, tokenizer, chosen.prompt, **options):
-            print(text, end="", flush=True)
-    except UserError as error:
-        raise UserError(f"{chosen.model}: {error}") from None
-    finally:
-        print()
-    return 0
 
 
 def export(argv: list[str]) -> int:
@@ -213,7 +179,7 @@ class Command:
 
 COMMANDS = {
     "data prepare": Command(
-        _data_command("data prepare", "SOURCE..."),
+        _command("data_commands", "data prepare", "SOURCE..."),
         "make a corpus of crawls, dumps, books and files: clean, without duplicates",
         (
             "fastllm data prepare crawl/*.warc.gz wiki.xml.bz2 books/ --out corpus",
@@ -221,27 +187,27 @@ COMMANDS = {
         ),
     ),
     "data inspect": Command(
-        _data_command("data inspect", "CORPUS"),
+        _command("data_commands", "data inspect", "CORPUS"),
         "show what a corpus holds, and what was dropped and why",
         ("fastllm data inspect corpus --only gopher      samples of what one filter dropped",),
     ),
     "data tokenize": Command(
-        _data_command("data tokenize", "CORPUS"),
+        _command("data_commands", "data tokenize", "CORPUS"),
         "encode a corpus for training",
         ("fastllm data tokenize corpus --tokenizer tokenizer.json --out tokens",),
     ),
     "tokenizer train": Command(
-        _data_command("tokenizer train", "CORPUS|FILES"),
+        _command("data_commands", "tokenizer train", "CORPUS|FILES"),
         "train a byte-level BPE tokenizer",
         ("fastllm tokenizer train corpus --vocab-size 32768 --out tokenizer.json",),
     ),
     "tokenizer convert": Command(
-        _data_command("tokenizer convert", "RANKS"),
+        _command("data_commands", "tokenizer convert", "RANKS"),
         "make a tokenizer.json of a rank file of tiktoken",
         ("fastllm tokenizer convert cl100k_base.tiktoken --pattern cl100k",),
     ),
     "tokenizer inspect": Command(
-        _data_command("tokenizer inspect", "TOKENIZER"),
+        _command("data_commands", "tokenizer inspect", "TOKENIZER"),
         "show how a tokenizer splits text",
         ("fastllm tokenizer inspect tokenizer.json --data corpus",),
     ),
@@ -258,9 +224,22 @@ COMMANDS = {
         ),
     ),
     "generate": Command(
-        generate,
-        "print text from a trained model",
-        ('fastllm generate runs/gpt2 --prompt "def "',),
+        _command("inference_commands", "generate", "MODEL"),
+        "continue a text, or a file of prompts",
+        (
+            'fastllm generate runs/gpt2 --prompt "def "',
+            "fastllm generate model.gguf --prompts in.jsonl --out out.jsonl",
+        ),
+    ),
+    "chat": Command(
+        _command("inference_commands", "chat", "MODEL"),
+        "chat with a model in the terminal",
+        ("fastllm chat model.gguf                        a run, Hugging Face folder or GGUF file",),
+    ),
+    "serve": Command(
+        _command("serving_commands", "serve", "MODEL"),
+        "serve a model by OpenAI's API, with a chat page",
+        ("fastllm serve SmolLM2-135M-Instruct.Q4_1.gguf  at http://127.0.0.1:8000",),
     ),
     "export": Command(
         export,

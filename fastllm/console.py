@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -72,6 +73,14 @@ def working(what: str) -> Iterator[None]:
     """Show a spinner with ``what`` on a terminal while the block runs."""
     with console.status(what) if console.is_terminal else nullcontext():
         yield
+
+
+def visible(text: str) -> str:
+    """``text`` without what would steer a terminal: control characters become U+FFFD."""
+    return _CONTROL.sub("\ufffd", text)
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def short(number: float) -> str:

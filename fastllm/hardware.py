@@ -53,6 +53,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / statistics.median(times[1:])
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it, else float32."""
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else multiplies_bfloat16()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def this_machine() -> Gpu:
     """The device that training would use here, measured; its hour costs nothing."""
     if torch.cuda.is_available():

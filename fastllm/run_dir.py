@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import config as configs
+from .data.chat_template import read_chat_template
 from .data.tokenizer import Tokenizer
 from .errors import UserError
 from .files import write_atomic
@@ -30,8 +31,10 @@ def load_metadata(folder: Path) -> dict[str, Any]:
     return read_json(folder / METADATA)
 
 
-def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tokenizer]:
-    """The trained model in eval mode, and its tokenizer."""
+def load_run(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> tuple[GPT, Tokenizer]:
+    """The trained model in eval mode, and its tokenizer. ``dtype``: of the weights; None: that of the file."""
     missing = [name for name in (CONFIG, TOKENIZER, WEIGHTS, METADATA) if not (folder / name).is_file()]
     if missing:
         why = "its training has not finished" if missing == [WEIGHTS] else "it is not a complete run"
@@ -45,7 +48,8 @@ def load_run(folder: Path, device: torch.device | str = "cpu") -> tuple[GPT, Tok
         )
     trained_with = read_weights_metadata(folder / WEIGHTS).get("tokenizer")
     check_tokenizer(tokenizer, folder / TOKENIZER, folder / WEIGHTS, trained_with)
-    model = load_weights(config.model, folder / WEIGHTS)
+    tokenizer.chat_template = read_chat_template(folder)
+    model = load_weights(config.model, folder / WEIGHTS, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
 

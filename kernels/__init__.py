@@ -3,9 +3,9 @@
 >>> from fastllm.kernels import rms_norm
 >>> y = rms_norm(x, weight)
 
-Ops: flash_attention, flash_decode, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob, rope,
-swiglu. ``explain(op, ...)`` tells which backend a call runs on and why; ``use_backend`` and the
-environment variable FASTLLM_BACKEND prefer one.
+Ops: flash_attention, flash_decode, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob, packed_linear,
+rope, swiglu. ``explain(op, ...)`` tells which backend a call runs on and why; ``use_backend`` and the environment
+variable FASTLLM_BACKEND prefer one.
 """
 
 if __name__ == "kernels":
@@ -22,6 +22,7 @@ else:
     from .activation import swiglu
     from .attention import flash_attention, flash_decode
     from .backends import BACKENDS, Explanation, explain, use_backend
+    from .linear import PackedWeight, pack_weight, packed_linear
     from .loss import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
     from .modules import CausalSelfAttention, CrossEntropyLoss, LinearCrossEntropyLoss, RMSNorm, SwiGLU
     from .norm import rms_norm
@@ -33,6 +34,7 @@ else:
         "CrossEntropyLoss",
         "Explanation",
         "LinearCrossEntropyLoss",
+        "PackedWeight",
         "RMSNorm",
         "SwiGLU",
         "cross_entropy",
@@ -41,6 +43,8 @@ else:
         "flash_decode",
         "linear_cross_entropy",
         "linear_log_prob",
+        "pack_weight",
+        "packed_linear",
         "rms_norm",
         "rope",
         "softmax",

@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": BASE | {"model"},
     "run_dir": BASE | {"model", "data"},
     "huggingface": BASE | {"model", "data", "run_dir"},
-    "inference": BASE | {"model", "data", "run_dir", "huggingface"},
+    "gguf": BASE | {"model", "data"},
+    "inference": BASE | {"model", "data", "run_dir", "huggingface", "gguf"},
     "training": BASE | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "__init__"},  # the version
     "planning": BASE | {"model", "distributed", "training"},
 }

@@ -6,6 +6,7 @@
 
 #include "../attention.h"
 #include "../cross_entropy.h"
+#include "../linear.h"
 #include "../rms_norm.h"
 #include "../rope.h"
 #include "../softmax.h"
@@ -26,6 +27,7 @@ struct Kernels {
   void (*attention_forward)(const AttentionForward&);
   void (*attention_backward)(const AttentionBackward&);
   void (*attention_decode)(const AttentionDecode&);
+  void (*linear)(const Linear&);
 };
 
 namespace base { extern const Kernels kernels; }

@@ -131,6 +131,18 @@ inline vfloat load(const uint8_t* p) {
 #endif
 }
 
+inline vfloat load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_bits<__m128i>(p)));
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  vfloat v;
+  for (int i = 0; i < kLanes; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+
 // The first `count` (< kLanes) elements of a row's end; the lanes after them hold 0.
 template <typename T>
 inline vfloat load_partial(const T* p, int64_t count) {

@@ -16,10 +16,12 @@ void swiglu_backward(const SwigluBackward&);
 void attention_forward(const AttentionForward&);
 void attention_backward(const AttentionBackward&);
 void attention_decode(const AttentionDecode&);
+void linear(const Linear&);
 
 const Kernels kernels = {rms_norm_forward,      rms_norm_backward,      softmax_forward,
                          softmax_backward,      cross_entropy_forward,  cross_entropy_backward,
                          rope,                  swiglu_forward,         swiglu_backward,
-                         attention_forward,     attention_backward,     attention_decode};
+                         attention_forward,     attention_backward,     attention_decode,
+                         linear};
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

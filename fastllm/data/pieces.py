@@ -41,6 +41,8 @@ QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # GPT-2's, and GPT-4o's, in which marks and the ends of contractions belong to a word.
 GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# SmolLM's too, with single digits that go before: white space before one is a word of its own.
+SMOLLM_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 O200K_SPLIT = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -118,7 +120,7 @@ def _word_ends(backend: tokenizers.Tokenizer) -> tuple[str, bool]:
     state = _state(backend.pre_tokenizer)
     steps = state.get("pretokenizers", [state])
     split = {"type": "Split", "behavior": "Isolated", "invert": False}
-    known_splits = (*map(split_pattern, DIGITS), LLAMA3_SPLIT, QWEN_SPLIT, GPT2_SPLIT, O200K_SPLIT)
+    known_splits = (*map(split_pattern, DIGITS), LLAMA3_SPLIT, QWEN_SPLIT, GPT2_SPLIT, SMOLLM_SPLIT, O200K_SPLIT)
     patterns = [split | {"pattern": {"Regex": pattern}} for pattern in known_splits]
     *splits, bytes_ = steps
     known = (

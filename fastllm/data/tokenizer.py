@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from ..errors import UserError
 from ..files import write_atomic
 from ..input_files import one_line
+from .chat_template import ChatTemplate
 from .pieces import DIGITS, Cutter, split_pattern
 from .progress import Progress, interruptible, progress
 from .tokenizer_file import read_tokenizer
@@ -40,6 +42,7 @@ class Tokenizer:
         self.eos_ids: tuple[int, ...] = eos_ids or (_id_of(backend, EOS_TOKEN),)
         self.eos_id: int = self.eos_ids[0]
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1  # some leave ids out
+        self.chat_template: ChatTemplate | None = None  # how a chat becomes a prompt, where the model knows chats
         self._special = {t: added.content.encode() for t, added in backend.get_added_tokens_decoder().items()}
 
     @classmethod
@@ -117,14 +120,53 @@ class Tokenizer:
         vocabulary = sorted(self.backend.get_vocab().items())
         return hashlib.sha256(json.dumps([vocabulary, pairs]).encode()).hexdigest()
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, with those that the tokenizer's post-processor adds; TypeError for a lone surrogate."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of ``text``. Special tokens in it are text.
+
+        Args:
+            text: TypeError where it has a lone surrogate.
+            add_special_tokens: those that the tokenizer's post-processor puts around a text, such as Llama's BOS.
+        """
+        encode = partial(self.backend.encode, add_special_tokens=add_special_tokens)
         try:
-            return [i for piece in self._cutter.cut(text) for i in self.backend.encode(piece).ids]
+            return [i for piece in self._cutter.cut(text) for i in encode(piece).ids]
         except (TypeError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # where the library panics
             raise UserError(f"the tokenizer can't encode the text: {one_line(error)}") from None
+
+    def encode_with_special(self, text: str) -> list[int]:
+        """The ids of ``text``, in which the text of a special token is that token. Nothing is put around them."""
+        ids: list[int] = []
+        for part in self.split_special(text):
+            ids += [part] if isinstance(part, int) else self.encode(part, add_special_tokens=False)
+        return ids
+
+    def split_special(self, text: str) -> Iterator[int | str]:
+        """The special tokens in ``text``, and the text between them."""
+        end = 0
+        for found in self._special_pattern.finditer(text):
+            token, added = self.special_tokens[found[0]]
+            before = text[end : found.start()]
+            if before := before.rstrip() if added.lstrip else before:
+                yield before
+            yield token
+            end = found.end()
+            while added.rstrip and end < len(text) and text[end].isspace():
+                end += 1
+        if end < len(text):
+            yield text[end:]
+
+    @cached_property
+    def special_tokens(self) -> dict[str, tuple[int, tokenizers.AddedToken]]:
+        """The special tokens by their texts."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return {entry.content: (token, entry) for token, entry in added if entry.special and entry.content}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def encode_batch(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """The ids of each text, on all cores."""

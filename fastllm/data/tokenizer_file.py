@@ -25,7 +25,11 @@ def read_tokenizer(path: str | Path) -> tokenizers.Tokenizer:
 
     transformers, too, truncates and pads only where a call asks for it, whatever the file says.
     """
-    content = read_bytes(path, FILE_LIMIT, "the tokenizer ")
+    return parse_tokenizer(read_bytes(path, FILE_LIMIT, "the tokenizer "), path)
+
+
+def parse_tokenizer(content: bytes, path: str | Path) -> tokenizers.Tokenizer:
+    """The same, of the content of a tokenizer.json; ``path`` is for errors."""
     try:
         values = parse_json(content, "it")
         _check(values)  # first: some files make the library abort

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..data.chat_template import read_chat_template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..input_files import Keys, read_json, shown
@@ -57,8 +58,8 @@ def from_pretrained(
     return load_weights(config, *_weight_files(path), dtype=dtype).to(device).eval()
 
 
-def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer]:
-    """The model in eval mode, and its tokenizer."""
+def load(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> tuple[GPT, Tokenizer]:
+    """The model in eval mode, and its tokenizer. ``dtype``: of the weights; None: that of the files."""
     if not os.path.lexists(path / TOKENIZER):
         raise UserError(f"{path} has no {TOKENIZER}")
     vocab_size = model_config(path / CONFIG).vocab_size
@@ -69,7 +70,8 @@ def load(path: Path, device: torch.device | str) -> tuple[GPT, Tokenizer]:
         )
     for file, metadata in _weights_metadata(path):
         check_tokenizer(tokenizer, path / TOKENIZER, file, metadata.get("tokenizer"))
-    return from_pretrained(path, device=device), tokenizer
+    tokenizer.chat_template = read_chat_template(path)
+    return from_pretrained(path, dtype=dtype, device=device), tokenizer
 
 
 def _eos_ids(path: Path, vocab_size: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,8 +16,8 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError, did_you_mean
 from ..hardware import host_memory
 from ..model.gpt import GPT
-from .pages import PagePool
 from .paged_gpt import PagedGPT
+from .pages import PagePool
 from .prompts import chat_prompt, text_prompt
 from .request import Completion, Delta, Prompt, Request, make_requests
 from .sampling import SamplingParams, sample
@@ -228,11 +229,8 @@ class Engine:
             raise UserError("update_weights: there are requests that run or wait")
         if model.config != self._model.config:
             raise UserError("update_weights: the model is of another configuration")
-        old, self.pool = (
-            self._model,
-            PagePool(self.pool.pages, self.pool.page_size),
-        )  # old prompts are of the old weights
-        self._model = PagedGPT(model, old.keys.shape[1], old.keys.shape[2], self.max_seq_len, self._quantize)
+        self.pool = PagePool(self.pool.pages, self.pool.page_size)  # the keys of known prompts are of the old weights
+        self._model = PagedGPT(model, self.pool.pages, self.pool.page_size, self.max_seq_len, self._quantize)
 
     def step(self) -> list[Request]:
         """Compute the next tokens of all running requests; returns those whose answers grew or ended."""
@@ -289,9 +287,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Begin waiting requests, first come, first served, while there is room for all that they may need."""
-        computing = {
-            key for request in self._running for key in request.page_keys[request.computed // self.pool.page_size :]
-        }
+        size = self.pool.page_size
+        computing = {key for request in self._running for key in request.page_keys[request.computed // size :]}
         for request in [*self._waiting]:
             if len(self._running) >= self.max_batch:
                 return
@@ -303,8 +300,9 @@ class Engine:
                 return
             self._waiting.remove(request)
             request.pages, known = pages
-            request.computed = request.cached = known * self.pool.page_size
+            request.computed = request.cached = known * size
             request.table = torch.tensor(request.pages, dtype=torch.int32)
+            request.began = time.monotonic()
             self._running.append(request)
             self._counts["prompt"] += len(request.prompt)
             self._counts["cached"] += request.cached

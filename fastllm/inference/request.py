@@ -31,6 +31,8 @@ class Delta:
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0  # of the prompt, as in Completion
+    queued: float = 0.0  # seconds before the request began
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Request:
     draft_computed: int = 0  # the same of the draft model
     cached: int = 0
     arrived: float = field(default_factory=time.monotonic)
+    began: float = 0.0
     _taken: int = 0  # tokens and
     _shown: int = 0  # characters that were handed out
 
@@ -133,7 +136,10 @@ class Request:
         start, self._taken = self._taken, len(self.tokens)
         text, self._shown = self.stream.text[self._shown :], len(self.stream.text)
         tops = tuple(self.top_logprobs[start:])
-        return Delta(text, tuple(self.tokens[start:]), tuple(self.logprobs[start:]), tops, self.finish_reason)
+        return Delta(
+            text, tuple(self.tokens[start:]), tuple(self.logprobs[start:]), tops, self.finish_reason, self.cached,
+            self.began - self.arrived,
+        )  # fmt: skip
 
     def completion(self) -> Completion:
         if self.finish_reason == "error":
@@ -166,9 +172,8 @@ def make_requests(
         raise ParameterError(name, f"{name} has token {outside[0]}, the model's are 0 to {vocab_size - 1}")
     length = len(prompt.tokens)
     if length >= max_seq_len:
-        raise ParameterError(
-            "prompt", f"the prompt has {length:,} tokens, the model sees {max_seq_len:,} with the answer"
-        )
+        room = f"the context is {max_seq_len:,} tokens, the answer included"
+        raise ParameterError("prompt", f"the prompt has {length:,} tokens; {room}")
     limit = min(max_seq_len, length + (params.max_tokens or max_seq_len))
     ends = () if params.ignore_eos else tokenizer.eos_ids
     seed = secrets.randbits(64) if params.seed is None else params.seed

@@ -123,14 +123,10 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | None]:
     groups: dict[tuple[str, int], list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(_kind(row.params), []).append(i)
-    for (kind, top_k), indices in groups.items():
-        everyone = len(indices) == len(rows)
-        group = changed if everyone else changed[indices]
-        members = [rows[i] for i in indices]
-        if kind == "greedy":
-            chosen = group.argmax(-1)
-        else:
-            chosen = _choose(group, members, kind, min(top_k, logits.shape[-1]))
+    for (kind, count), indices in groups.items():
+        group = changed if len(indices) == len(rows) else changed[indices]
+        greedy = kind == "greedy"
+        chosen = group.argmax(-1) if greedy else _choose(group, [rows[i] for i in indices], kind, count)
         tokens[torch.tensor(indices, device=logits.device)] = chosen
     # A row of cross_entropy is summed in one order; torch.logsumexp splits few rows over threads.
     logprobs = (-cross_entropy(logits, tokens, reduction="none")).tolist()
@@ -210,10 +206,8 @@ def _choose(logits: Tensor, rows: list[Row], kind: str, count: int) -> Tensor:
     if any(row.params.min_p for row in rows):
         lowest = column(math.log(row.params.min_p) if row.params.min_p else -math.inf for row in rows)
         x = x.masked_fill(x < lowest, float("-inf"))
-    keys, places = (
-        torch.tensor(n, device=x.device)[:, None]
-        for n in zip(*((_signed(r.key), len(r.tokens)) for r in rows), strict=True)
-    )
+    keys = torch.tensor([_signed(row.key) for row in rows], device=x.device)[:, None]
+    places = torch.tensor([len(row.tokens) for row in rows], device=x.device)[:, None]
     noise = gumbel(keys, places, torch.arange(vocab_size, device=x.device) if ids is None else ids)
     chosen = (x + noise).argmax(-1)
     return chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]

@@ -68,10 +68,7 @@ class Draft:
         self._model, self._page_size = model, pool.page_size
 
     def propose(self, counts: Mapping[Request, int]) -> dict[Request, list[int]]:
-        guesses = {
-            request: _Guess(request, request.params, request.key, request.prompt, [*request.tokens])
-            for request in counts
-        }
+        guesses = {r: _Guess(r, r.params, r.key, r.prompt, [*r.tokens]) for r in counts}
         if not guesses:
             return {}
         logits = self._read(list(guesses))

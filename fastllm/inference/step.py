@@ -40,7 +40,7 @@ def rows_of(
     for queries, group in groups.items():
         decode.append(decode_rows(first, queries, [(r, r.length - 1 + queries) for r in group], device))
         first += queries * len(group)
-    wanted = list(range(first))
+    answering, wanted = [*decoding], list(range(first))
     prompt_parts: list[tuple[Request, int]] = []
     left = chunk
     for request in running:
@@ -51,14 +51,14 @@ def rows_of(
             left -= len(tokens)
     prompts = None
     if prompt_parts:
-        prompts = prompt_rows(first, [part for part in parts if not part[0].tokens], page_size, device)
-        ends = accumulate((len(tokens) for request, _, tokens in parts if not request.tokens), initial=first)
-        ended = [
-            (r, end) for (r, computed), end in zip(prompt_parts, [*ends][1:], strict=True) if computed == len(r.prompt)
-        ]
-        wanted += [end - 1 for _, end in ended]
-        decoding += [request for request, _ in ended]
-    return Step(rows(parts, wanted, decode, prompts, page_size, device), decoding, prompt_parts)
+        prompts = prompt_rows(first, parts[len(decoding) :], page_size, device)
+        last = first - 1
+        for (request, computed), (_, _, tokens) in zip(prompt_parts, parts[len(decoding) :], strict=True):
+            last += len(tokens)
+            if computed == len(request.prompt):
+                wanted.append(last)
+                answering.append(request)
+    return Step(rows(parts, wanted, decode, prompts, page_size, device), answering, prompt_parts)
 
 
 Part = tuple[Request, int, list[int]]  # a request, a place in it, and the tokens from there
@@ -84,10 +84,8 @@ def prompt_rows(first: int, parts: Sequence[Part], page_size: int, device: torch
     queries = [len(tokens) for _, _, tokens in parts]
     keys = [start + len(tokens) for _, start, tokens in parts]
     starts = (torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (queries, keys))
-    slots = torch.cat(
-        [slots_of(request, 0, size, page_size) for (request, _, _), size in zip(parts, keys, strict=True)]
-    )
-    return PromptRows(first, *starts, slots.to(device), max(queries), max(keys))
+    slots = [slots_of(request, 0, size, page_size) for (request, _, _), size in zip(parts, keys, strict=True)]
+    return PromptRows(first, *starts, torch.cat(slots).to(device), max(queries), max(keys))
 
 
 def slots_of(request: Request, start: int, end: int, page_size: int) -> Tensor:

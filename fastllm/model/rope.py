@@ -13,7 +13,7 @@ from ..config import ModelConfig
 def rotary_tables(config: ModelConfig, length: int | None = None) -> tuple[Tensor, Tensor]:
     """``cos, sin`` ``[length, head_dim / 2]``, float32, of angles in float64, on the CPU; None: of max_seq_len."""
     with torch.device("cpu"):  # also where the model is built on the meta device
-        frequencies = _scaled_frequencies(config)
+        frequencies = rope_frequencies(config)
         angles = torch.outer(torch.arange(length or config.max_seq_len, dtype=torch.float64), frequencies)
         size = attention_factor(config)
         return (size * angles.cos()).float(), (size * angles.sin()).float()
@@ -26,7 +26,7 @@ def attention_factor(config: ModelConfig) -> float:
     return 0.1 * math.log(max(1.0, config.rope_factor)) + 1.0
 
 
-def _scaled_frequencies(config: ModelConfig) -> Tensor:
+def rope_frequencies(config: ModelConfig) -> Tensor:
     """Radians from one token to the next for each pair of features, float64 ``[head_dim / 2]``.
 
     - linear: positions are divided by the factor (Chen et al. 2023, arXiv:2306.15595).

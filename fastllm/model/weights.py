@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def load_weights(config: ModelConfig, *paths: str | Path, dtype: torch.dtype | N
                 raise UserError(f"{folder}: {one_line(name)} is both in {files[name]} and in {path}")
             if not name.endswith("rotary_emb.inv_freq"):  # tables in old files
                 files[name], entries[name] = path, entry
-    _check_fit(config, entries, folder, dtype)
+    check_fit(config, entries, folder, dtype)
     tensors: dict[str, Tensor] = {}
     for path in paths:
         tensors |= _read(path, [name for name, file in files.items() if file == path], dtype)
@@ -67,14 +68,28 @@ def load_weights(config: ModelConfig, *paths: str | Path, dtype: torch.dtype | N
         raise UserError(
             f"{folder} does not fit the model: its {HEAD} is not the embedding, but the configuration ties them"
         )
+    return assembled(config, tensors)
+
+
+def assembled(config: ModelConfig, tensors: Mapping[str, Tensor]) -> GPT:
+    """The model of these very tensors, without copies of them."""
     with torch.device("meta"):
         model = GPT(config, seed=None)
     model.load_state_dict(tensors, assign=True)
     return model
 
 
-def _check_fit(config: ModelConfig, entries: dict[str, Entry], path: str | Path, dtype: torch.dtype | None) -> None:
-    """Raise UserError unless a model of this configuration has the tensors that the headers describe."""
+def check_fit(
+    config: ModelConfig,
+    entries: Mapping[str, Entry],
+    path: str | Path,
+    dtype: torch.dtype | None,
+    shown_name: Callable[[str], str] = one_line,
+) -> None:
+    """Raise UserError unless a model of this configuration has the tensors that the headers describe.
+
+    ``shown_name``: what errors call a tensor of the model.
+    """
     with torch.device("meta"):  # one layer stands for all: a wrong configuration may have a billion
         one = GPT(replace(config, layers=1, max_seq_len=1, **_UNSCALED), seed=None).state_dict()
     in_layer = [name for name in one if name.startswith("model.layers.0.")]
@@ -87,13 +102,13 @@ def _check_fit(config: ModelConfig, entries: dict[str, Entry], path: str | Path,
     missing, unknown = sorted(own.keys() - entries.keys()), sorted(entries.keys() - own.keys())
     if missing or unknown:
         lacking = len(missing) + (config.layers - layers) * len(in_layer)
-        parts = [f"lacks {_some(missing, lacking)}"] * bool(missing)
-        parts += [f"has the unknown {_some(unknown, len(unknown))}"] * bool(unknown)
+        parts = [f"lacks {_some(map(shown_name, missing), lacking)}"] * bool(missing)
+        parts += [f"has the unknown {_some(map(shown_name, unknown), len(unknown))}"] * bool(unknown)
         raise UserError(f"{path} does not fit the model: it {' and '.join(parts)}")
     for name, entry in entries.items():
         if entry.shape != own[name]:
             raise UserError(
-                f"{path} does not fit the model: {name} is {list(entry.shape)}, "
+                f"{path} does not fit the model: {shown_name(name)} is {list(entry.shape)}, "
                 f"the configuration makes it {list(own[name])}"
             )
     tied = {HEAD} if config.tie_embeddings else set()
@@ -122,11 +137,16 @@ def _read(path: str | Path, names: list[str], dtype: torch.dtype | None) -> dict
     except (OSError, SafetensorError) as error:
         raise UserError(f"can't read the weights {path}: {one_line(error)}") from None
     for name, tensor in tensors.items():
-        low, high = torch.aminmax(tensor)
-        if not (low.isfinite() and high.isfinite()):
-            raise UserError(f"the weights {path} are not finite: {name} has NaN or infinite values")
+        check_finite(tensor, name, path)
     return tensors
 
 
-def _some(names: list[str], count: int) -> str:
-    return ", ".join(map(one_line, names[:3])) + (f" and {count - 3:,} more" if count > 3 else "")
+def check_finite(tensor: Tensor, name: str, path: str | Path) -> None:
+    """Raise UserError where a tensor of the file has NaN or infinite values."""
+    low, high = torch.aminmax(tensor)
+    if not (low.isfinite() and high.isfinite()):
+        raise UserError(f"the weights {path} are not finite: {name} has NaN or infinite values")
+
+
+def _some(names: Iterable[str], count: int) -> str:
+    return ", ".join(islice(names, 3)) + (f" and {count - 3:,} more" if count > 3 else "")

@@ -34,9 +34,8 @@ from ..distributed.mesh import (
 from ..distributed.parallelize import build_model
 from ..errors import UserError
 from ..files import write_atomic
-from ..hardware import host_memory
-from ..inference.generate import generate
-from ..kernels.native import multiplies_bfloat16
+from ..hardware import compute_dtype, host_memory
+from ..inference import Engine, SamplingParams
 from ..model.flops import count_parameters
 from ..run_lock import LOCK, run_lock
 from . import metrics
@@ -265,7 +264,8 @@ def conclude(run: Run, device: torch.device) -> None:
         console.say("continue", f"fastllm train --resume {folder}")
     else:
         model, tokenizer = run_dir.load_run(folder, device)
-        sample = prompt + "".join(generate(model, tokenizer, prompt, max_tokens=120))
+        params = SamplingParams(max_tokens=120, temperature=0.8, top_k=50, seed=0)
+        sample = prompt + Engine(model, tokenizer, max_batch=1).generate([prompt], params)[0].text
         write_atomic(folder / "sample.txt", sample.encode())
         console.say("sample", sample)
         loss, per_byte = metadata["validation_loss"], math.log(2) * metadata["bytes_per_token"]
@@ -280,8 +280,7 @@ def pick_precision(precision: configs.Precision, device: torch.device) -> torch.
     """What the model computes in; the weights that the optimizer updates stay float32."""
     if precision != "auto":
         return getattr(torch, precision)
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else multiplies_bfloat16()
-    return torch.bfloat16 if fast else torch.float32
+    return compute_dtype(device)
 
 
 def check_memory(config: Config, device: torch.device) -> None:

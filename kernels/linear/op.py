@@ -1,0 +1,76 @@
+"""``packed_linear``: the public function and its operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..library import operator
+from . import reference
+from .packed import PackedWeight, matrix
+
+
+@backends.op("triton", "cpu")
+def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """``x weightᵀ + bias`` for inference, sums in float32, without gradients.
+
+    By a kernel, a row of the result depends on that row of x alone, bit by bit: neither on the other rows nor on their
+    number nor on the number of threads. PyTorch's linear promises no such thing, and so ``backend="torch"`` doesn't.
+
+    Args:
+        x: ``[..., in_features]`` in the dtype that the weight had, any strides.
+        weight: what :func:`pack_weight` made, on the device of x.
+        bias: ``[out_features]`` in the dtype of x, or None.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
+
+    Returns:
+        ``[..., out_features]`` in the dtype of x, contiguous.
+
+    Raises:
+        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, a tensor that needs
+            a gradient, or a ``backend`` that can't run this call.
+    """
+    checks.floating("packed_linear", "x", x)
+    if not isinstance(weight, PackedWeight):
+        raise TypeError(f"packed_linear: weight must be what pack_weight makes, not {type(weight).__name__}")
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"packed_linear: x is {checks.short(x.dtype)} but the weight was {checks.short(weight.dtype)} when it was "
+            "packed; cast x, or pack the weight in its dtype"
+        )
+    checks.on("packed_linear", "weight", weight.data, "x", x)
+    if x.shape[-1] != weight.in_features:
+        raise ValueError(
+            f"packed_linear: x must have in_features = {weight.in_features} columns, it has shape {list(x.shape)}"
+        )
+    if bias is not None:
+        checks.like("packed_linear", "bias", bias, "x", x, shape=(weight.out_features,))
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        raise ValueError(
+            "packed_linear: it has no gradient, and an argument requires one; call it under torch.no_grad(), or "
+            "torch.nn.functional.linear, which has"
+        )
+    limit = None if weight.panels else "the weight was packed where there was no CPU kernel"
+    chosen = backends.select("packed_linear", x, backend, lambda b: limit if b == "cpu" else None)
+    if not isinstance(chosen, str):  # an Explanation
+        return chosen
+    data, panels = weight.data, weight.panels
+    if panels != (chosen == "cpu"):
+        data, panels = matrix(data, weight.out_features, weight.in_features), False
+    if chosen == "torch":
+        return reference.packed_linear(x, data, weight.scales, bias)
+    return packed_linear_forward(x, data, weight.scales, bias, weight.out_features, panels, chosen)
+
+
+@operator(strided="x")
+def packed_linear_forward(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    panels: bool,
+    backend: str,
+) -> Tensor:
+    return torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
