@@ -3,39 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 import json
 import re
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-import fastllm
-
-PAGE = Path(fastllm.__file__).parent / "inference" / "server" / "page.html"
-
-
-def security_policy(page: str) -> str:
-    def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        assert found
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in found)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; connect-src 'self'; "
-        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-
+from fastllm.inference.server.page import page
 
 def event(**chunk: Any) -> bytes:
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
@@ -77,14 +59,10 @@ class ScriptedServer:
     """`say` is the next answers' text, or a function from a request's body to a response."""
 
     def __init__(self) -> None:
-        self.say: str | Callable[[dict[str, Any]], Response] = "Hello."
-        self.key: str | None = None
-        self.bodies: list[dict[str, Any]] = []
-        self.closed_early = 0
-        page = PAGE.read_text(encoding="utf-8")
-        self.page = HTMLResponse(page, headers={"Content-Security-Policy": security_policy(page)})
+        self.reset()
+        html = page()
         routes = [
-            Route("/", lambda request: self.page),
+            Route("/", lambda request: html),
             Route("/v1/models", self.models),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
         ]
@@ -98,6 +76,19 @@ class ScriptedServer:
             assert self.thread.is_alive()
             time.sleep(0.01)
 
+    def reset(self) -> None:
+        self.say: str | Callable[[dict[str, Any]], Response] = "Hello."
+        self.key: str | None = None
+        self.models_named = ["tiny-chat", "other-chat"]
+        self.bodies: list[dict[str, Any]] = []
+        self.closed_early = 0
+
+    def until(self, met: Callable[[], bool], seconds: float = 10.0) -> None:
+        end = time.monotonic() + seconds
+        while not met():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
     def close(self) -> None:
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(10)
@@ -108,7 +99,7 @@ class ScriptedServer:
         return refusal(401, "Incorrect API key provided.", "invalid_api_key")
 
     async def models(self, request: Request) -> Response:
-        models = [{"id": name, "object": "model"} for name in ("tiny-chat", "other-chat")]
+        models = [{"id": name, "object": "model"} for name in self.models_named]
         return self.refused(request) or JSONResponse({"object": "list", "data": models})
 
     async def chat(self, request: Request) -> Response:
