@@ -36,12 +36,12 @@ def ending(tokens: int, finish_reason: str = "stop") -> bytes:
     )
 
 
-async def pieces(text: str, seconds: float = 0.0) -> AsyncIterator[bytes]:
-    """An answer in pieces of a few characters, as tokens have them, with a pause before each."""
+async def pieces(text: str, pause: int = 0) -> AsyncIterator[bytes]:
+    """An answer in pieces of a few characters, as tokens have them; it pauses after each ``pause`` of them."""
     tokens = re.findall(r"\s?\S{1,6}|\s", text)
-    for token in tokens:
-        if seconds:
-            await asyncio.sleep(seconds)
+    for i, token in enumerate(tokens):
+        if pause and i % pause == 0:
+            await asyncio.sleep(0.01)
         yield delta(token)
     yield ending(len(tokens))
 
