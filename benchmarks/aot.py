@@ -90,7 +90,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         def call() -> None:
             q, k = torch.empty(1, 512, 4, dim, dtype=dtype), torch.empty(1, 512, 1, dim, dtype=dtype)
             ops, lse = torch.ops.fastllm, torch.empty(1, 4, 512)
-            ops.attention_decode(q if every else q[:, :1], k, k, length, sinks, *options, True, "triton")
+            ops.attention_decode(q if every else q[:, :1], k, k, length, None, sinks, *options, True, "triton")
             if every:
                 q, k, lse = q[0], k[0], lse[0]
             ops.attention_forward(q, k, k, sinks, *packing, *options, True, True, "triton")

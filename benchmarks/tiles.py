@@ -144,7 +144,7 @@ def prepared(kernel: str, dim: int, shape: Shape = SHAPE) -> Launch:
     if kernel == "decode":
         q, (k, v) = draw(16, 1, 32, dim), (draw(16, shape.cache, 4, dim) for _ in range(2))
         out, lse = torch.empty_like(q), torch.empty(16, 32, 1, device=DEVICE)
-        call = partial(launchers.attention_decode, q, k, v, None, None, options, "triton", out, lse)
+        call = partial(launchers.attention_decode, q, k, v, None, None, None, options, "triton", out, lse)
         return Launch(call, [out], [sdpa(q, k, v, enable_gqa=True)])
     heads = shape.width // dim
     q, k, v, dout = (draw(shape.batch, shape.tokens, heads, dim) for _ in range(4))

@@ -51,12 +51,27 @@ struct AttentionBackward : Attention {
 
 // A few queries against long sequences of keys: seen [batch] of the len_k keys hold something, the last query
 // stands at the last of them. Keys are split in parts.
+// With a table, k and v are pools of pages, [pages, page_size, kv_heads, dim], and `batch` of their Heads goes from page
+// to page: key i of sequence s is in page table[s * columns + i / page_size]. The CUDA C++ kernels take no table.
 struct AttentionDecode : Attention {
   const int64_t* seen;  // or null: all
+  const int32_t* table;  // [batch, columns], or null
+  int64_t columns, pages;
+  int page_shift;  // page_size is 2^page_shift
   float* parts;         // on a GPU [splits, sequences * len_q * heads, dim_v + 1], or null: one part
   int64_t splits;
   void* out;
   float* lse;
+
+  int64_t seen_of(int64_t s) const {
+    const int64_t n = seen ? seen[s] : len_k;
+    return n < 0 ? 0 : n > len_k ? len_k : n;
+  }
+  // The first key that a query of sequence s sees, if any.
+  int64_t first_of(int64_t s) const {
+    const int64_t first = seen_of(s) - len_q - left;
+    return first < 0 ? 0 : first;
+  }
 };
 
 }  // namespace fastllm

@@ -117,11 +117,17 @@ AttentionBackward attention_backward(const TensorView& dout, const TensorView& d
 }
 
 AttentionDecode attention_decode(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& seen,
-                                 const TensorView& sinks, const AttentionOptions& options, const TensorView& parts,
-                                 const TensorView& out, const TensorView& lse) {
-  AttentionDecode a{attention(q, k, v, sinks, {}, {}, options), seen.dense<int64_t>(), parts.dense<float>(),
-                    parts ? parts.sizes()[0] : 1, out.dense(), lse.dense<float>()};
+                                 const TensorView& table, const TensorView& sinks, const AttentionOptions& options,
+                                 const TensorView& parts, const TensorView& out, const TensorView& lse) {
+  AttentionDecode a{attention(q, k, v, sinks, {}, {}, options), seen.dense<int64_t>(), table.dense<int32_t>()};
+  a.parts = parts.dense<float>(), a.splits = parts ? parts.sizes()[0] : 1;
+  a.out = out.dense(), a.lse = lse.dense<float>();
   a.dim_v = out.sizes()[-1];
+  if (table) {
+    a.columns = table.sizes()[1], a.pages = k.sizes()[0];
+    while (int64_t(1) << a.page_shift < a.len_k) ++a.page_shift;
+    a.len_k *= a.columns;
+  }
   return a;
 }
 
@@ -135,6 +141,20 @@ Linear linear(const TensorView& x, const TensorView& weight, const TensorView& s
     throw py::value_error("a kernel was given a weight that is not packed for this product");
   }
   return a;
+}
+
+// On a CPU a page outside the pool is an error; nothing is read there.
+void check_pages(const AttentionDecode& a) {
+  if (!a.table || !a.heads || !a.len_q) return;
+  for (int64_t s = 0; s < a.sequences; ++s) {
+    for (int64_t i = a.first_of(s) >> a.page_shift; i << a.page_shift < a.seen_of(s); ++i) {
+      const int64_t page = a.table[s * a.columns + i];
+      if (page < 0 || page >= a.pages) {
+        throw std::out_of_range("flash_decode: block_table holds " + std::to_string(page) + ", k_cache and v_cache hold " +
+                                std::to_string(a.pages) + " pages");
+      }
+    }
+  }
 }
 
 SoftmaxForward softmax_forward(const TensorView& x, const TensorView& mask, int mask_kind, float scale, bool causal,
@@ -174,13 +194,35 @@ CrossEntropyBackward cross_entropy_backward(const TensorView& logits, const Tens
           dloss ? dloss.strides()[0] : 0, dlse.dense<float>(), dlogits.dense()};
 }
 
+void check_position(const char* op, int64_t position, int64_t max_seq) {
+  if (position >= 0 && position < max_seq) return;
+  throw std::out_of_range(std::string(op) + ": positions holds " + std::to_string(position) + ", cos and sin hold " +
+                          std::to_string(max_seq) + " positions");
+}
+
 // On a CPU a position outside the tables is an error; nothing is read there.
 void check_positions(const Rope& a) {
   if (!a.positions || !a.heads) return;
-  for (int64_t token = 0; token < a.rows / a.heads; ++token) {
-    if (a.positions[token] < 0 || a.positions[token] >= a.max_seq) {
-      throw std::out_of_range("rope: positions holds " + std::to_string(a.positions[token]) + ", cos and sin hold " +
-                              std::to_string(a.max_seq) + " positions");
+  for (int64_t token = 0; token < a.rows / a.heads; ++token) check_position("rope", a.positions[token], a.max_seq);
+}
+
+// Cosines and sines are [max_seq, half]; q [tokens, heads, dim], caches [pages, page_size, kv_heads, dim].
+RopeAppend rope_append(const TensorView& q, const TensorView& k, const TensorView& v, const TensorView& cos,
+                       const TensorView& sin, const TensorView& positions, const TensorView& slots,
+                       const TensorView& k_cache, const TensorView& v_cache, bool interleaved, const TensorView& out) {
+  const Dims n = q.sizes(), cache = k_cache.sizes(), table = cos.sizes();
+  return {q.heads(), k.heads(), v.heads(), k_cache.heads(), v_cache.heads(), cos.dense<float>(), sin.dense<float>(),
+          positions.dense<int64_t>(), slots.dense<int64_t>(), out.dense(), n[0], n[1], cache[2], n[2], table[1],
+          table[0], cache[0], cache[1], interleaved, q.dtype()};
+}
+
+// Before anything is written.
+void check_append(const RopeAppend& a) {
+  for (int64_t token = 0; token < a.tokens; ++token) {
+    check_position("rope_append", a.positions[token], a.max_seq);
+    if (a.slots[token] >= a.pages * a.page_size) {
+      throw std::out_of_range("rope_append: slots holds " + std::to_string(a.slots[token]) +
+                              ", k_cache and v_cache hold " + std::to_string(a.pages * a.page_size) + " tokens");
     }
   }
 }
@@ -232,13 +274,20 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   def_cpu(on_cpu, "cross_entropy_backward", cross_entropy_backward, &cpu::Kernels::cross_entropy_backward);
   def_cpu(on_cpu, "attention_forward", attention_forward, &cpu::Kernels::attention_forward);
   def_cpu(on_cpu, "attention_backward", attention_backward, &cpu::Kernels::attention_backward);
-  def_cpu(on_cpu, "attention_decode", attention_decode, &cpu::Kernels::attention_decode);
+  def_launch(on_cpu, "attention_decode", attention_decode, [](const AttentionDecode& a, int, uintptr_t) {
+    check_pages(a);
+    cpu::kernels().attention_decode(a);
+  });
   def_cpu(on_cpu, "linear", linear, &cpu::Kernels::linear);
   def_cpu(on_cpu, "swiglu_forward", swiglu_forward, &cpu::Kernels::swiglu_forward);
   def_cpu(on_cpu, "swiglu_backward", swiglu_backward, &cpu::Kernels::swiglu_backward);
   def_launch(on_cpu, "rope", rope, [](const Rope& a, int, uintptr_t) {
     check_positions(a);
     cpu::kernels().rope(a);
+  });
+  def_launch(on_cpu, "rope_append", rope_append, [](const RopeAppend& a, int, uintptr_t) {
+    check_append(a);
+    cpu::kernels().rope_append(a);
   });
 #endif
 

@@ -5,7 +5,7 @@
 // position p = positions[token], or token % seq without positions. out may be x itself.
 #pragma once
 
-#include "tensor.h"
+#include "attention.h"
 
 namespace fastllm {
 
@@ -17,6 +17,19 @@ struct Rope {
   Divisor seq;
   int64_t half, max_seq;
   bool interleaved, inverse;
+  DType dtype;
+};
+
+// The same of the tokens of a step: q [tokens, heads, dim] turned into out, contiguous, k [tokens, kv_heads, dim] into
+// k_cache, and v copied into v_cache. Caches are pools of pages, [pages, page_size, kv_heads, dim], whose Heads go from
+// page to page with `batch`. Token t is written at slots[t] = page * page_size + offset; not where that is negative.
+struct RopeAppend {
+  Heads q, k, v, k_cache, v_cache;
+  const float *cos, *sin;
+  const int64_t *positions, *slots;  // [tokens]
+  void* out;
+  int64_t tokens, heads, kv_heads, dim, half, max_seq, pages, page_size;
+  bool interleaved;
   DType dtype;
 };
 

@@ -37,6 +37,7 @@ struct PythonNames {
   PyObject* const float16 = torch("float16");
   PyObject* const bfloat16 = torch("bfloat16");
   PyObject* const int64 = torch("int64");
+  PyObject* const int32 = torch("int32");
 
  private:
   static PyObject* torch(const char* name) {
@@ -75,8 +76,10 @@ class TensorView {
   T* data() const {
     if (!tensor_) return nullptr;
     if constexpr (!std::is_void_v<T>) {
-      static_assert(std::is_same_v<T, float> || std::is_same_v<T, int64_t>);
-      PyObject* const expected = std::is_same_v<T, float> ? python_names().float32 : python_names().int64;
+      static_assert(std::is_same_v<T, float> || std::is_same_v<T, int64_t> || std::is_same_v<T, int32_t>);
+      PyObject* const expected = std::is_same_v<T, float>     ? python_names().float32
+                                 : std::is_same_v<T, int64_t> ? python_names().int64
+                                                              : python_names().int32;
       if (attribute(python_names().dtype).ptr() != expected) {
         throw pybind11::type_error("a kernel wants a tensor of " + std::string(pybind11::str(expected)));
       }

@@ -12,7 +12,7 @@ import torch
 
 from . import config as configs
 from .data.chat_template import read_chat_template
-from .data.tokenizer import Tokenizer
+from .data.tokenizer import END_OF_TURN, Tokenizer
 from .errors import UserError
 from .files import write_atomic
 from .input_files import read_json
@@ -48,7 +48,10 @@ def load_run(
         )
     trained_with = read_weights_metadata(folder / WEIGHTS).get("tokenizer")
     check_tokenizer(tokenizer, folder / TOKENIZER, folder / WEIGHTS, trained_with)
-    tokenizer.chat_template = read_chat_template(folder)
+    eos = tokenizer.backend.id_to_token(tokenizer.eos_id) or ""
+    tokenizer.chat_template = read_chat_template(folder, {"bos_token": eos, "eos_token": eos})
+    if tokenizer.chat_template and (end := tokenizer.backend.token_to_id(END_OF_TURN)) is not None:
+        tokenizer.eos_ids = (tokenizer.eos_id, end)
     model = load_weights(config.model, folder / WEIGHTS, dtype=dtype)
     return model.to(device).eval(), tokenizer
 

@@ -3,9 +3,9 @@
 >>> from fastllm.kernels import rms_norm
 >>> y = rms_norm(x, weight)
 
-Ops: flash_attention, flash_decode, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob, packed_linear,
-rope, swiglu. ``explain(op, ...)`` tells which backend a call runs on and why; ``use_backend`` and the environment
-variable FASTLLM_BACKEND prefer one.
+Ops: flash_attention, flash_decode, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob,
+packed_linear, rope, rope_append, swiglu. ``explain(op, ...)`` tells which backend a call runs on and why;
+``use_backend`` and the environment variable FASTLLM_BACKEND prefer one.
 """
 
 if __name__ == "kernels":
@@ -26,7 +26,7 @@ else:
     from .loss import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
     from .modules import CausalSelfAttention, CrossEntropyLoss, LinearCrossEntropyLoss, RMSNorm, SwiGLU
     from .norm import rms_norm
-    from .rotary import rope
+    from .rotary import rope, rope_append
 
     __all__ = [
         "BACKENDS",
@@ -47,6 +47,7 @@ else:
         "packed_linear",
         "rms_norm",
         "rope",
+        "rope_append",
         "softmax",
         "swiglu",
         "use_backend",

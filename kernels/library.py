@@ -45,8 +45,8 @@ def operator(
     The declaration's signature is the operator's schema, and its body allocates and returns the outputs: all that
     there is to do with fake tensors. A real call then passes the arguments and the outputs to ``launch``, by
     default the function of the same name in :func:`launchers` of the declaration's folder. Where all outputs are
-    empty nothing is launched. The last argument is ``backend: str``. ``mutates`` names an argument that is written;
-    such an operator returns nothing.
+    empty nothing is launched. The last argument is ``backend: str``. ``mutates`` names the tensors that are
+    written; such an operator returns nothing, or something new beside.
 
     ``strided`` names the tensors that ``launch`` reads in place, whatever their strides. Every other one reaches it
     contiguous: here, and nowhere else, small tensors get the memory order that kernels read.
@@ -65,12 +65,13 @@ def operator(
     several = typing.get_origin(returned) is tuple
     results = typing.get_args(returned) if several else (returned,)
     outputs = ", ".join(_TYPES[t].rstrip("?") for t in results)
-    in_place = {*strided.split(), mutates}
+    written = mutates.split()
+    in_place = {*strided.split(), *written}
     fields = _flat(types)
-    if unknown := in_place - {*fields, ""}:
+    if unknown := in_place - {*fields}:
         raise TypeError(f"{name} has no argument {', '.join(sorted(unknown))}")
     kernels: dict[str, Callable[..., None]] = {}  # by backend
-    mutated = list(types).index(mutates) if mutates else None
+    mutated = [list(types).index(x) for x in written]
     # where the tensors are: name -> (argument, its field or None); and those that must be contiguous
     places = {
         x: (i, j if hasattr(t, "_fields") else None)
@@ -79,7 +80,8 @@ def operator(
         if of in (Tensor, Tensor | None)
     }
     tensors, dense = list(places.values()), [place for x, place in places.items() if x not in in_place]
-    schema = ", ".join(f"{'Tensor(a!)' if x == mutates else _TYPES[t]} {x}" for x, t in fields.items())
+    alias = {x: f"Tensor({chr(ord('a') + i)}!)" for i, x in enumerate(written)}
+    schema = ", ".join(f"{alias.get(x, _TYPES[t])} {x}" for x, t in fields.items())
     _library.define(
         f"{name}({schema}) -> {outputs if len(results) == 1 else f'({outputs})'}",
         tags=torch.Tag.pt2_compliant_tag,
@@ -134,8 +136,8 @@ def operator(
     @functools.wraps(declaration)
     def call(*arguments: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling():
-            if mutates:
-                torch.autograd.graph.increment_version(arguments[mutated])
+            for i in mutated:
+                torch.autograd.graph.increment_version(arguments[i])
             if not _watched():
                 for i, j in tensors:
                     x = arguments[i] if j is None else arguments[i][j]

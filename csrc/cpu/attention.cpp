@@ -68,19 +68,22 @@ struct Scores {
     const float scale = a.scale;
     for (int half = 0; half < 2; ++half) {
       float* column = scores + half * kLanes;
+      // Scaled here, or by the multiply-add below: the same of every key, or a row's bits would depend on its neighbours.
+      const bool kept = a.softcap || !(scale > 0.f);
       const auto score = [&](int64_t key) {
         vfloat s = load(column + key * kPanel);
-        s = a.softcap ? tanh(s * (a.scale / a.softcap)) * a.softcap : s * scale;
+        if (kept) s = a.softcap ? tanh(s * (a.scale / a.softcap)) * a.softcap : s * scale;
         return kMasked ? band.select(ahead + key, half * kLanes, s, -kInfinity) : s;
       };
       vfloat top = running.highest[half];
-      const bool kept = kMasked || a.softcap || scale < 0.f;
-      if (kept) {
+      if (kMasked || kept) {
+        vfloat best = broadcast(-kInfinity);
         for (int64_t key = 0; key < keys; ++key) {
           const vfloat s = score(key);
           store(column + key * kPanel, s);
-          top = maximum(top, s);
+          best = maximum(best, s);
         }
+        top = maximum(kept ? best : best * scale, top);
       } else {
         vfloat tops[4];  // of what the scale still multiplies
         for (vfloat& t : tops) t = load(column);

@@ -1,22 +1,83 @@
 // Attention of a few queries to many keys, on CPUs. Bound by memory: each key and value is read once, for all
 // queries of the heads that share it. Keys are split in parts of a fixed length, so that one sequence occupies all
-// threads and the result does not depend on their number; the parts' softmaxes are joined at the end.
+// threads; the parts' softmaxes are joined at the end. A row of the output is computed from its query alone, in an order
+// that the positions of the keys fix: threads, the batch, its capacity and the other queries change no bit of it.
 #include "attention.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
 
-constexpr int kPart = 512;  // keys that a thread takes at a time
-constexpr int kTile = kLanes;  // keys whose scores make a vector
+constexpr int kPart = 256;     // keys that a thread takes at a time
+constexpr int kTile = kLanes;  // keys whose scores make a vector; a page holds whole tiles
+constexpr int64_t kParallelProducts = 1 << 16;
 
-// Sums of kLanes vectors, one in each lane.
+// Rows and vectors of sums that stay in registers.
+#if defined(__AVX512F__)
+constexpr int kSumRows = 6, kSumVectors = 4;
+#else
+constexpr int kSumRows = 4, kSumVectors = 2;
+#endif
+
+// Sums of kLanes vectors, one in each lane: as transpose, but lanes that meet are added at once.
 inline vfloat sums(vfloat (&rows)[kLanes]) {
-  vuint32 columns[kLanes];
-  for (int i = 0; i < kLanes; ++i) columns[i] = (vuint32)rows[i];
-  transpose(columns);
+#pragma GCC unroll 4
   for (int half = kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) columns[i] = (vuint32)((vfloat)columns[i] + (vfloat)columns[i + half]);
-  return (vfloat)columns[0];
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) {
+      const vuint32 a = (vuint32)rows[i], b = (vuint32)rows[i + half];
+      rows[i] = (vfloat)interleave(a, b, false) + (vfloat)interleave(a, b, true);
+    }
+  return rows[0];
+}
+
+// out[row] += sum of p[row][i] * v[i] over the values [begin, end), one after another.
+template <int kRows, int kVectors, typename X>
+inline void add_values(const float* p, const X* v, int64_t step, int64_t begin, int64_t end, float* out, int64_t stride) {
+  vfloat sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) sum[r][n] = load(out + r * stride + n * kLanes);
+  for (int64_t i = begin; i < end; ++i) {
+    vfloat value[kVectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) value[n] = load(v + i * step + n * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const vfloat prob = broadcast(p[r * kPart + i]);
+#pragma GCC unroll 4
+      for (int n = 0; n < kVectors; ++n) sum[r][n] += prob * value[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < kVectors; ++n) store(out + r * stride + n * kLanes, sum[r][n]);
+}
+
+template <int kRows, typename X>
+inline void add_values(const float* p, const X* v, int64_t step, int64_t begin, int64_t end, float* out, int64_t stride,
+                       int64_t dim) {
+  int64_t d = 0;
+  for (; d + kSumVectors * kLanes <= dim; d += kSumVectors * kLanes)
+    add_values<kRows, kSumVectors>(p, v + d, step, begin, end, out + d, stride);
+  for (; d < dim; d += kLanes) add_values<kRows, 1>(p, v + d, step, begin, end, out + d, stride);
+}
+
+// Any number of rows, in blocks of about the same size.
+template <int kRows = kSumRows, typename X>
+inline void add_values(int64_t rows, const float* p, const X* v, int64_t step, int64_t begin, int64_t end, float* out,
+                       int64_t stride, int64_t dim) {
+  if constexpr (kRows == 1) {
+    for (int64_t r = 0; r < rows; ++r) add_values<1>(p + r * kPart, v, step, begin, end, out + r * stride, stride, dim);
+  } else {
+    const int64_t blocks = blocks_of(rows, kSumRows);
+    if (blocks_of(rows, blocks) < kRows) return add_values<kRows - 1>(rows, p, v, step, begin, end, out, stride, dim);
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows)
+      add_values<kRows>(p + r * kPart, v, step, begin, end, out + r * stride, stride, dim);
+    if (r < rows) add_values<kRows - 1>(rows - r, p + r * kPart, v, step, begin, end, out + r * stride, stride, dim);
+  }
 }
 
 template <typename T>
@@ -31,59 +92,113 @@ class Part {
         q_(arena.array<float>(rows_ * dim_)),
         scores_(arena.array<float>(rows_ * kPart)),
         tile_(arena.array<float>(kTile * most(dim_, dim_v_))),
-        total_(arena.array<float>(dim_v_)) {}
+        total_(arena.array<float>(dim_v_)),
+        result_(arena.array<float>(rows_ * stride())) {}
 
   // Attends to the keys [first, last); result[row]: the highest score, the sum, and dim_v_ values.
   void attend(int64_t s, int64_t kv_head, int64_t seen, int64_t first, int64_t last, float* result) {
-    const T* k = static_cast<const T*>(a_.k.data) + s * a_.k.batch + kv_head * a_.k.head;
-    const T* v = static_cast<const T*>(a_.v.data) + s * a_.v.batch + kv_head * a_.v.head;
     for (int64_t row = 0; row < rows_; ++row) {
       const T* q = static_cast<const T*>(a_.q.data) + s * a_.q.batch + row / group_ * a_.q.token +
                    (kv_head * group_ + row % group_) * a_.q.head;
       copy_rows(q, 0, 1, a_.dim, q_ + row * dim_, 1, dim_);
     }
     for (int64_t key = first; key < last; key += kTile) {
-      copy_rows(k + key * a_.k.token, a_.k.token, least(kTile, last - key), a_.dim, tile_, kTile, dim_);
-      for (int64_t row = 0; row < rows_; ++row) {
-        vfloat dots[kTile] = {};
-        for (int64_t d = 0; d < dim_; d += kLanes) {
-          const vfloat q = load(q_ + row * dim_ + d);
-#pragma GCC unroll 16
-          for (int i = 0; i < kTile; ++i) dots[i] += q * load(tile_ + i * dim_ + d);
+      const int64_t keys = least(kTile, last - key);
+      const T* k = at(a_.k, s, kv_head, key);
+      if (last - key > kTile) prefetch(at(a_.k, s, kv_head, key + kTile), a_.k.token, a_.dim);
+      float* const scores = scores_ + key - first;
+      if constexpr (sizeof(T) == sizeof(float)) {
+        if (keys == kTile && dim_ == a_.dim) {
+          score(k, a_.k.token, scores);
+          continue;
         }
-        store(scores_ + row * kPart + key - first, sums(dots));
       }
+      copy_rows(k, a_.k.token, keys, a_.dim, tile_, kTile, dim_);
+      score(tile_, dim_, scores);
     }
-    for (int64_t row = 0; row < rows_; ++row) weigh(row, seen, first, last, result + row * stride());
-    for (int64_t row = 0; row < rows_; ++row) std::memset(result + row * stride() + 2, 0, dim_v_ * sizeof(float));
+    for (int64_t row = 0; row < rows_; ++row) {
+      weigh(row, seen, first, last, result + row * stride());
+      std::memset(result + row * stride() + 2, 0, dim_v_ * sizeof(float));
+    }
     for (int64_t key = first; key < last; key += kTile) {
       const int64_t keys = least(kTile, last - key);
-      copy_rows(v + key * a_.v.token, a_.v.token, keys, a_.dim_v, tile_, keys, dim_v_);
-      for (int64_t row = 0; row < rows_; ++row) {
-        const float* p = scores_ + row * kPart + key - first;
-        float* out = result + row * stride() + 2;
-        const Range visible = range(row, seen);
-        const int64_t begin = most(0, visible.begin - key), end = least(keys, visible.end - key);
-        for (int64_t d = 0; d < dim_v_; d += kLanes) {
-          vfloat sum = load(out + d);
-          for (int64_t i = begin; i < end; ++i) sum += p[i] * load(tile_ + i * dim_v_ + d);
-          store(out + d, sum);
-        }
+      const T* v = at(a_.v, s, kv_head, key);
+      if (last - key > kTile) prefetch(at(a_.v, s, kv_head, key + kTile), a_.v.token, a_.dim_v);
+      const float* p = scores_ + key - first;
+      if (dim_v_ == a_.dim_v) {
+        add_visible(p, v, a_.v.token, key, keys, seen, result + 2);
+      } else {
+        copy_rows(v, a_.v.token, keys, a_.dim_v, tile_, keys, dim_v_);
+        add_visible(p, tile_, dim_v_, key, keys, seen, result + 2);
       }
     }
   }
 
+  // The row's output, of its parts' results, `step` apart. Not inlined: the same instructions for one part and for many.
+  __attribute__((noinline)) void join(int64_t s, int64_t kv_head, int64_t row, const float* results, int64_t parts, int64_t step) {
+    const int64_t head = kv_head * group_ + row % group_, query = row / group_;
+    float highest = a_.sinks ? a_.sinks[head] : -kInfinity, sum = a_.sinks ? 1.f : 0.f;
+    std::memset(total_, 0, dim_v_ * sizeof(float));
+    for (int64_t part = 0; part < parts; ++part) {
+      const float* result = results + part * step;
+      if (result[0] == -kInfinity && result[1] == 0.f) continue;
+      const float top = highest > result[0] ? highest : result[0], base = top == -kInfinity ? 0.f : top;
+      const vfloat both = exp_nonpositive(first_lanes(broadcast(highest - base), 1, result[0] - base));
+      const float before = both[0], now = both[1];
+      sum = sum * before + result[1] * now;
+      for (int64_t d = 0; d < dim_v_; d += kLanes)
+        store(total_ + d, load(total_ + d) * before + load(result + 2 + d) * now);
+      highest = top;
+    }
+    T* out = static_cast<T*>(a_.out) + ((s * a_.len_q + query) * a_.heads + head) * a_.dim_v;
+    const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+    for (int64_t d = 0; d < a_.dim_v; d += kLanes) {
+      const vfloat v = load(total_ + d) * inverse;
+      a_.dim_v - d >= kLanes ? store(out + d, v) : store_partial(out + d, v, a_.dim_v - d);
+    }
+    if (a_.lse) a_.lse[(s * a_.heads + head) * a_.len_q + query] = highest + __builtin_logf(sum);
+  }
+
+  int64_t rows() const { return rows_; }
   // From one row's result to the next.
   int64_t stride() const { return dim_v_ + 2; }
-  float* total() const { return total_; }
+  // Of a part that is alone.
+  float* result() const { return result_; }
+
+ private:
+  // Where a tile of keys or values begins.
+  const T* at(const Heads& x, int64_t s, int64_t kv_head, int64_t key) const {
+    const T* const pool = static_cast<const T*>(x.data) + kv_head * x.head;
+    if (!a_.table) return pool + s * x.batch + key * x.token;
+    const int64_t page = key >> a_.page_shift, within = key - (page << a_.page_shift);
+    return pool + a_.table[s * a_.columns + page] * x.batch + within * x.token;
+  }
+
+  // The next tile: pages lie apart, and heads between the keys of one, where the processor itself fetches too little.
+  static void prefetch(const T* x, int64_t step, int64_t dim) {
+    for (int i = 0; i < kTile; ++i)
+      for (int64_t d = 0; d < dim; d += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + i * step + d);
+  }
 
   // The keys that a row sees of those that hold something.
   Range range(int64_t row, int64_t seen) const {
-    const int64_t at = seen - a_.len_q + row / group_;
-    return {most(0, at - a_.left), clamp(at + a_.right + 1, 0, seen)};
+    const int64_t position = seen - a_.len_q + row / group_;
+    return {most(0, position - a_.left), clamp(position + a_.right + 1, 0, seen)};
   }
 
- private:
+  // A tile's scores, of every row.
+  void score(const float* k, int64_t step, float* scores) const {
+    for (int64_t row = 0; row < rows_; ++row) {
+      vfloat dots[kTile] = {};
+      for (int64_t d = 0; d < dim_; d += kLanes) {
+        const vfloat q = load(q_ + row * dim_ + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTile; ++i) dots[i] += q * load(k + i * step + d);
+      }
+      store(scores + row * kPart, sums(dots));
+    }
+  }
+
   // Scores become probabilities; those outside the range 0.
   void weigh(int64_t row, int64_t seen, int64_t first, int64_t last, float* result) {
     const Range visible = range(row, seen);
@@ -107,63 +222,79 @@ class Part {
     result[1] = FASTLLM_ISA::sum(sum);
   }
 
+  // Adds a tile's values to each row that sees them: to all at once, or query by query where those see others.
+  template <typename X>
+  void add_visible(const float* p, const X* v, int64_t step, int64_t key, int64_t keys, int64_t seen, float* out) const {
+    const Range begin = range(0, seen), end = range(rows_ - 1, seen);
+    const bool together = a_.len_q == 1 || (end.begin <= key && begin.end >= key + keys);
+    const int64_t rows = together ? rows_ : group_;
+    for (int64_t row = 0; row < rows_; row += rows) {
+      const Range visible = range(row, seen);
+      add_values(rows, p + row * kPart, v, step, most(0, visible.begin - key), least(keys, visible.end - key),
+                 out + row * stride(), stride(), dim_v_);
+    }
+  }
+
   const AttentionDecode& a_;
   int64_t dim_, dim_v_, group_, rows_;
-  float *const q_, *const scores_, *const tile_, *const total_;
+  float *const q_, *const scores_, *const tile_, *const total_, *const result_;
+};
+
+// The parts of all sequences, counted through: those in which a query sees something.
+class Parts {
+ public:
+  explicit Parts(const AttentionDecode& a) : sequences_(a.sequences), first_(sequences_ + 1) {
+    first_[0] = 0;
+    for (int64_t s = 0; s < sequences_; ++s)
+      first_[s + 1] = first_[s] + most(0, blocks_of(a.seen_of(s), kPart) - a.first_of(s) / kPart);
+  }
+  int64_t count() const { return first_[sequences_]; }
+  int64_t first(int64_t s) const { return first_[s]; }
+  int64_t of(int64_t s) const { return first_[s + 1] - first_[s]; }
+  int64_t sequence(int64_t part) const {
+    int64_t low = 0, high = sequences_;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      (first_[middle] <= part ? low : high) = middle;
+    }
+    return low;
+  }
+
+ private:
+  int64_t sequences_;
+  Buffer<int64_t> first_;
 };
 
 template <typename T>
 void decode(const AttentionDecode& a) {
-  const int64_t parts = most(1, blocks_of(a.len_k, kPart)), units = a.sequences * a.kv_heads;
-  const int64_t group = a.group(), rows = group * a.len_q, stride = round_up(a.dim_v, kLanes) + 2;
-  if (units * rows == 0) return;
-  const Buffer<float> results(units * parts * rows * stride);
+  const int64_t rows = a.group() * a.len_q, stride = round_up(a.dim_v, kLanes) + 2;
+  if (a.sequences * a.kv_heads * rows == 0) return;
+  const Parts parts(a);
+  int64_t apart = 0;  // parts that are not alone, whose results wait for the others
+  for (int64_t s = 0; s < a.sequences; ++s) apart += parts.of(s) > 1 ? parts.of(s) : 0;
+  const Buffer<float> results(apart ? parts.count() * a.kv_heads * rows * stride : 0);
   const PerThread<Part<T>> memory(a);
-  const auto seen_of = [&](int64_t s) { return a.seen ? least(most(a.seen[s], 0), a.len_k) : a.len_k; };
 
-#pragma omp parallel if (units * a.len_k * rows * most(a.dim, a.dim_v) > (1 << 16))
+#pragma omp parallel if (parts.count() * kPart * a.kv_heads * rows * most(a.dim, a.dim_v) > kParallelProducts)
   {
     Arena arena = memory.mine();
     Part<T> part(arena, a);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t item = 0; item < units * parts; ++item) {
-      const int64_t s = item / parts / a.kv_heads, seen = seen_of(s), first = item % parts * kPart;
-      const int64_t begin = most(first, part.range(0, seen).begin / kTile * kTile);
-      const int64_t end = least(first + kPart, seen);
-      float* result = results + item * rows * stride;
-      if (begin < end) {
-        part.attend(s, item / parts % a.kv_heads, seen, begin, end, result);
-      } else {
-        for (int64_t row = 0; row < rows; ++row) result[row * stride] = -kInfinity, result[row * stride + 1] = 0.f;
-      }
+    for (int64_t item = 0; item < parts.count() * a.kv_heads; ++item) {
+      const int64_t index = item / a.kv_heads, kv_head = item % a.kv_heads;
+      const int64_t s = parts.sequence(index), seen = a.seen_of(s), start = a.first_of(s);
+      const int64_t first = (start / kPart + index - parts.first(s)) * kPart;
+      const bool alone = parts.of(s) == 1;
+      float* const result = alone ? part.result() : results + item * rows * stride;
+      part.attend(s, kv_head, seen, most(first, start / kTile * kTile), least(first + kPart, seen), result);
+      for (int64_t row = 0; alone && row < rows; ++row) part.join(s, kv_head, row, result + row * stride, 1, 0);
     }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < units * rows; ++i) {
-      const int64_t unit = i / rows, row = i % rows, s = unit / a.kv_heads, query = row / group;
-      const int64_t head = unit % a.kv_heads * group + row % group;
-      const float* part_of = results + (unit * parts * rows + row) * stride;
-      float highest = a.sinks ? a.sinks[head] : -kInfinity, sum = a.sinks ? 1.f : 0.f;
-      float weights[2];
-      float* const total = part.total();
-      std::memset(total, 0, (stride - 2) * sizeof(float));
-      for (int64_t p = 0; p < parts; ++p) {
-        const float* result = part_of + p * rows * stride;
-        if (result[0] == -kInfinity && result[1] == 0.f) continue;
-        const float top = highest > result[0] ? highest : result[0], base = top == -kInfinity ? 0.f : top;
-        const vfloat both = exp_nonpositive(first_lanes(broadcast(highest - base), 1, result[0] - base));
-        weights[0] = both[0], weights[1] = both[1];
-        sum = sum * weights[0] + result[1] * weights[1];
-        for (int64_t d = 0; d < stride - 2; d += kLanes)
-          store(total + d, load(total + d) * weights[0] + load(result + 2 + d) * weights[1]);
-        highest = top;
-      }
-      T* out = static_cast<T*>(a.out) + ((s * a.len_q + query) * a.heads + head) * a.dim_v;
-      const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-      for (int64_t d = 0; d < a.dim_v; d += kLanes) {
-        const vfloat v = load(total + d) * inverse;
-        a.dim_v - d >= kLanes ? store(out + d, v) : store_partial(out + d, v, a.dim_v - d);
-      }
-      if (a.lse) a.lse[(s * a.heads + head) * a.len_q + query] = highest + __builtin_logf(sum);
+    for (int64_t i = 0; i < a.sequences * a.kv_heads * rows; ++i) {
+      const int64_t s = i / (a.kv_heads * rows), kv_head = i / rows % a.kv_heads, row = i % rows;
+      if (parts.of(s) == 1) continue;
+      const float* result = results + ((parts.first(s) * a.kv_heads + kv_head) * rows + row) * stride;
+      part.join(s, kv_head, row, result, parts.of(s), a.kv_heads * rows * stride);
     }
   }
 }

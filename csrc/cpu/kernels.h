@@ -22,6 +22,7 @@ struct Kernels {
   void (*cross_entropy_forward)(const CrossEntropyForward&);
   void (*cross_entropy_backward)(const CrossEntropyBackward&);
   void (*rope)(const Rope&);
+  void (*rope_append)(const RopeAppend&);
   void (*swiglu_forward)(const SwigluForward&);
   void (*swiglu_backward)(const SwigluBackward&);
   void (*attention_forward)(const AttentionForward&);

@@ -54,7 +54,41 @@ void rotate(const Rope& a) {
   }
 }
 
+// Head 0 of a token: of a page's where there are pages.
+template <typename T>
+T* token_at(const Heads& x, int64_t page, int64_t t) {
+  return static_cast<T*>(const_cast<void*>(x.data)) + page * x.batch + t * x.token;
+}
+
+template <typename T>
+void append(const RopeAppend& a) {
+  const int64_t passed = a.dim - 2 * a.half;
+#pragma omp parallel for schedule(static) if (a.tokens * (a.heads + 2 * a.kv_heads) * a.dim > kParallelElements)
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    const float *cos = a.cos + a.positions[t] * a.half, *sin = a.sin + a.positions[t] * a.half;
+    const auto turn = [&](const T* x, T* out) {
+      a.interleaved ? turn_neighbours(x, out, cos, sin, 1.f, a.half) : turn_halves(x, out, cos, sin, 1.f, a.half);
+      if (passed) std::memcpy(out + 2 * a.half, x + 2 * a.half, passed * sizeof(T));
+    };
+    const T* q = token_at<T>(a.q, 0, t);
+    T* out = static_cast<T*>(a.out) + t * a.heads * a.dim;
+    for (int64_t head = 0; head < a.heads; ++head) turn(q + head * a.q.head, out + head * a.dim);
+    if (a.slots[t] < 0) continue;
+    const int64_t page = a.slots[t] / a.page_size, offset = a.slots[t] % a.page_size;
+    const T *k = token_at<T>(a.k, 0, t), *v = token_at<T>(a.v, 0, t);
+    T *k_out = token_at<T>(a.k_cache, page, offset), *v_out = token_at<T>(a.v_cache, page, offset);
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+      turn(k + head * a.k.head, k_out + head * a.k_cache.head);
+      std::memcpy(v_out + head * a.v_cache.head, v + head * a.v.head, a.dim * sizeof(T));
+    }
+  }
+}
+
 }  // namespace
+
+void rope_append(const RopeAppend& a) {
+  with_type(a.dtype, [&](auto tag) { append<decltype(tag)>(a); });
+}
 
 void rope(const Rope& a) {
   with_type(a.dtype, [&](auto tag) { rotate<decltype(tag)>(a); });

@@ -11,6 +11,7 @@ void softmax_backward(const SoftmaxBackward&);
 void cross_entropy_forward(const CrossEntropyForward&);
 void cross_entropy_backward(const CrossEntropyBackward&);
 void rope(const Rope&);
+void rope_append(const RopeAppend&);
 void swiglu_forward(const SwigluForward&);
 void swiglu_backward(const SwigluBackward&);
 void attention_forward(const AttentionForward&);
@@ -20,8 +21,8 @@ void linear(const Linear&);
 
 const Kernels kernels = {rms_norm_forward,      rms_norm_backward,      softmax_forward,
                          softmax_backward,      cross_entropy_forward,  cross_entropy_backward,
-                         rope,                  swiglu_forward,         swiglu_backward,
-                         attention_forward,     attention_backward,     attention_decode,
-                         linear};
+                         rope,                  rope_append,            swiglu_forward,
+                         swiglu_backward,       attention_forward,      attention_backward,
+                         attention_decode,      linear};
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

@@ -81,13 +81,9 @@ class _Renderer:
 def _start() -> subprocess.Popen[bytes]:
     require_packages("a chat template", "jinja2", install="pip install jinja2")
     script = str(Path(__file__).with_name("chat_template_worker.py"))
+    # -P: beside the script lie modules of names that the standard library has too.
     return subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            script,
-            str(SECONDS),
-        ],  # -P: beside the script lie modules of the standard library's names
+        [sys.executable, "-P", script, str(SECONDS)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -20,7 +20,8 @@ from .chat_renderer import render
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
-TEMPLATE, OLDER_TEMPLATE, CONFIG = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
+TEMPLATE, OLDER_TEMPLATE = "chat_template.jinja", "chat_template.json"
+CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 DEPTH = 64  # of lists and objects in a message
 
@@ -204,12 +205,13 @@ def _as_text(tokenizer: Tokenizer, marked: str, mark: str) -> list[int]:
     return ids
 
 
-def read_chat_template(folder: Path) -> ChatTemplate | None:
-    """The chat template of a Hugging Face folder or a run folder, with its special tokens; None where it has none.
+def read_chat_template(folder: Path, variables: Mapping[str, str] | None = None) -> ChatTemplate | None:
+    """The chat template of a Hugging Face folder or a run folder; None where it has none.
 
-    It is in chat_template.jinja, or in older folders in chat_template.json or tokenizer_config.json.
+    ``variables``: special tokens that it sees, unless the folder names others. The template is in chat_template.jinja,
+    or in older folders in chat_template.json or tokenizer_config.json.
     """
-    config = read_json(folder / CONFIG) if os.path.lexists(folder / CONFIG) else {}
+    older, config = (read_json(folder / name) if os.path.lexists(folder / name) else {} for name in (SPECIAL, CONFIG))
     source: Any = None
     if os.path.lexists(folder / TEMPLATE):
         path, content = folder / TEMPLATE, read_bytes(folder / TEMPLATE)
@@ -230,11 +232,11 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise UserError(f"{path}: chat_template must be a text, it is {shown(source)}")
-    return ChatTemplate(source, _special_texts(config))
+    return ChatTemplate(source, {**(variables or {}), **_special_texts({**older, **config})})
 
 
 def _special_texts(config: dict[str, Any]) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names, by their keys."""
+    """The special tokens that a folder's files name, by their keys."""
     texts: dict[str, str] = {}
     for key in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
         value = config.get(key)

@@ -29,7 +29,8 @@ EOS_TOKENS = (EOS_TOKEN, "<|end_of_text|>", "</s>", "<｜end▁of▁sentence｜>
 BATCH = 2**20  # characters that are encoded at a time
 
 # Special tokens that a chat needs: ChatML's, and more that later training may give a meaning.
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>", *(f"<|reserved_{n}|>" for n in range(13)))
+END_OF_TURN = "<|im_end|>"
+CHAT_TOKENS = ("<|im_start|>", END_OF_TURN, *(f"<|reserved_{n}|>" for n in range(13)))
 
 
 class Tokenizer:

@@ -50,4 +50,5 @@ def _values(content: bytearray, info: TensorInfo, rows: int) -> Tensor:
     from gguf import GGMLQuantizationType, quants
 
     blocks = np.frombuffer(content, np.uint8).reshape(rows, -1)
-    return torch.from_numpy(quants.dequantize(blocks, GGMLQuantizationType[info.type.name]))
+    with np.errstate(all="ignore"):  # values that are not finite are found later
+        return torch.from_numpy(quants.dequantize(blocks, GGMLQuantizationType[info.type.name]))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..config import ModelConfig
+from ..data.chat_template import TEMPLATE
 from ..errors import UserError
 from ..files import atomic_folder
 from ..run_dir import load_run
@@ -57,7 +58,8 @@ def export(
     model, tokenizer = load_run(Path(run))
     model = model if dtype is None else model.to(dtype)
     weight_dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    special = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
+    ends: int | list[int] = tokenizer.eos_id if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)
+    special = {"bos_token_id": tokenizer.eos_id, "eos_token_id": ends}
     config = {**layout(model.config), "torch_dtype": weight_dtype, **special}
     text = tokenizer.backend.id_to_token(tokenizer.eos_id)
     described = {
@@ -67,6 +69,8 @@ def export(
     with atomic_folder(out) as part:
         for name, content in ((CONFIG, config), (GENERATION, special), ("tokenizer_config.json", described)):
             (part / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        if tokenizer.chat_template is not None:
+            (part / TEMPLATE).write_text(tokenizer.chat_template.source, "utf-8")
         (part / TOKENIZER).write_text(tokenizer.backend.to_str(pretty=True), "utf-8")
         metadata = {"format": "pt", "tokenizer": tokenizer.fingerprint}
         save_torch_state_dict(model.state_dict(), part, max_shard_size=max_shard_size, metadata=metadata)

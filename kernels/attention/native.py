@@ -69,6 +69,7 @@ def attention_decode(
     k: Tensor,
     v: Tensor,
     seqlens_k: Tensor | None,
+    block_table: Tensor | None,
     sinks: Tensor | None,
     options: Options,
     backend: str,
@@ -82,4 +83,5 @@ def attention_decode(
         if splits > 1:
             rows, dim = out.shape[:-1].numel(), out.shape[-1]
             parts = torch.empty(splits, rows, dim + 1, dtype=torch.float32, device=q.device)
-    KERNELS[backend].attention_decode(q, k, v, *_int64(seqlens_k), sinks, options, parts, out, lse, *place(q))
+    inputs = q, k, v, *_int64(seqlens_k), block_table, sinks
+    KERNELS[backend].attention_decode(*inputs, options, parts, out, lse, *place(q))

@@ -163,9 +163,9 @@ def flash_attention(
 
 
 def check_heads(
-    op: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], dims: int
+    op: str, q: Tensor, k: Tensor, v: Tensor, names: tuple[str, str], dims: int, paged: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three, checked, as autocast casts them."""
+    """The three, checked, as autocast casts them; ``paged``: k and v are pools of pages, whatever the batch is."""
     layout = "[tokens, heads, head_dim]" if dims == 3 else "[batch, seq, heads, head_dim]"
     for name, t in zip(("q", *names), (q, k, v), strict=True):
         checks.floating(op, name, t)
@@ -174,6 +174,7 @@ def check_heads(
     q, k, v = checks.autocast(q, k, v)
     *batch, _, heads, dim = q.shape
     *batch_k, seq_k, kv_heads, dim_k = k.shape
+    batch = batch_k if paged else batch
     *rest_v, dim_v = v.shape
     if not (
         (k.dtype is v.dtype is q.dtype and k.device == v.device == q.device)

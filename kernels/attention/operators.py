@@ -31,7 +31,7 @@ def _launch_forward(
     if packed:
         check_packing(q, k, packing)
     if not (packed or differentiated) and q.shape[1] * q.shape[2] <= FEW_ROWS * k.shape[2]:
-        kernels.attention_decode(q, k, v, None, sinks, options, backend, *outputs)
+        kernels.attention_decode(q, k, v, None, None, sinks, options, backend, *outputs)
     else:
         kernels.attention_forward(q, k, v, sinks, packing, options, backend, *outputs)
 
@@ -101,6 +101,7 @@ def _launch_decode(
     k: Tensor,
     v: Tensor,
     seqlens_k: Tensor | None,
+    block_table: Tensor | None,
     sinks: Tensor | None,
     options: Options,
     wants_lse: bool,
@@ -108,7 +109,7 @@ def _launch_decode(
     *outputs: Tensor | None,
 ) -> None:
     q, k, v = in_rows(q, k, v)
-    launchers(__package__, backend).attention_decode(q, k, v, seqlens_k, sinks, options, backend, *outputs)
+    launchers(__package__, backend).attention_decode(q, k, v, seqlens_k, block_table, sinks, options, backend, *outputs)
 
 
 @operator(strided="q k v", launch=_launch_decode)
@@ -117,12 +118,13 @@ def attention_decode(
     k: Tensor,
     v: Tensor,
     seqlens_k: Tensor | None,
+    block_table: Tensor | None,
     sinks: Tensor | None,
     options: Options,
     wants_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """``out`` and ``lse``, as of attention_forward; ``sinks`` are float32."""
+    """``out`` and ``lse``, as of attention_forward; ``sinks`` are float32, ``block_table`` is int32."""
     return _out_and_lse(q, v, wants_lse)
 
 

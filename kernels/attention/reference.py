@@ -42,9 +42,16 @@ def flash_decode(
     window: Window = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same, of keys of which only the first ``seqlens`` ``[batch]`` hold something."""
+    """The same, of keys of which only the first ``seqlens`` ``[batch]`` hold something.
+
+    With ``block_table`` they lie in pages; those of a page that is not there are NaN where a query sees them.
+    """
     left, right = bounds("flash_decode", causal, window)
+    if block_table is not None and seqlens is not None:
+        begin, end = pages_read(seqlens, q.shape[1], left, k.shape[1], block_table.shape[1])
+        k, v = (_gathered(pool, block_table, begin, end) for pool in (k, v))
     capacity = torch.arange(k.shape[1], device=k.device)
     if seqlens is None:
         seqlens = torch.full((q.shape[0],), k.shape[1], device=q.device)
@@ -54,6 +61,25 @@ def flash_decode(
     seen = (_band(at_q.unsqueeze(2) - capacity, left, right) & ~empty.unsqueeze(1)).unsqueeze(1)
     v = v.masked_fill(empty.view(*k.shape[:2], 1, 1), 0.0)  # it may hold NaN, and 0 · NaN is NaN
     return _attend(q, k, v, seen, scale, softcap, sinks)
+
+
+def pages_read(seqlens: Tensor, seq_q: int, left: int, page_size: int, columns: int) -> tuple[Tensor, Tensor]:
+    """``[batch]``: from which column of the block table to which, excluded, queries see keys."""
+    held = seqlens.long().clamp(0, columns * page_size)
+    return (held - seq_q - left).clamp(min=0) // page_size, (held + page_size - 1) // page_size
+
+
+def _gathered(pool: Tensor, block_table: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """``[batch, capacity, ...]``: 0 in pages that no query sees, NaN in those that are not in the pool."""
+    column = torch.arange(block_table.shape[1], device=pool.device)
+    hidden = (column < begin.unsqueeze(1)) | (column >= end.unsqueeze(1))
+    missing = (block_table < 0) | (block_table >= len(pool))
+    shape = (*block_table.shape, *[1] * (pool.dim() - 1))
+    if len(pool) == 0:
+        pool = pool.new_zeros(1, *pool.shape[1:])
+    found = pool[block_table.long().clamp(0, len(pool) - 1)]
+    found = found.masked_fill(missing.view(shape), float("nan")).masked_fill(hidden.view(shape), 0.0)
+    return found.flatten(1, 2)
 
 
 def _attend(

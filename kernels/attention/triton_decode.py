@@ -14,6 +14,7 @@ from ..triton_launch import Kernel, cdiv, multiple, power_of_two, processors
 from . import triton_tuning
 from .options import Options
 from .triton_forward import attend_stages
+from .triton_paged import attention_paged
 from .triton_tiles import LN2, LOG2E, constants, key_stages, option_numbers, padded, places, start_of
 
 PROGRAMS = 2  # of a multiprocessor, which hide each other's waits
@@ -103,12 +104,15 @@ def attention_decode(
     k: Tensor,
     v: Tensor,
     seqlens_k: Tensor | None,
+    block_table: Tensor | None,
     sinks: Tensor | None,
     options: Options,
     backend: str,
     out: Tensor,
     lse: Tensor | None,
 ) -> None:
+    if block_table is not None and seqlens_k is not None:
+        return attention_paged(q, k, v, seqlens_k, block_table, sinks, options, out, lse)
     (batch, seq_q, heads, dim), (_, capacity, kv_heads, _) = q.shape, k.shape
     heads_per_kv, dim_v = heads // kv_heads, v.shape[-1]
     group_rows = seq_q * heads_per_kv

@@ -174,7 +174,8 @@ def _cache(gpu: str) -> Path:
     folder = Path(__file__).parent
     source = (
         b"".join(
-            (folder / f"triton_{part}.py").read_bytes() for part in ("tiles", "forward", "backward", "decode", "tuning")
+            (folder / f"triton_{part}.py").read_bytes()
+            for part in ("tiles", "forward", "backward", "decode", "paged", "tuning")
         )
         + (folder.parent / "triton_launch.py").read_bytes()
     )

@@ -81,7 +81,7 @@ def rope(
         check_inplace(q, k)
     if chosen == "torch":
         if positions is not None:
-            _check_positions(positions, cos.shape[0])
+            check_positions("rope", positions, cos.shape[0])
         turned = reference.rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
     elif inplace and changes_alone(q, k) and has_values():
         return tuple(_rope(x, cos, sin, positions, interleaved, False, True, chosen) for x in (q, k))
@@ -90,13 +90,13 @@ def rope(
     return (q.copy_(turned[0]), k.copy_(turned[1])) if inplace else turned
 
 
-def _check_positions(positions: Tensor, rows: int) -> None:
+def check_positions(op: str, positions: Tensor, rows: int) -> None:
     """As the native kernels: on a CPU alone. Elsewhere the specification gives NaN."""
     if positions.device.type != "cpu" or not has_values():
         return
     outside = (positions < 0) | (positions >= rows)
     if outside.any():
-        raise IndexError(f"rope: positions holds {positions[outside][0].item()}, cos and sin hold {rows} positions")
+        raise IndexError(f"{op}: positions holds {positions[outside][0].item()}, cos and sin hold {rows} positions")
 
 
 class _Rope(torch.autograd.Function):

@@ -19,6 +19,29 @@ def rope(
     return _rotated(q, cos, sin, interleaved), _rotated(k, cos, sin, interleaved)
 
 
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    interleaved: bool = False,
+) -> Tensor:
+    """q turned; k turned and v are written into the caches."""
+    q, k = rope(q, k, cos, sin, interleaved=interleaved, positions=positions)
+    pages, page_size = k_cache.shape[:2]
+    written = (slots >= 0) & (slots < pages * page_size)
+    slot = slots[written]
+    at = slot // max(1, page_size), slot % max(1, page_size)
+    k_cache[at], v_cache[at] = k[written], v[written]
+    return q
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     turned = x[..., : 2 * cos.shape[-1]].to(wide)

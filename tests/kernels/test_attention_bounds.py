@@ -71,7 +71,7 @@ def test_decode(window, backend, dtype):
     for (dim, dim_v), seq_q in zip([*WIDTHS, (1, 256)], (1, 3, 17, 2, 5), strict=True):
         q, k, v = inputs(seq_q, 700, dim, dim_v, dtype)
         options, lengths = Options(dim**-0.5, *window, 0.0), torch.tensor([700, 333])
-        out, lse = operators.attention_decode(q, k, v, lengths, None, options, True, backend)
+        out, lse = operators.attention_decode(q, k, v, lengths, None, None, options, True, backend)
         assert lse.shape == (2, 4, seq_q)
         for i, n in enumerate(lengths.tolist()):
             one = [q[i : i + 1], k[i : i + 1, :n], v[i : i + 1, :n]]

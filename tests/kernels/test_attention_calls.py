@@ -214,7 +214,7 @@ def test_operators(backend):
         given = (q, k, v, None, *(None, None, 0, 0), *options, wants_lse, wants_lse, backend)
         torch.library.opcheck(ops.attention_forward, given, test_utils=tests)
         torch.library.opcheck(
-            ops.attention_decode, (q, k, v, None, None, *options, wants_lse, backend), test_utils=tests
+            ops.attention_decode, (q, k, v, None, None, None, *options, wants_lse, backend), test_utils=tests
         )
     out, lse = ops.attention_forward(q, k, v, None, None, None, 0, 0, *options, True, True, backend)
     rest = (q, k, v, out, lse, None, None, 0, 0, *options, False, backend)

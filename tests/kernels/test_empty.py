@@ -158,7 +158,7 @@ def test_decode(backend):
         q, k, v = attention_inputs(n, plain_dtype(backend))
         lengths = None if holds is None else torch.full((n["batch"],), holds)
         out, lse = operators.attention_decode(
-            q, k, v, lengths, None, Options(0.3, *bounds("", causal, None), 0.0), True, backend
+            q, k, v, lengths, None, None, Options(0.3, *bounds("", causal, None), 0.0), True, backend
         )
         keys = min(n["seq_k"], n["seq_k"] if holds is None else holds)
         if n["heads"] == 0:

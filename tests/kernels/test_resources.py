@@ -46,7 +46,7 @@ def kernels(dtype, seq, cols, dim=64):
     yield "attention", lambda: cpu.attention_forward(q, k, v, None, None, None, band, out, lse, 0, 0)
     yield "attention backward", lambda: cpu.attention_backward(
         q, None, q, k, v, out, lse, None, None, band, dq, dk, dv, delta, 0, 0)
-    yield "decode", lambda: cpu.attention_decode(few, k, v, None, None, band, None, few, few_lse, 0, 0)
+    yield "decode", lambda: cpu.attention_decode(few, k, v, None, None, None, band, None, few, few_lse, 0, 0)
 """
 
 STACKS = """

@@ -27,8 +27,8 @@ import numpy as np
 
 # What the binding asks of torch (csrc/tensor_view.h), without PyTorch, which ASan would follow through its libraries.
 torch = sys.modules["torch"] = types.ModuleType("torch")
-FLOAT32, INT64 = 0, 3
-DTYPES = ["float32", "float16", "bfloat16", "int64"]
+FLOAT32, INT64, INT32 = 0, 3, 4
+DTYPES = ["float32", "float16", "bfloat16", "int64", "int32"]
 for name in DTYPES:
     setattr(torch, name, name + "!")
 
@@ -81,6 +81,11 @@ for name in cpu.instruction_sets():
         for given in (None, index(np.full(r, 3))):
             for out in (y, x):  # x: in place
                 cpu.rope(x, cos, sin, given, extra, extra, out, 4, 1, 0, 0)
+    for tokens, n, dtype, extra in itertools.product((0, 1, 40), (1, 5, 16, 33, 64), (0, 1, 2), (False, True)):
+        q, out, k, v = zeros(tokens, 3, n, dtype=dtype), zeros(tokens, 3, n, dtype=dtype), zeros(tokens, 2, n, dtype=dtype), zeros(tokens, 2, n, dtype=dtype)
+        keys, values = zeros(4, 16, 2, n, dtype=dtype), zeros(4, 16, 2, n, dtype=dtype)
+        cos, slots = zeros(4, n // 2, dtype=0), index(np.arange(tokens) + 64 - tokens)
+        cpu.rope_append(q, k, v, cos, cos, index(np.full(tokens, 3)), slots, keys, values, extra, out, 0, 0)
     x, y = zeros(2, 20001, dtype=0), zeros(2, 20001, dtype=0)  # too long to be held
     cpu.softmax_forward(x, None, 0, 1.0, False, y, 0, 0)
 
@@ -108,8 +113,13 @@ def attention(nq, nk, h, kv, d, dv, dtype, packed, left, right, softcap):
     cpu.attention_backward(dout, lse, q, k, v, out, lse, *cu, options, dq, dk, dv, delta, 0, 0)
     results = [out, dq, dk, dv]
     if not packed:
-        cpu.attention_decode(q, k, v, index([nk, nk // 2]), sinks, options, None, few, lse, 0, 0)
+        cpu.attention_decode(q, k, v, index([nk, nk // 2]), None, sinks, options, None, few, lse, 0, 0)
         results.append(few)
+        size, columns = 16, nk // 16 + 2
+        k, v, paged = normal(2 * columns, size, kv, d, dtype=dtype), normal(2 * columns, size, kv, few.shape[-1], dtype=dtype), zeros(*few.shape, dtype=dtype)
+        pages = Tensor(np.arange(2 * columns, dtype=np.int32)[::-1].reshape(2, columns).copy(), INT32)
+        cpu.attention_decode(q, k, v, index([nk, size * columns]), pages, sinks, options, None, paged, lse, 0, 0)
+        results.append(paged)
     return [wide(t.array, dtype) for t in results]
 
 NONE = 2**31 - 1

@@ -1,0 +1,136 @@
+"""``rope_append``: rotary position embedding of a step's tokens, written straight into a paged key/value cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from ..library import empty_like, has_values, launchers, operator
+from . import reference
+from .op import check_positions
+
+
+@backends.op("triton", "cpu")
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    interleaved: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Turns queries and keys as :func:`rope` does, bit by bit, and writes keys and values into a cache of pages.
+
+    Args:
+        q: ``[tokens, heads, head_dim]``, float32, float16 or bfloat16; q, k and v may be cut out of one projection.
+        k, v: ``[tokens, kv_heads, head_dim]`` in the dtype of q.
+        cos, sin: ``[max_seq, rotary_dim / 2]``, as in :func:`rope`.
+        positions: ``[tokens]`` int64 or int32, each token's row in cos and sin.
+        k_cache, v_cache: ``[pages, page_size, kv_heads, head_dim]`` in the dtype of q, the pools that
+            :func:`flash_decode` reads by a block table; written in place. The last dimension must be contiguous.
+        slots: ``[tokens]`` int64 or int32, ``page * page_size + offset``, where each token's key and value go: no two
+            tokens to the same place. A token whose slot is negative (padding) is written nowhere.
+        interleaved, backend: as in :func:`rope`.
+
+    Returns:
+        q turned: a new, contiguous tensor.
+
+    Raises:
+        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, a tensor that needs a
+            gradient, or a ``backend`` that can't run this call. IndexError: on a CPU, and before anything is written,
+            a position outside the tables or a slot beyond the caches; on a GPU such a position gives NaN, and such a
+            token is not written.
+    """
+    checks.floating("rope_append", "q", q)
+    if q.dim() != 3:
+        raise ValueError(f"rope_append: q must be [tokens, heads, head_dim], it has shape {list(q.shape)}")
+    tokens, heads, dim = q.shape
+    if heads == 0 or dim == 0:
+        raise ValueError(f"rope_append: q must have a head, and features in it, it has shape {list(q.shape)}")
+    checks.floating("rope_append", "k_cache", k_cache)
+    if k_cache.dim() != 4:
+        raise ValueError(
+            f"rope_append: k_cache must be [pages, page_size, kv_heads, head_dim], it has shape {list(k_cache.shape)}"
+        )
+    pages, page_size, kv_heads, _ = k_cache.shape
+    checks.like("rope_append", "k_cache", k_cache, "q", q, shape=(pages, page_size, kv_heads, dim))
+    checks.like("rope_append", "v_cache", v_cache, "k_cache", k_cache)
+    checks.like("rope_append", "k", k, "q", q, shape=(tokens, kv_heads, dim))
+    checks.like("rope_append", "v", v, "q", q, shape=(tokens, kv_heads, dim))
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if dim > 1 and cache.stride(-1) != 1:
+            raise ValueError(f"rope_append: the last dimension of {name}, which is written, must be contiguous")
+    checks.tensor("rope_append", "cos", cos)
+    if cos.dim() != 2 or 2 * cos.shape[1] > dim:
+        raise ValueError(
+            f"rope_append: cos must be [max_seq, up to {dim // 2}] for a head_dim of {dim}, it has shape "
+            f"{list(cos.shape)}"
+        )
+    checks.parameter("rope_append", "cos", cos, "q", q, cos.shape)
+    checks.parameter("rope_append", "sin", sin, "q", q, cos.shape)
+    for name, index in (("positions", positions), ("slots", slots)):
+        checks.indices("rope_append", name, index, "q", q)
+        checks.sized("rope_append", name, index, (tokens,))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, cos, sin, k_cache, v_cache)):
+        raise ValueError(
+            "rope_append: it has no gradient, and an argument requires one; call it under torch.no_grad(), or rope, "
+            "which has"
+        )
+    chosen = backends.select("rope_append", q, backend)
+    if not isinstance(chosen, str):  # an Explanation
+        return chosen
+    if chosen == "torch":
+        check_positions("rope_append", positions, cos.shape[0])
+        _check_slots(slots, pages * page_size)
+        return reference.rope_append(q, k, v, cos, sin, positions, k_cache, v_cache, slots, interleaved=interleaved)
+    return append(q, k, v, cos, sin, positions, slots, k_cache, v_cache, interleaved, chosen)
+
+
+def _check_slots(slots: Tensor, held: int) -> None:
+    """As the native kernels: on a CPU alone. Elsewhere the specification does not write such a token."""
+    if slots.device.type == "cpu" and has_values() and (beyond := slots[slots >= held]).numel():
+        raise IndexError(f"rope_append: slots holds {beyond[0].item()}, k_cache and v_cache hold {held} tokens")
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    interleaved: bool,
+    backend: str,
+    out: Tensor,
+) -> None:
+    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    tables = cos.float(), sin.float(), positions.long(), slots.long()
+    launchers(__package__, backend).append(q, k, v, *tables, k_cache, v_cache, interleaved, backend, out)
+
+
+@operator(strided="q k v", launch=_launch, mutates="k_cache v_cache")
+def append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    interleaved: bool,
+    backend: str,
+) -> Tensor:
+    """q turned; k turned and v are written into the caches."""
+    return empty_like(q)
