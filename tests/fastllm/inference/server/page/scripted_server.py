@@ -19,6 +19,7 @@ from starlette.routing import Route
 
 from fastllm.inference.server.page import page
 
+
 def event(**chunk: Any) -> bytes:
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
