@@ -131,8 +131,8 @@ def test_nesting_ends(page: Page) -> None:
 
 def test_events_wherever_the_bytes_are_cut(page: Page) -> None:
     lines = [
-        ": a comment", 'data: {"a":"é🙂"}', "", "event: x", "id: 7", "data:one", "data: two", "", "", "data: [DONE]", "",
-        "data: cut",
+        ": a comment", 'data: {"a":"é🙂"}', "", "event: x", "id: 7", "data:one", "data: two", "", "",
+        "data: [DONE]", "", "data: cut",
     ]  # fmt: skip
     for end in ("\n", "\r\n", "\r"):
         content = end.join(lines).encode()
