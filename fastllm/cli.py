@@ -236,6 +236,11 @@ COMMANDS = {
         "chat with a model in the terminal",
         ("fastllm chat model.gguf                        a run, Hugging Face folder or GGUF file",),
     ),
+    "serve": Command(
+        _command("serving_commands", "serve", "MODEL"),
+        "serve a model by OpenAI's API, with a chat page",
+        ("fastllm serve SmolLM2-135M-Instruct.Q4_1.gguf  at http://127.0.0.1:8000",),
+    ),
     "export": Command(
         export,
         "write a trained model as a Hugging Face folder",

@@ -23,12 +23,14 @@ from .errors import DISTRIBUTION, pip_install
 EXTRAS = {
     "train": ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro", "zstandard"),
     "data": ("fastwarc", "mwparserfromhell", "mwxml", "py3langid", "pyarrow", "rensa", "resiliparse"),
+    "serve": ("jinja2", "llguidance", "prometheus_client", "starlette", "uvicorn"),
     "hf": ("transformers",),
     "tensorboard": ("tensorboard",),
 }
 USED_BY = {
     "train": "fastllm train, generate, export, plan and bench",
     "data": "fastllm data prepare of crawls, dumps, books and Parquet",
+    "serve": "fastllm serve, and answers of a given form",
     "hf": "fastllm.patch",
     "tensorboard": "--train.tensorboard",
 }

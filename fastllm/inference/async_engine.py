@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..errors import UserError
@@ -25,12 +25,12 @@ class EngineClosed(Exception):
 
 @dataclass(eq=False)
 class _Client:
-    """Who waits for a request: the deltas go to its event loop."""
+    """Who waits for requests: the deltas go to its event loop."""
 
     loop: asyncio.AbstractEventLoop
-    deltas: asyncio.Queue[Delta | BaseException] = field(default_factory=asyncio.Queue)
+    deltas: asyncio.Queue[tuple[int, Delta] | BaseException] = field(default_factory=asyncio.Queue)
 
-    def send(self, delta: Delta | BaseException) -> None:
+    def send(self, delta: tuple[int, Delta] | BaseException) -> None:
         with suppress(RuntimeError):  # the loop has ended, and with it whoever waited
             self.loop.call_soon_threadsafe(self.deltas.put_nowait, delta)
 
@@ -44,35 +44,37 @@ class AsyncEngine:
     def __init__(self, engine: Engine) -> None:
         self.engine, self.stats = engine, engine.stats
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._clients: dict[Request, _Client] = {}
+        self._clients: dict[Request, tuple[int, _Client]] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="fastllm engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, prompt: Prompt, params: SamplingParams) -> AsyncIterator[Delta]:
-        """Continue a prompt; yields what each step adds, the last with a finish_reason.
+    async def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> AsyncIterator[tuple[int, Delta]]:
+        """Continue each prompt ``params.n`` times; yields what the steps add, with the number of the answer.
 
-        The request ends, and its pages are free, as soon as the iterator is closed or its task is cancelled.
+        The answers of a prompt follow one another; the last delta of each has a finish_reason. All requests end, and
+        their pages are free, as soon as the iterator is closed or its task is cancelled.
 
         Raises:
-            UserError: the prompt or a parameter is wrong, or the logits are not finite.
+            UserError: a prompt or a parameter is wrong, or the logits are not finite.
             EngineClosed: the engine ends.
         """
         if self._closed:
             raise EngineClosed("the engine is shutting down")
         client = _Client(asyncio.get_running_loop())
-        adding = self._call(lambda: self._add(prompt, params, client))
+        adding = self._call(lambda: self._add(prompts, params, client))
+        left = len(prompts) * params.n
         try:
             await asyncio.wrap_future(adding)
-            while True:
-                delta = await client.deltas.get()
-                if isinstance(delta, BaseException):
-                    raise delta
-                if delta.finish_reason == "error":
+            while left:
+                item = await client.deltas.get()
+                if isinstance(item, BaseException):
+                    raise item
+                reason = item[1].finish_reason
+                if reason == "error":
                     raise UserError(NOT_FINITE)
-                yield delta
-                if delta.finish_reason is not None:
-                    return
+                left -= reason is not None
+                yield item
         finally:
             self._call(lambda: self._cancel(client))
 
@@ -102,12 +104,19 @@ class AsyncEngine:
         self._calls.put(run)
         return future
 
-    def _add(self, prompt: Prompt, params: SamplingParams, client: _Client) -> None:
-        (request,) = self.engine.add(prompt, replace(params, n=1))
-        self._clients[request] = client
+    def _add(self, prompts: Sequence[Prompt], params: SamplingParams, client: _Client) -> None:
+        requests: list[Request] = []
+        try:
+            for prompt in prompts:
+                requests += self.engine.add(prompt, params)
+        except BaseException:
+            for request in requests:
+                self.engine.cancel(request)
+            raise
+        self._clients.update((request, (i, client)) for i, request in enumerate(requests))
 
     def _cancel(self, client: _Client) -> None:
-        for request in [request for request, waiting in self._clients.items() if waiting is client]:
+        for request in [request for request, (_, waiting) in self._clients.items() if waiting is client]:
             self.engine.cancel(request)
             del self._clients[request]
 
@@ -125,7 +134,7 @@ class AsyncEngine:
         self._end_all(EngineClosed("the engine was shut down"))
 
     def _end_all(self, error: Exception) -> None:
-        for request, client in self._clients.items():
+        for request, (_, client) in self._clients.items():
             self.engine.cancel(request)
             client.send(error)
         self._clients.clear()
@@ -137,11 +146,11 @@ class AsyncEngine:
             self._end_all(error)
             return
         for request in grown:
-            client = self._clients.get(request)
-            if client is None:
+            if request not in self._clients:
                 continue
+            i, client = self._clients[request]
             delta = request.take()
             if delta.finish_reason is not None:
                 del self._clients[request]
-            client.send(delta)
+            client.send((i, delta))
         self.stats = self.engine.stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -301,6 +302,7 @@ class Engine:
             request.pages, known = pages
             request.computed = request.cached = known * size
             request.table = torch.tensor(request.pages, dtype=torch.int32)
+            request.began = time.monotonic()
             self._running.append(request)
             self._counts["prompt"] += len(request.prompt)
             self._counts["cached"] += request.cached

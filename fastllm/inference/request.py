@@ -31,6 +31,8 @@ class Delta:
     logprobs: tuple[float, ...] = ()
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
     finish_reason: FinishReason | None = None
+    cached_tokens: int = 0  # of the prompt, as in Completion
+    queued: float = 0.0  # seconds before the request began
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Request:
     draft_computed: int = 0  # the same of the draft model
     cached: int = 0
     arrived: float = field(default_factory=time.monotonic)
+    began: float = 0.0
     _taken: int = 0  # tokens and
     _shown: int = 0  # characters that were handed out
 
@@ -133,7 +136,10 @@ class Request:
         start, self._taken = self._taken, len(self.tokens)
         text, self._shown = self.stream.text[self._shown :], len(self.stream.text)
         tops = tuple(self.top_logprobs[start:])
-        return Delta(text, tuple(self.tokens[start:]), tuple(self.logprobs[start:]), tops, self.finish_reason)
+        return Delta(
+            text, tuple(self.tokens[start:]), tuple(self.logprobs[start:]), tops, self.finish_reason, self.cached,
+            self.began - self.arrived,
+        )  # fmt: skip
 
     def completion(self) -> Completion:
         if self.finish_reason == "error":
