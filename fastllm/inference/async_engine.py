@@ -138,6 +138,7 @@ class AsyncEngine:
             self.engine.cancel(request)
             client.send(error)
         self._clients.clear()
+        self.stats = self.engine.stats
 
     def _step(self) -> None:
         try:
@@ -145,6 +146,7 @@ class AsyncEngine:
         except Exception as error:  # out of memory, a bug: all requests end, the engine lives on
             self._end_all(error)
             return
+        self.stats = self.engine.stats
         for request in grown:
             if request not in self._clients:
                 continue
@@ -153,4 +155,3 @@ class AsyncEngine:
             if delta.finish_reason is not None:
                 del self._clients[request]
             client.send((i, delta))
-        self.stats = self.engine.stats
