@@ -19,7 +19,7 @@ from fastllm.config import Config, ModelConfig, dump
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.errors import UserError
 from fastllm.huggingface.export import layout
-from fastllm.inference.generate import generate
+from fastllm.inference import Engine
 from fastllm.model.gpt import GPT
 from fastllm.model.weights import save_weights
 
@@ -112,18 +112,18 @@ def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
     text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     for place in (folder, out):
         model, tokens = fastllm.load(place)
-        assert "".join(generate(model, tokens, prompt, max_tokens=12, temperature=0)) == text
+        assert Engine(model, tokens).generate([prompt], max_tokens=12, temperature=0)[0].text == text
 
 
 def test_several_ends(run, tmp_path):
     out = fastllm.export(run(SMALL), tmp_path / "out")
     model, tokenizer = fastllm.load(out)
-    first = "".join(generate(model, tokenizer, "def", max_tokens=1, temperature=0))
+    first = Engine(model, tokenizer).generate(["def"], max_tokens=1, temperature=0)[0].text
     (end,) = tokenizer.encode(first)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, end]}))
     model, tokenizer = fastllm.load(out)
     assert tokenizer.eos_ids == (TOKENIZER.eos_id, end)
-    assert "".join(generate(model, tokenizer, "def", max_tokens=9, temperature=0)) == ""
+    assert Engine(model, tokenizer).generate(["def"], max_tokens=9, temperature=0)[0].text == ""
 
 
 def test_no_layout():
