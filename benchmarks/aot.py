@@ -114,11 +114,24 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
+    def packed_linear(dtype: torch.dtype, depth: int, int8: bool) -> Callable[[], Any]:
+        def call() -> None:
+            x = torch.empty(16, depth, dtype=dtype)
+            weight = torch.empty(256, depth, dtype=torch.int8 if int8 else dtype)
+            scales = torch.empty(256) if int8 else None
+            bias = torch.empty(256, dtype=dtype)
+            torch.ops.fastllm.packed_linear_forward(x, weight, scales, bias, 256, False, "triton")
+
+        return call
+
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield f"rope {name}", rope(dtype, False)
         yield f"rope {name} interleaved", rope(dtype, True)
         yield f"swiglu {name}", swiglu(dtype)
+        yield f"packed_linear {name}", packed_linear(dtype, 4096, False)
+        yield f"packed_linear {name} int8", packed_linear(dtype, 4096, True)
+    yield "packed_linear bfloat16 4095", packed_linear(torch.bfloat16, 4095, False)
     for dim in (64, 128, 256):
         yield f"attention bfloat16 {dim}", attention(dim, torch.bfloat16)
     for dim in (64, 128):

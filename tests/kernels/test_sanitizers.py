@@ -89,6 +89,16 @@ for name in cpu.instruction_sets():
     x, y = zeros(2, 20001, dtype=0), zeros(2, 20001, dtype=0)  # too long to be held
     cpu.softmax_forward(x, None, 0, 1.0, False, y, 0, 0)
 
+def packed(array, dtype):  # as pack_weight packs [out_features, in_features]
+    n, k = array.shape
+    pairs, int8 = dtype == 2, array.dtype == np.int8
+    depth = -(-k // 32) * 32 if pairs or int8 else k
+    full = np.zeros((-(-n // 32) * 32, depth), array.dtype)
+    full[:n, :k] = array
+    steps = 2 if pairs and not int8 else 1
+    panels = full.reshape(-1, 32, depth // steps, steps).transpose(0, 2, 1, 3)
+    return Tensor(np.ascontiguousarray(panels), 0 if int8 else dtype)
+
 def normal(*shape, dtype):
     x = np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
     if dtype == 1:
@@ -142,6 +152,19 @@ for packed, left, right in itertools.product((False, True), farther, farther):
     pair = [attention(9, 300, 2, 1, 8, 8, 0, packed, *window, 0.0) for window in ((left, right), (NONE, NONE))]
     for a, b in zip(*pair):
         assert np.array_equal(a, b), (left, right)
+for dtype, int8, r, k, n in itertools.product((0, 1, 2), (0, 1), (1, 12, 33, 70), (1, 31, 64, 577), (1, 33, 64)):
+    x, bias, scales = normal(r, k, dtype=dtype), normal(n, dtype=dtype), normal(n, dtype=0)
+    w = np.arange(n * k).reshape(n, k).astype(np.int8) if int8 else normal(n, k, dtype=dtype).array
+    factor = scales.array[:, None] if int8 else 1
+    matrix = (w.astype(np.float32) if int8 else wide(w, dtype)) * factor
+    right = wide(x.array, dtype) @ matrix.T + wide(bias.array, dtype)
+    for name in cpu.instruction_sets():
+        cpu.use_instruction_set(name)
+        out = zeros(r, n, dtype=dtype)
+        cpu.linear(x, packed(w, dtype), scales if int8 else None, bias, out, 0, 0)
+        most = max(1, abs(right).max())
+        off = abs(wide(out.array, dtype) - right).max()
+        assert off <= (1e-4, 2e-3, 2e-2)[dtype] * most, (name, dtype, int8, r, k, n, off)
 print("clean", cpu.instruction_sets())
 if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
     x, y, rstd = zeros(1, 64, dtype=0), zeros(2, 64, dtype=0), zeros(2, dtype=0)
