@@ -40,7 +40,8 @@ class TrainArguments(configs.Config):
 class GenerateArguments:
     """Print text from a trained model as it is generated.
 
-    MODEL is a run folder of fastllm train, or a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3.
+    MODEL is a run folder of fastllm train, a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3, or a GGUF file of
+    a Llama, Qwen2 or Qwen3.
     """
 
     model: tyro.conf.Positional[Path]
