@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..library import empty_like, has_values, launchers, operator
 from . import reference
+from .inplace import check_apart
 from .op import check_positions
 
 
@@ -34,7 +35,7 @@ def rope_append(
         cos, sin: ``[max_seq, rotary_dim / 2]``, as in :func:`rope`.
         positions: ``[tokens]`` int64 or int32, each token's row in cos and sin.
         k_cache, v_cache: ``[pages, page_size, kv_heads, head_dim]`` in the dtype of q, the pools that
-            :func:`flash_decode` reads by a block table; written in place. The last dimension must be contiguous.
+            :func:`flash_decode` reads by a block table; written in place.
         slots: ``[tokens]`` int64 or int32, ``page * page_size + offset``, where each token's key and value go: no two
             tokens to the same place. A token whose slot is negative (padding) is written nowhere.
         interleaved, backend: as in :func:`rope`.
@@ -44,7 +45,7 @@ def rope_append(
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, a tensor that needs a
-            gradient, or a ``backend`` that can't run this call. IndexError: on a CPU, and before anything is written,
+            gradient, a cache whose elements share memory, or a ``backend`` that can't run this call. IndexError: on a CPU, and before anything is written,
             a position outside the tables or a slot beyond the caches; on a GPU such a position gives NaN, and such a
             token is not written.
     """
@@ -64,9 +65,6 @@ def rope_append(
     checks.like("rope_append", "v_cache", v_cache, "k_cache", k_cache)
     checks.like("rope_append", "k", k, "q", q, shape=(tokens, kv_heads, dim))
     checks.like("rope_append", "v", v, "q", q, shape=(tokens, kv_heads, dim))
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if dim > 1 and cache.stride(-1) != 1:
-            raise ValueError(f"rope_append: the last dimension of {name}, which is written, must be contiguous")
     checks.tensor("rope_append", "cos", cos)
     if cos.dim() != 2 or 2 * cos.shape[1] > dim:
         raise ValueError(
@@ -86,6 +84,7 @@ def rope_append(
     chosen = backends.select("rope_append", q, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
+    check_apart("rope_append", k_cache=k_cache, v_cache=v_cache)
     if chosen == "torch":
         check_positions("rope_append", positions, cos.shape[0])
         _check_slots(slots, pages * page_size)
@@ -113,9 +112,14 @@ def _launch(
     backend: str,
     out: Tensor,
 ) -> None:
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
-    tables = cos.float(), sin.float(), positions.long(), slots.long()
-    launchers(__package__, backend).rotate_append(q, k, v, *tables, k_cache, v_cache, interleaved, backend, out)
+    dim = q.shape[-1]
+    q, k, v, *rows = (x if x.stride(-1) == 1 or dim == 1 else x.contiguous() for x in (q, k, v, k_cache, v_cache))
+    indices = positions.long(), slots.long()
+    rest = *rows, interleaved, backend, out
+    launchers(__package__, backend).rotate_append(q, k, v, cos.float(), sin.float(), *indices, *rest)
+    for cache, row in zip((k_cache, v_cache), rows, strict=True):
+        if row is not cache:
+            cache.copy_(row)
 
 
 @operator(strided="q k v", launch=_launch, mutates="k_cache v_cache")
