@@ -45,9 +45,9 @@ def rope_append(
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, a tensor that needs a
-            gradient, a cache whose elements share memory, or a ``backend`` that can't run this call. IndexError: on a CPU, and before anything is written,
-            a position outside the tables or a slot beyond the caches; on a GPU such a position gives NaN, and such a
-            token is not written.
+            gradient, a cache whose elements share memory, or a ``backend`` that can't run this call. IndexError: on a
+            CPU, and before anything is written, a position outside the tables or a slot beyond the caches; on a GPU
+            such a position gives NaN, and such a token is not written.
     """
     checks.floating("rope_append", "q", q)
     if q.dim() != 3:

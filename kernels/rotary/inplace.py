@@ -24,11 +24,12 @@ def check_inplace(q: Tensor, k: Tensor) -> None:
 def check_apart(op: str, **written: Tensor) -> None:
     """Raise ValueError where an element would be written twice."""
     for name, x in written.items():
-        if has_values() and _has_memory(x) and not x.is_contiguous():
-            if not _steps_over_itself(x) and _share_an_address(x):
-                raise ValueError(
-                    f"{op}: elements of {name} share memory, which would be written twice; pass {name}.clone()"
-                )
+        if not has_values() or not _has_memory(x) or x.is_contiguous() or _steps_over_itself(x):
+            continue
+        if _share_an_address(x):
+            raise ValueError(
+                f"{op}: elements of {name} share memory, which would be written twice; pass {name}.clone()"
+            )
 
 
 def changes_alone(*tensors: Tensor) -> bool:

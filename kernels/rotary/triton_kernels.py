@@ -165,10 +165,10 @@ def rotate_append(
     blocks, kv_blocks = cdiv(tokens * heads, tile_rows), cdiv(tokens * kv_heads, tile_rows)
     strides = [step for x in (q, k, v, k_cache, v_cache) for step in x.stride()[:-1]]
     aligned = not any(n % 8 for n in (half, passed, *strides))
+    sizes = tokens, heads, max(1, kv_heads), blocks, kv_blocks
     append_kernel(
         (blocks + 2 * kv_blocks, 1, 1),
         (q, k, v, out, k_cache, v_cache, cos, sin, positions, slots),
-        (tokens, heads, max(1, kv_heads), blocks, kv_blocks, max_seq, half, passed, pages * page_size)
-        + (max(1, page_size), *strides),
+        (*sizes, max_seq, half, passed, pages * page_size, max(1, page_size), *strides),
         (aligned, interleaved, tile_rows, cols, rest, whole),
     )
