@@ -61,10 +61,21 @@ def rope_append(
             f"rope_append: k_cache must be [pages, page_size, kv_heads, head_dim], it has shape {list(k_cache.shape)}"
         )
     pages, page_size, kv_heads, _ = k_cache.shape
-    checks.like("rope_append", "k_cache", k_cache, "q", q, shape=(pages, page_size, kv_heads, dim))
-    checks.like("rope_append", "v_cache", v_cache, "k_cache", k_cache)
-    checks.like("rope_append", "k", k, "q", q, shape=(tokens, kv_heads, dim))
-    checks.like("rope_append", "v", v, "q", q, shape=(tokens, kv_heads, dim))
+    for name, x in (("k", k), ("v", v), ("v_cache", v_cache)):
+        checks.floating("rope_append", name, x)
+    cache, token = (pages, page_size, kv_heads, dim), (tokens, kv_heads, dim)
+    if not (
+        (k.dtype is v.dtype is k_cache.dtype is v_cache.dtype is q.dtype)
+        and (k.device == v.device == k_cache.device == v_cache.device == q.device)
+        and (k.shape == v.shape == token and k_cache.shape == v_cache.shape == cache)
+    ):  # one of these says what is wrong
+        for name, x, shape in (
+            ("k_cache", k_cache, cache),
+            ("v_cache", v_cache, cache),
+            ("k", k, token),
+            ("v", v, token),
+        ):
+            checks.like("rope_append", name, x, "q", q, shape=shape)
     checks.tensor("rope_append", "cos", cos)
     if cos.dim() != 2 or 2 * cos.shape[1] > dim:
         raise ValueError(
@@ -76,7 +87,7 @@ def rope_append(
     for name, index in (("positions", positions), ("slots", slots)):
         checks.indices("rope_append", name, index, "q", q)
         checks.sized("rope_append", name, index, (tokens,))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, cos, sin, k_cache, v_cache)):
+    if torch.is_grad_enabled() and any([t.requires_grad for t in (q, k, v, cos, sin, k_cache, v_cache)]):  # noqa: C419
         raise ValueError(
             "rope_append: it has no gradient, and an argument requires one; call it under torch.no_grad(), or rope, "
             "which has"
@@ -84,7 +95,8 @@ def rope_append(
     chosen = backends.select("rope_append", q, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    check_apart("rope_append", k_cache=k_cache, v_cache=v_cache)
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        check_apart("rope_append", k_cache=k_cache, v_cache=v_cache)
     if chosen == "torch":
         check_positions("rope_append", positions, cos.shape[0])
         _check_slots(slots, pages * page_size)
@@ -113,13 +125,15 @@ def _launch(
     out: Tensor,
 ) -> None:
     dim = q.shape[-1]
-    q, k, v, *rows = (x if x.stride(-1) == 1 or dim == 1 else x.contiguous() for x in (q, k, v, k_cache, v_cache))
-    indices = positions.long(), slots.long()
-    rest = *rows, interleaved, backend, out
-    launchers(__package__, backend).rotate_append(q, k, v, cos.float(), sin.float(), *indices, *rest)
-    for cache, row in zip((k_cache, v_cache), rows, strict=True):
-        if row is not cache:
-            cache.copy_(row)
+    q, k, v, keys, values = [
+        x if x.stride(-1) == 1 or dim == 1 else x.contiguous() for x in (q, k, v, k_cache, v_cache)
+    ]
+    tables = cos.float(), sin.float(), positions.long(), slots.long()
+    launchers(__package__, backend).rotate_append(q, k, v, *tables, keys, values, interleaved, backend, out)
+    if keys is not k_cache:
+        k_cache.copy_(keys)
+    if values is not v_cache:
+        v_cache.copy_(values)
 
 
 @operator(strided="q k v", launch=_launch, mutates="k_cache v_cache")
