@@ -82,8 +82,9 @@ for name in cpu.instruction_sets():
             for out in (y, x):  # x: in place
                 cpu.rope(x, cos, sin, given, extra, extra, out, 4, 1, 0, 0)
     for tokens, n, dtype, extra in itertools.product((0, 1, 40), (1, 5, 16, 33, 64), (0, 1, 2), (False, True)):
-        q, out, k, v = zeros(tokens, 3, n, dtype=dtype), zeros(tokens, 3, n, dtype=dtype), zeros(tokens, 2, n, dtype=dtype), zeros(tokens, 2, n, dtype=dtype)
-        keys, values = zeros(4, 16, 2, n, dtype=dtype), zeros(4, 16, 2, n, dtype=dtype)
+        q, out = (zeros(tokens, 3, n, dtype=dtype) for _ in range(2))
+        k, v = (zeros(tokens, 2, n, dtype=dtype) for _ in range(2))
+        keys, values = (zeros(4, 16, 2, n, dtype=dtype) for _ in range(2))
         cos, slots = zeros(4, n // 2, dtype=0), index(np.arange(tokens) + 64 - tokens)
         cpu.rope_append(q, k, v, cos, cos, index(np.full(tokens, 3)), slots, keys, values, extra, out, 0, 0)
     x, y = zeros(2, 20001, dtype=0), zeros(2, 20001, dtype=0)  # too long to be held
@@ -126,7 +127,8 @@ def attention(nq, nk, h, kv, d, dv, dtype, packed, left, right, softcap):
         cpu.attention_decode(q, k, v, index([nk, nk // 2]), None, sinks, options, None, few, lse, 0, 0)
         results.append(few)
         size, columns = 16, nk // 16 + 2
-        k, v, paged = normal(2 * columns, size, kv, d, dtype=dtype), normal(2 * columns, size, kv, few.shape[-1], dtype=dtype), zeros(*few.shape, dtype=dtype)
+        k, v = (normal(2 * columns, size, kv, n, dtype=dtype) for n in (d, few.shape[-1]))
+        paged = zeros(*few.shape, dtype=dtype)
         pages = Tensor(np.arange(2 * columns, dtype=np.int32)[::-1].reshape(2, columns).copy(), INT32)
         cpu.attention_decode(q, k, v, index([nk, size * columns]), pages, sinks, options, None, paged, lse, 0, 0)
         results.append(paged)
