@@ -140,6 +140,7 @@ class AsyncEngine:
             self.engine.cancel(request)
             client.send(error)
         self._clients.clear()
+        self.stats = self.engine.stats
 
     def _step(self) -> None:
         try:
@@ -147,6 +148,7 @@ class AsyncEngine:
         except Exception as error:  # out of memory, a bug: all requests end, the engine lives on
             self._end_all(error)
             return
+        self.stats = self.engine.stats
         for request in grown:
             if request not in self._clients:
                 continue
@@ -155,4 +157,3 @@ class AsyncEngine:
             if delta.finish_reason is not None:
                 del self._clients[request]
             client.send((i, delta))
-        self.stats = self.engine.stats

@@ -15,7 +15,7 @@ LONG = SamplingParams(max_tokens=120, seed=1, ignore_eos=True)
 
 
 async def answer(engine: AsyncEngine, prompt: Prompt, params: SamplingParams = PARAMS) -> list[int]:
-    return [token async for delta in engine.stream(prompt, params) for token in delta.tokens]
+    return [token async for _, delta in engine.stream([prompt], params) for token in delta.tokens]
 
 
 async def until(condition) -> None:
@@ -44,7 +44,7 @@ def test_many_at_once(gpt, tokenizer):
 def test_who_goes_away_frees_the_pages(gpt, tokenizer):
     async def main() -> None:
         engine = AsyncEngine(Engine(gpt, tokenizer, max_batch=2))
-        stream = engine.stream(Prompt([5, 6]), LONG)
+        stream = engine.stream([Prompt([5, 6])], LONG)
         await anext(stream)
         await stream.aclose()
         await until(lambda: engine.stats.running == 0)
