@@ -31,6 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "gguf": BASE | {"model", "data"},
     "inference": BASE | {"model", "data", "run_dir", "huggingface", "gguf"},
     "training": BASE | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "__init__"},  # the version
+    "inference_commands": BASE | {"arguments", "run_dir", "inference", "training"},
+    "serving_commands": BASE | {"arguments", "inference", "inference_commands"},
     "planning": BASE | {"model", "distributed", "training"},
 }
 ALLOWED["cli"] = BASE | {*ALLOWED, "benchmarks", "__init__"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,7 +49,9 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._work, name="fastllm engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> AsyncIterator[tuple[int, Delta]]:
+    async def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
         """Continue each prompt ``params.n`` times; yields what the steps add, with the number of the answer.
 
         The answers of a prompt follow one another; the last delta of each has a finish_reason. All requests end, and
