@@ -23,7 +23,7 @@ from .errors import DISTRIBUTION, pip_install
 EXTRAS = {
     "train": ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro", "zstandard"),
     "data": ("fastwarc", "mwparserfromhell", "mwxml", "py3langid", "pyarrow", "rensa", "resiliparse"),
-    "serve": ("llguidance", "prometheus_client", "starlette", "uvicorn"),
+    "serve": ("jinja2", "llguidance", "prometheus_client", "starlette", "uvicorn"),
     "hf": ("transformers",),
     "tensorboard": ("tensorboard",),
 }

@@ -14,9 +14,11 @@ from .inference_commands import EngineArguments, make_engine, note_early_end
 from .input_files import open_regular
 
 if TYPE_CHECKING:
+    from .inference.engine import Engine
+    from .inference.server.bodies import Model
     from .inference.server.gate import Access, Record
 
-PACKAGES = ("llguidance", "prometheus_client", "starlette", "uvicorn")
+PACKAGES = ("jinja2", "llguidance", "prometheus_client", "starlette", "uvicorn")
 KEY_VARIABLE = "FASTLLM_API_KEY"
 
 
@@ -24,9 +26,9 @@ KEY_VARIABLE = "FASTLLM_API_KEY"
 class ServeArguments(EngineArguments):
     """Serve a model by OpenAI's API, with a chat page at / and metrics at /metrics.
 
-    MODEL is a run folder, a Hugging Face folder of a Llama, Mistral, Qwen2 or Qwen3, or a GGUF file. The API key comes
+    MODEL is a run folder, a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3), or a GGUF file. The API key comes
     from --api-key-file or the variable FASTLLM_API_KEY. SIGTERM and Ctrl-C let running answers end; a second one
-    doesn't wait. Exit code: 0 after a signal; 2 for an error.
+    does not wait. Exit code: 0 after a signal; 2 for an error.
     """
 
     host: str = "127.0.0.1"  # the address to serve at; 0.0.0.0: all of this machine, with a key
@@ -70,7 +72,6 @@ def serve(argv: list[str]) -> int:
     from .inference.async_engine import AsyncEngine
     from .inference.server import run
     from .inference.server.app import make_app
-    from .inference.server.bodies import Model
     from .inference.server.service import Service
 
     access = _access(chosen)
@@ -78,11 +79,9 @@ def serve(argv: list[str]) -> int:
     with console.working(f"loading {chosen.model}"):
         engine = make_engine(chosen)
     note_early_end(chosen.model)
-    tokenizer = engine.tokenizer
-    model = Model(
-        chosen.name or chosen.model.resolve().name.removesuffix(".gguf"), tokenizer, engine.vocab_size,
-        engine.max_seq_len, max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))), default=1),
-    )  # fmt: skip
+    model = served_model(engine, chosen.name or chosen.model.resolve().name.removesuffix(".gguf"))
+
+    note = _chat_problem(engine)
 
     async def main() -> None:
         service = Service(AsyncEngine(engine), model, chosen.max_queue)
@@ -94,8 +93,8 @@ def serve(argv: list[str]) -> int:
 
         def ready() -> None:
             console.say("model", model.name)
-            if tokenizer.chat_template is None:
-                console.say("note", "the model has no chat template: /v1/completions alone answers")
+            if note:
+                console.say("note", note)
             console.say("API", f"{url}/v1" + " (with a key)" * (access.key is not None))
             console.say("chat page", f"{url}/")
             console.console.file.flush()
@@ -108,6 +107,28 @@ def serve(argv: list[str]) -> int:
     with listener:
         asyncio.run(main())
     return 0
+
+
+def _chat_problem(engine: Engine) -> str:
+    """Why the model doesn't chat; "" where it does."""
+    from .inference.prompts import chat_prompt
+
+    if engine.tokenizer.chat_template is None:
+        return "the model has no chat template: /v1/completions alone answers"
+    try:
+        chat_prompt(engine.tokenizer, [{"role": "user", "content": "hello"}])
+    except UserError as error:
+        return f"the model doesn't chat: {error}"
+    return ""
+
+
+def served_model(engine: Engine, name: str) -> Model:
+    """The model of an engine as requests see it."""
+    from .inference.server.bodies import Model
+
+    tokenizer = engine.tokenizer
+    longest = max(map(len, map(tokenizer.token_bytes, range(tokenizer.vocab_size))), default=1)
+    return Model(name, tokenizer, engine.vocab_size, engine.max_seq_len, longest)
 
 
 def _access(chosen: ServeArguments) -> Access:

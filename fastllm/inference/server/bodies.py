@@ -140,7 +140,9 @@ def completion_generation(body: dict[str, Any], model: Model) -> Generation:
         else:
             outside = next((token for token in text if not 0 <= token < model.vocab_size), None)
             if outside is not None:
-                raise ParameterError("prompt", f"there is no token {outside}, they are 0 to {model.vocab_size - 1}")
+                raise ParameterError(
+                    "prompt", f"prompt has token {shown(outside)}, the model's are 0 to {model.vocab_size - 1}"
+                )
             prompts.append(model.check_prompt(Prompt(text), "prompt"))
         if echo:
             echoes.append(text if isinstance(text, str) else model.tokenizer.decode(text))
@@ -295,7 +297,7 @@ def _grammar(fields: Fields) -> Grammar | None:
         try:
             return make()
         except ParameterError as error:
-            raise ParameterError(name, str(error)) from None
+            raise ParameterError(name, f"{name}: {error}") from None
     return None
 
 

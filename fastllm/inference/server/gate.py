@@ -57,8 +57,8 @@ class Access:
             and origin.lower() not in (f"http://{host}", f"https://{host}")
         ):
             raise ApiError(403, "pages of this origin may not ask: see --allow-origin", code="unknown_origin")
-        path = scope["path"]
-        if self.key is not None and (path == "/metrics" or path == "/v1" or path.startswith("/v1/")):
+        path, preflight = scope["path"], scope["method"] == "OPTIONS"  # browsers send it without the key
+        if self.key is not None and not preflight and (path == "/metrics" or path == "/v1" or path.startswith("/v1/")):
             self._check_key(headers)
         if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0].strip().lower() != (
             "application/json"  # a form of a page elsewhere can't have it

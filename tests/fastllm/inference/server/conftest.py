@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONTEXT = 2048
+HELLO = [{"role": "user", "content": "hello"}]
 POISON = "§"  # the logits after a text that ends with its last byte are not finite
 
 
@@ -102,6 +103,7 @@ class Running:
 
     process: subprocess.Popen[str]
     port: int
+    lines: list[str]  # that it has printed at its start
 
     @property
     def url(self) -> str:
@@ -168,7 +170,7 @@ def run_server(folder: Path, *options: object, environment: dict[str, str] | Non
         for line in process.stdout or ():
             lines.append(line)
             if line.startswith("chat page"):
-                yield Running(process, int(line.rpartition(":")[2].strip().rstrip("/")))
+                yield Running(process, int(line.rpartition(":")[2].strip().rstrip("/")), lines)
                 break
         else:
             pytest.fail(f"the server did not start: {lines} {process.communicate(timeout=HANG)[1]}")
@@ -192,6 +194,3 @@ def server(tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Running
 @pytest.fixture
 def client(server: Running) -> openai.OpenAI:
     return server.client()
-
-
-StartServer = Callable[..., Any]

@@ -11,10 +11,9 @@ import pytest
 
 from fastllm.data.tokenizer import Tokenizer
 
-from .conftest import POISON, Running
+from .conftest import HELLO, POISON, Running
 
 OPTIONS = ("--max-batch", 8, "--quiet")
-HELLO = [{"role": "user", "content": "hello"}]
 
 
 def test_chat(client):
