@@ -17,14 +17,13 @@ import itertools
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,9 @@ from fastllm.training.run_data import load_run_data, open_tokens
 
 from .record import FOLDER
 from .timing import device_name, stamp
+from .turns import Row, in_turns, table
 
 MB = 1e6
-TURNS = 3
 DUPLICATES = ("exact_duplicates", "near_duplicates")
 SIZES = (10, 2000)  # MB of input whose peak memory is compared
 SMALL = [
@@ -61,22 +60,6 @@ SMALL = [
     "--train.steps",
     "20",
 ]
-
-
-@dataclass
-class Row:
-    """A measurement: ours and a peer's, the median of turns with the lowest and highest."""
-
-    what: str
-    unit: str
-    ours: tuple[float, float, float]  # median, lowest, highest
-    peer: str = ""
-    theirs: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    note: str = ""
-
-    @property
-    def ratio(self) -> float:
-        return self.ours[0] / self.theirs[0] if self.theirs[0] else 0.0
 
 
 class _Quiet:
@@ -128,15 +111,6 @@ def documents_of(warc: Path) -> Iterator[Document]:
 
 
 # ---- measurements ----
-
-
-def in_turns(calls: dict[str, Callable[[], float]], turns: int = TURNS) -> dict[str, tuple[float, float, float]]:
-    """The figures of each call, which take turns: median, lowest and highest."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(turns):
-        for name, call in calls.items():
-            found[name].append(call())
-    return {name: (statistics.median(values), min(values), max(values)) for name, values in found.items()}
 
 
 def rate(work: float, call: Callable[[], Any]) -> float:
@@ -333,19 +307,6 @@ def memory_rows(pages: Path, scratch: Path) -> list[Row]:
 
 
 # ---- the report ----
-
-
-def table(rows: list[Row]) -> str:
-    lines = ["| | ours | spread | peer | its | ratio | |", "|---|---:|---:|---|---:|---:|---|"]
-    for row in rows:
-        middle, low, high = row.ours
-        theirs = f"{row.theirs[0]:,.2f}" if row.peer else ""
-        ratio = f"{row.ratio:.2f}" if row.peer else ""
-        lines.append(
-            f"| {row.what} | {middle:,.2f} {row.unit} | {low:,.2f}–{high:,.2f} | {row.peer} | {theirs} | {ratio} "
-            f"| {row.note} |"
-        )
-    return "\n".join(lines)
 
 
 def main() -> int:

@@ -30,6 +30,15 @@ inline vfloat sums(vfloat (&rows)[kLanes]) {
   return rows[0];
 }
 
+// c + a · b, lane by lane, of vectors of E: of float32 one product, of bfloat16 two.
+template <typename E>
+inline vfloat add_products(vfloat c, vuint32 a, vuint32 b) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(E) == 2) return (vfloat)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#endif
+  return c + (vfloat)a * (vfloat)b;
+}
+
 // out[row] += sum of p[row][i] * v[i] over the values [begin, end), one after another.
 template <int kRows, int kVectors, typename X>
 inline void add_values(const float* p, const X* v, int64_t step, int64_t begin, int64_t end, float* out, int64_t stride) {
@@ -82,20 +91,24 @@ inline void add_values(int64_t rows, const float* p, const X* v, int64_t step, i
 
 template <typename T>
 class Part {
+  using E = typename TileOf<T>::Type;
+  static constexpr int kWide = kLanes * kStep<E>;  // elements of a vector
+
  public:
   Part(Arena& arena, const AttentionDecode& a)
       : a_(a),
-        dim_(round_up(a.dim, kLanes)),
+        dim_(round_up(most(a.dim, 1), kWide)),
         dim_v_(round_up(a.dim_v, kLanes)),
         group_(a.group()),
         rows_(group_ * a.len_q),
-        q_(arena.array<float>(rows_ * dim_)),
+        q_(arena.array<E>(rows_ * dim_)),
         scores_(arena.array<float>(rows_ * kPart)),
-        tile_(arena.array<float>(kTile * most(dim_, dim_v_))),
+        keys_(arena.array<E>(kTile * dim_)),
+        values_(arena.array<float>(kTile * dim_v_)),
         total_(arena.array<float>(dim_v_)),
         result_(arena.array<float>(rows_ * stride())) {}
 
-  // Attends to the keys [first, last); result[row]: the highest score, the sum, and dim_v_ values.
+  // Attends to the keys [first, last); result[row]: dim_v_ values, the highest score, and the sum.
   void attend(int64_t s, int64_t kv_head, int64_t seen, int64_t first, int64_t last, float* result) {
     for (int64_t row = 0; row < rows_; ++row) {
       const T* q = static_cast<const T*>(a_.q.data) + s * a_.q.batch + row / group_ * a_.q.token +
@@ -107,18 +120,18 @@ class Part {
       const T* k = at(a_.k, s, kv_head, key);
       if (last - key > kTile) prefetch(at(a_.k, s, kv_head, key + kTile), a_.k.token, a_.dim);
       float* const scores = scores_ + key - first;
-      if constexpr (sizeof(T) == sizeof(float)) {
+      if constexpr (sizeof(T) == sizeof(E)) {  // the same type
         if (keys == kTile && dim_ == a_.dim) {
-          score(k, a_.k.token, scores);
+          score(reinterpret_cast<const E*>(k), a_.k.token, scores);
           continue;
         }
       }
-      copy_rows(k, a_.k.token, keys, a_.dim, tile_, kTile, dim_);
-      score(tile_, dim_, scores);
+      copy_rows(k, a_.k.token, keys, a_.dim, keys_, kTile, dim_);
+      score(keys_, dim_, scores);
     }
     for (int64_t row = 0; row < rows_; ++row) {
-      weigh(row, seen, first, last, result + row * stride());
-      std::memset(result + row * stride() + 2, 0, dim_v_ * sizeof(float));
+      weigh(row, seen, first, last, result + row * stride() + dim_v_);
+      std::memset(result + row * stride(), 0, dim_v_ * sizeof(float));
     }
     for (int64_t key = first; key < last; key += kTile) {
       const int64_t keys = least(kTile, last - key);
@@ -126,28 +139,28 @@ class Part {
       if (last - key > kTile) prefetch(at(a_.v, s, kv_head, key + kTile), a_.v.token, a_.dim_v);
       const float* p = scores_ + key - first;
       if (dim_v_ == a_.dim_v) {
-        add_visible(p, v, a_.v.token, key, keys, seen, result + 2);
+        add_visible(p, v, a_.v.token, key, keys, seen, result);
       } else {
-        copy_rows(v, a_.v.token, keys, a_.dim_v, tile_, keys, dim_v_);
-        add_visible(p, tile_, dim_v_, key, keys, seen, result + 2);
+        copy_rows(v, a_.v.token, keys, a_.dim_v, values_, keys, dim_v_);
+        add_visible(p, values_, dim_v_, key, keys, seen, result);
       }
     }
   }
 
-  // The row's output, of its parts' results, `step` apart. Not inlined: the same instructions for one part and for many.
-  __attribute__((noinline)) void join(int64_t s, int64_t kv_head, int64_t row, const float* results, int64_t parts, int64_t step) {
+  // The row's output, of its parts' results, `step` apart.
+  void join(int64_t s, int64_t kv_head, int64_t row, const float* results, int64_t parts, int64_t step) {
     const int64_t head = kv_head * group_ + row % group_, query = row / group_;
     float highest = a_.sinks ? a_.sinks[head] : -kInfinity, sum = a_.sinks ? 1.f : 0.f;
     std::memset(total_, 0, dim_v_ * sizeof(float));
     for (int64_t part = 0; part < parts; ++part) {
-      const float* result = results + part * step;
-      if (result[0] == -kInfinity && result[1] == 0.f) continue;
-      const float top = highest > result[0] ? highest : result[0], base = top == -kInfinity ? 0.f : top;
-      const vfloat both = exp_nonpositive(first_lanes(broadcast(highest - base), 1, result[0] - base));
-      const float before = both[0], now = both[1];
-      sum = sum * before + result[1] * now;
-      for (int64_t d = 0; d < dim_v_; d += kLanes)
-        store(total_ + d, load(total_ + d) * before + load(result + 2 + d) * now);
+      const float *values = results + part * step, top_of = values[dim_v_], sum_of = values[dim_v_ + 1];
+      if (top_of == -kInfinity && sum_of == 0.f) continue;
+      const float top = highest > top_of ? highest : top_of, base = top == -kInfinity ? 0.f : top;
+      const vfloat both = exp_nonpositive(first_lanes(broadcast(highest - base), 1, top_of - base));
+      const vfloat before = broadcast(both[0]), now = broadcast(both[1]);
+      const auto joined = [&](vfloat a, vfloat b) { return settled(a * before) + b * now; };
+      sum = joined(broadcast(sum), broadcast(sum_of))[0];
+      for (int64_t d = 0; d < dim_v_; d += kLanes) store(total_ + d, joined(load(total_ + d), load(values + d)));
       highest = top;
     }
     T* out = static_cast<T*>(a_.out) + ((s * a_.len_q + query) * a_.heads + head) * a_.dim_v;
@@ -161,7 +174,7 @@ class Part {
 
   int64_t rows() const { return rows_; }
   // From one row's result to the next.
-  int64_t stride() const { return dim_v_ + 2; }
+  int64_t stride() const { return dim_v_ + kLanes; }
   // Of a part that is alone.
   float* result() const { return result_; }
 
@@ -187,20 +200,31 @@ class Part {
   }
 
   // A tile's scores, of every row.
-  void score(const float* k, int64_t step, float* scores) const {
+  void score(const E* keys, int64_t step, float* scores) const {
     for (int64_t row = 0; row < rows_; ++row) {
-      vfloat dots[kTile] = {};
-      for (int64_t d = 0; d < dim_; d += kLanes) {
-        const vfloat q = load(q_ + row * dim_ + d);
+      const E* q = q_ + row * dim_;
+      const E* k[(kTile + 2) / 3];  // a pointer for three keys: x86 addresses them as p, p + step, p + 2 step
+#pragma GCC unroll 6
+      for (int g = 0; g < (kTile + 2) / 3; ++g) k[g] = keys + 3 * g * step;
+      vfloat dots[kTile];
+      const vuint32 first = load_bits<vuint32>(q);
 #pragma GCC unroll 16
-        for (int i = 0; i < kTile; ++i) dots[i] += q * load(k + i * step + d);
+      for (int i = 0; i < kTile; ++i)
+        dots[i] = add_products<E>(vfloat{}, first, load_bits<vuint32>(k[i / 3] + i % 3 * step));
+      for (int64_t d = kWide; d < dim_; d += kWide) {
+        const vuint32 next = load_bits<vuint32>(q + d);
+#pragma GCC unroll 16
+        for (int i = 0; i < kTile; ++i) {
+          if (i % 3 == 0) k[i / 3] += kWide;
+          dots[i] = add_products<E>(dots[i], next, load_bits<vuint32>(k[i / 3] + i % 3 * step));
+        }
       }
       store(scores + row * kPart, sums(dots));
     }
   }
 
   // Scores become probabilities; those outside the range 0.
-  void weigh(int64_t row, int64_t seen, int64_t first, int64_t last, float* result) {
+  void weigh(int64_t row, int64_t seen, int64_t first, int64_t last, float* top_and_sum) {
     const Range visible = range(row, seen);
     float* scores = scores_ + row * kPart;
     vfloat top = broadcast(-kInfinity);
@@ -218,8 +242,8 @@ class Part {
       store(scores + key - first, p);
       sum += p;
     }
-    result[0] = highest;
-    result[1] = FASTLLM_ISA::sum(sum);
+    top_and_sum[0] = highest;
+    top_and_sum[1] = FASTLLM_ISA::sum(sum);
   }
 
   // Adds a tile's values to each row that sees them: to all at once, or query by query where those see others.
@@ -237,7 +261,10 @@ class Part {
 
   const AttentionDecode& a_;
   int64_t dim_, dim_v_, group_, rows_;
-  float *const q_, *const scores_, *const tile_, *const total_, *const result_;
+  E* const q_;
+  float* const scores_;
+  E* const keys_;
+  float *const values_, *const total_, *const result_;
 };
 
 // The parts of all sequences, counted through: those in which a query sees something.
@@ -267,7 +294,7 @@ class Parts {
 
 template <typename T>
 void decode(const AttentionDecode& a) {
-  const int64_t rows = a.group() * a.len_q, stride = round_up(a.dim_v, kLanes) + 2;
+  const int64_t rows = a.group() * a.len_q, stride = round_up(a.dim_v, kLanes) + kLanes;
   if (a.sequences * a.kv_heads * rows == 0) return;
   const Parts parts(a);
   int64_t apart = 0;  // parts that are not alone, whose results wait for the others

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -49,7 +49,9 @@ class AsyncEngine:
         self._thread = threading.Thread(target=self._work, name="fastllm engine", daemon=True)
         self._thread.start()
 
-    async def stream(self, prompts: Sequence[Prompt], params: SamplingParams) -> AsyncIterator[tuple[int, Delta]]:
+    async def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams
+    ) -> AsyncGenerator[tuple[int, Delta], None]:
         """Continue each prompt ``params.n`` times; yields what the steps add, with the number of the answer.
 
         The answers of a prompt follow one another; the last delta of each has a finish_reason. All requests end, and
@@ -138,6 +140,7 @@ class AsyncEngine:
             self.engine.cancel(request)
             client.send(error)
         self._clients.clear()
+        self.stats = self.engine.stats
 
     def _step(self) -> None:
         try:
@@ -145,6 +148,7 @@ class AsyncEngine:
         except Exception as error:  # out of memory, a bug: all requests end, the engine lives on
             self._end_all(error)
             return
+        self.stats = self.engine.stats
         for request in grown:
             if request not in self._clients:
                 continue
@@ -153,4 +157,3 @@ class AsyncEngine:
             if delta.finish_reason is not None:
                 del self._clients[request]
             client.send((i, delta))
-        self.stats = self.engine.stats

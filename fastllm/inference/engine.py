@@ -16,6 +16,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError, did_you_mean
 from ..hardware import host_memory
 from ..model.gpt import GPT
+from .graphs import GraphedGPT
 from .paged_gpt import PagedGPT
 from .pages import PagePool
 from .prompts import chat_prompt, text_prompt
@@ -96,12 +97,12 @@ class Engine:
         self.max_seq_len = min(longest, pages * page_size)
         self.pool = PagePool(pages, page_size)
         self._quantize: Literal["int8"] | None = quantize
-        self._model = PagedGPT(model, pages, page_size, self.max_seq_len, quantize)
+        self._model = self._packed(model)
         self._drafter: Draft | PromptLookup | None = None
         if speculate and isinstance(draft, GPT):
             if draft.config.vocab_size != self.vocab_size:
                 raise UserError(f"the draft has {draft.config.vocab_size} tokens, the model {self.vocab_size}")
-            self._drafter = Draft(PagedGPT(draft, pages, page_size, self.max_seq_len, quantize), self.pool)
+            self._drafter = Draft(self._packed(draft), self.pool)
         elif speculate:
             self._drafter = PromptLookup()
         self._grammars = GrammarCompiler(tokenizer, self.vocab_size)
@@ -230,7 +231,11 @@ class Engine:
         if model.config != self._model.config:
             raise UserError("update_weights: the model is of another configuration")
         self.pool = PagePool(self.pool.pages, self.pool.page_size)  # the keys of known prompts are of the old weights
-        self._model = PagedGPT(model, self.pool.pages, self.pool.page_size, self.max_seq_len, self._quantize)
+        self._model = self._packed(model)
+
+    def _packed(self, model: GPT) -> PagedGPT | GraphedGPT:
+        packed = PagedGPT(model, self.pool.pages, self.pool.page_size, self.max_seq_len, self._quantize)
+        return GraphedGPT(packed, self.max_seq_len) if packed.device.type == "cuda" else packed
 
     def step(self) -> list[Request]:
         """Compute the next tokens of all running requests; returns those whose answers grew or ended."""

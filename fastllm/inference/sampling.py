@@ -117,7 +117,6 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | None]:
     the other rows nor on how many tokens a step verifies.
     """
     low, high = torch.aminmax(logits, dim=-1)
-    finite = (low.isfinite() & high.isfinite()).tolist()
     changed = _biased(logits, rows)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     groups: dict[tuple[str, int], list[int]] = {}
@@ -129,11 +128,12 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled | None]:
         chosen = group.argmax(-1) if greedy else _choose(group, [rows[i] for i in indices], kind, count)
         tokens[torch.tensor(indices, device=logits.device)] = chosen
     # A row of cross_entropy is summed in one order; torch.logsumexp splits few rows over threads.
-    logprobs = (-cross_entropy(logits, tokens, reduction="none")).tolist()
+    logprobs = -cross_entropy(logits, tokens, reduction="none")
+    found = torch.stack([tokens.double(), logprobs.double(), (low.isfinite() & high.isfinite()).double()])
     tops = _top_logprobs(logits, rows)
     return [
-        Sampled(token, logprob, top) if fine else None
-        for token, logprob, top, fine in zip(tokens.tolist(), logprobs, tops, finite, strict=True)
+        Sampled(int(token), logprob, top) if finite else None
+        for token, logprob, finite, top in zip(*found.tolist(), tops, strict=True)  # on a GPU the one wait
     ]
 
 
@@ -188,7 +188,9 @@ def _choose(logits: Tensor, rows: list[Row], kind: str, count: int) -> Tensor:
     # beyond these limits float32 would make the temperature 0 or infinite
     temperatures = column(min(max(row.params.temperature, 1e-30), 1e30) for row in rows)
     x = (logits - logits.amax(-1, keepdim=True)) / temperatures
-    vocab_size, count, ids = x.shape[-1], min(count, x.shape[-1]), None
+    vocab_size, ids = x.shape[-1], None
+    whole = kind == "top_p" and logits.is_cuda  # whether fewer are enough is only known after a wait
+    count = vocab_size if whole else min(count, vocab_size)
     if kind != "all":
         probs = softmax(x) if kind == "top_p" else None
         x, ids = x.topk(count) if count < vocab_size else x.sort(dim=-1, descending=True, stable=True)
@@ -220,7 +222,7 @@ def gumbel(keys: Tensor, places: Tensor, tokens: Tensor) -> Tensor:
     whenever it is asked for. The hash is SplitMix64 (Steele et al. 2014), once for each of the three.
     """
     bits = _mix(tokens + _mix(places + _mix(keys)))
-    uniform = (((bits >> 11) & (2**53 - 1)) + 0.5).double() * 2.0**-53
+    uniform = (((bits >> 11) & (2**53 - 1)).double() + 0.5) * 2.0**-53
     return -(-uniform.log()).log()
 
 

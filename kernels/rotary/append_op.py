@@ -90,7 +90,7 @@ def rope_append(
         check_positions("rope_append", positions, cos.shape[0])
         _check_slots(slots, pages * page_size)
         return reference.rope_append(q, k, v, cos, sin, positions, k_cache, v_cache, slots, interleaved=interleaved)
-    return append(q, k, v, cos, sin, positions, slots, k_cache, v_cache, interleaved, chosen)
+    return rotate_append(q, k, v, cos, sin, positions, slots, k_cache, v_cache, interleaved, chosen)
 
 
 def _check_slots(slots: Tensor, held: int) -> None:
@@ -115,11 +115,11 @@ def _launch(
 ) -> None:
     q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
     tables = cos.float(), sin.float(), positions.long(), slots.long()
-    launchers(__package__, backend).append(q, k, v, *tables, k_cache, v_cache, interleaved, backend, out)
+    launchers(__package__, backend).rotate_append(q, k, v, *tables, k_cache, v_cache, interleaved, backend, out)
 
 
 @operator(strided="q k v", launch=_launch, mutates="k_cache v_cache")
-def append(
+def rotate_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -23,7 +23,7 @@ def rotate(
     KERNELS[backend].rope(*rows, interleaved, inverse, as_rows(out), seq, heads, *place(x))
 
 
-def append(
+def rotate_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -143,7 +143,7 @@ def rotate(
     )
 
 
-def append(
+def rotate_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -122,17 +122,17 @@ class Answers:
         if self._generation.chat:
             # The token that ends an answer is no part of a message.
             entries = [
-                {**self._entry(token, logprob), "top_logprobs": [self._entry(*top) for top in tops]}
-                for token, logprob, tops in rows
+                {**self._entry(token, logprob), "top_logprobs": [self._entry(*top) for top in most]}
+                for token, logprob, most in rows
                 if token not in self._end_ids or self._generation.params.ignore_eos
             ]
             self._answers[i].entries += entries
             return {"content": entries, "refusal": None} if entries else None
         table: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for token, logprob, tops in rows:
+        for token, logprob, most in rows:
             table["tokens"].append(self._name(token))
             table["token_logprobs"].append(logprob)
-            table["top_logprobs"].append({self._name(t): p for t, p in (*tops, (token, logprob))})
+            table["top_logprobs"].append({self._name(t): p for t, p in (*most, (token, logprob))})
             table["text_offset"].append(self._offsets[i].next(token))
         for name, values in table.items():
             self._answers[i].table.setdefault(name, []).extend(values)

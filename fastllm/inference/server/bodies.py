@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ...data.tokenizer import Tokenizer
@@ -283,12 +284,12 @@ def _grammar(fields: Fields) -> Grammar | None:
             found[f"{table.where}{prefix}json"] = _schema(table, f"{prefix}json", schema)
         pattern = table.text(f"{prefix}regex")
         if pattern is not None:
-            found[f"{table.where}{prefix}regex"] = lambda pattern=pattern: regex(pattern)
+            found[f"{table.where}{prefix}regex"] = partial(regex, pattern)
         choices = table.items(f"{prefix}choice")
         if choices is not None:
             if not choices or not all(isinstance(choice, str) and choice for choice in choices):
                 raise table.wrong(f"{prefix}choice", "a list of texts, none of them empty")
-            found[f"{table.where}{prefix}choice"] = lambda choices=choices: regex("|".join(map(re.escape, choices)))
+            found[f"{table.where}{prefix}choice"] = partial(regex, "|".join(map(re.escape, choices)))
     inner.end()
     if len(found) > 1:
         first, second, *_ = found
@@ -310,7 +311,7 @@ def _response_format(table: Fields) -> Callable[[], Grammar] | None:
     if kind == "text":
         return None
     if kind == "json_object":
-        return lambda: json_schema(JSON_OBJECT)
+        return partial(json_schema, JSON_OBJECT)
     if inner is None:
         raise table.wrong("json_schema", "an object with a schema")
     schema = inner.take("schema")
@@ -322,4 +323,4 @@ def _response_format(table: Fields) -> Callable[[], Grammar] | None:
 def _schema(table: Fields, name: str, schema: Any) -> Callable[[], Grammar]:
     if not isinstance(schema, Mapping | bool):
         raise table.wrong(name, "a JSON schema")
-    return lambda: json_schema(schema)
+    return partial(json_schema, schema)

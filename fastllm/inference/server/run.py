@@ -75,7 +75,7 @@ class _Protocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.conn.their_state is not h11.IDLE:
-            self._head = _cancelled(self._head)
+            self._head = _cancel(self._head)
         elif self._head is None:
             self._head = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
 
@@ -85,10 +85,10 @@ class _Protocol(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stall = _cancelled(self._stall)
+        self._stall = _cancel(self._stall)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head, self._stall = _cancelled(self._head), _cancelled(self._stall)
+        self._head, self._stall = _cancel(self._head), _cancel(self._stall)
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
@@ -100,9 +100,11 @@ class _Protocol(H11Protocol):
         self.transport.close()
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer; returns what stands in its place."""
     if timer is not None:
         timer.cancel()
+    return None
 
 
 async def _too_many(scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from ..async_engine import AsyncEngine
@@ -33,7 +33,7 @@ class Service:
     def busy(self) -> bool:
         return self._answers > 0
 
-    async def deltas(self, generation: Generation) -> AsyncIterator[tuple[int, Delta]]:
+    async def deltas(self, generation: Generation) -> AsyncGenerator[tuple[int, Delta], None]:
         """What the engine adds to the answers, with their numbers.
 
         Raises:

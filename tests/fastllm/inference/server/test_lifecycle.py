@@ -18,7 +18,7 @@ from tests.limits import HANG
 
 from .conftest import HELLO, Running, run_server, write_model
 
-LONG: dict[str, Any] = {"model": "tiny", "messages": HELLO, "extra_body": {"ignore_eos": True}}
+LONG: dict[str, Any] = {"model": "tiny", "prompt": "the", "extra_body": {"ignore_eos": True}}
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: object) -> str:
@@ -72,45 +72,17 @@ def test_a_missing_package(tiny_model, capsys, monkeypatch):
     assert 'pip install "fastllm-kernels[serve]"' in error_of(capsys, tiny_model)
 
 
-def test_keys_and_a_model_without_a_template(tmp_path):
-    """One server that lacks what others have."""
-    folder = write_model(tmp_path / "tiny", template=False)
-    key = tmp_path / "key"
-    key.write_text("sesame\n")
-    with run_server(folder, "--api-key-file", key, "--speculate", 3) as server:
-        with pytest.raises(openai.AuthenticationError) as denied:
-            server.client("wrong").models.list()
-        assert denied.value.code == "invalid_api_key"
-        client = server.client("sesame")
-        assert client.completions.create(model="tiny", prompt="the", max_tokens=3).choices[0].text
-        with pytest.raises(openai.BadRequestError) as error:
-            client.chat.completions.create(model="tiny", messages=HELLO)
-        assert error.value.param == "messages"
-        assert "no chat template" in error.value.message
-        assert server.ask("GET", "/health").status == 200
-        assert server.ask("GET", "/").status == 200
-        assert server.ask("GET", "/metrics").status == 401
-        assert server.metric("fastllm_generated_tokens_total", key="sesame") >= 1
-        code, stdout, stderr = server.stop()
-    assert (code, stderr) == (0, "")
-    lines = "".join([*server.lines, stdout])
-    assert "has no chat template" in lines
-    assert "sesame" not in lines
-    assert "POST /v1/completions 200 prompt=" in lines
-
-
 class Asking(threading.Thread):
     """A request that takes a while, in a thread."""
 
-    def __init__(self, server: Running, **options: Any) -> None:
+    def __init__(self, server: Running, key: str = "none", **options: Any) -> None:
         super().__init__()
-        self.server, self.options, self.result = server, options, None
+        self.client, self.options, self.result = server.client(key), options, None
         self.start()
 
     def run(self) -> None:
-        client = self.server.client()
         try:
-            answer = client.chat.completions.create(**{**LONG, **self.options})
+            answer = self.client.completions.create(**{**LONG, **self.options})
             self.result = list(answer) if self.options.get("stream") else answer
         except openai.APIError as error:
             self.result = error
@@ -136,12 +108,28 @@ def test_sigterm_lets_answers_end(tiny_model):
     assert "ending" in stdout
 
 
-def test_the_drain_has_an_end(tiny_model):
-    with run_server(tiny_model, "--drain", 0.2, "--quiet") as server:
-        asking = [Asking(server, max_tokens=2000), Asking(server, max_tokens=2000, stream=True)]
-        while server.metric("fastllm_requests_running") < 2:
+def test_a_server_that_lacks_what_others_have(tmp_path):
+    """A model without a chat template, asked with a key; the drain is short."""
+    folder = write_model(tmp_path / "tiny", template=False)
+    key = tmp_path / "key"
+    key.write_text("sesame\n")
+    with run_server(folder, "--api-key-file", key, "--speculate", 3, "--drain", 0.1) as server:
+        with pytest.raises(openai.AuthenticationError) as denied:
+            server.client("wrong").models.list()
+        assert denied.value.code == "invalid_api_key"
+        client = server.client("sesame")
+        assert client.completions.create(model="tiny", prompt="the", max_tokens=3).usage.completion_tokens
+        with pytest.raises(openai.BadRequestError) as error:
+            client.chat.completions.create(model="tiny", messages=HELLO)
+        assert error.value.param == "messages"
+        assert "no chat template" in error.value.message
+        assert server.ask("GET", "/health").status == 200
+        assert server.ask("GET", "/").status == 200
+        assert server.ask("GET", "/metrics").status == 401
+        asking = [Asking(server, "sesame", stream=stream, max_tokens=2000) for stream in (False, True)]
+        while server.metric("fastllm_requests_running", key="sesame") < 2:
             time.sleep(0.01)
-        code, _, stderr = server.stop(signal.SIGINT)
+        code, stdout, stderr = server.stop(signal.SIGINT)
         for thread in asking:
             thread.join(HANG)
     assert (code, stderr) == (0, "")
@@ -149,6 +137,10 @@ def test_the_drain_has_an_end(tiny_model):
     assert asking[0].result.status_code == 503
     assert isinstance(asking[1].result, openai.APIError)
     assert "shutting down" in str(asking[1].result)
+    lines = "".join([*server.lines, stdout])
+    assert "has no chat template" in lines
+    assert "sesame" not in lines
+    assert "POST /v1/completions 200 prompt=" in lines
 
 
 def test_a_second_signal_does_not_wait(tiny_model):

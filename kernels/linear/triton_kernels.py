@@ -1,0 +1,68 @@
+"""The linear layer of inference in Triton. Few rows are bound by one read of the weight.
+
+Tiles have one size, whatever the number of rows, and the depth is never split: so a row is summed up by the same
+instructions in the same order in any company. A single row pays for that with products of zeros, which take less time
+than the weight takes to arrive.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+from torch import Tensor
+
+from ..native import as_rows
+from ..triton_launch import Kernel, cdiv, multiple, row_offsets, rows_at
+
+BLOCK_ROWS, BLOCK_FEATURES = 64, 64
+BLOCK_DEPTH_BYTES = 128
+
+
+@Kernel
+def forward_kernel(
+    X, W, SCALES, BIAS, OUT, rows, depth, features, inner, outer, step,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """OUT [rows, features] = X Wᵀ · SCALES + BIAS; W [features, depth] is contiguous."""
+    row_blocks = tl.cdiv(rows, ROWS)  # programs side by side share a part of W
+    row = (tl.program_id(0) % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    feature = (tl.program_id(0) // row_blocks).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
+    k = tl.arange(0, DEPTH)
+    depth = multiple(depth, ALIGNED)
+    x_at = X + row_offsets(row, inner, outer, step, ALIGNED, NESTED)[:, None] + k[None, :]
+    w_at = W + (feature * depth)[None, :] + k[:, None]
+    acc = tl.zeros([ROWS, FEATURES], tl.float32)
+    for first in range(0, depth, DEPTH):
+        within = first + k < depth
+        x = tl.load(x_at + first, (row < rows)[:, None] & within[None, :], other=0.0)
+        w = tl.load(w_at + first, (feature < features)[None, :] & within[:, None], other=0.0)
+        if SCALES is not None:
+            w = w.to(tl.float32).to(x.dtype)  # exact
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+    if SCALES is not None:
+        acc = acc * tl.load(SCALES + feature, feature < features, other=0.0)[None, :]
+    if BIAS is not None:
+        acc = acc + tl.load(BIAS + feature, feature < features, other=0.0).to(tl.float32)[None, :]
+    mask = (row < rows)[:, None] & (feature < features)[None, :]
+    tl.store(OUT + (row * features)[:, None] + feature[None, :], acc.to(OUT.dtype.element_ty), mask)
+
+
+def packed_linear_forward(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    out_features: int,
+    panels: bool,
+    backend: str,
+    out: Tensor,
+) -> None:
+    x, depth = as_rows(x), x.shape[-1]
+    at, *layout = rows_at(x, sizes=(depth,))
+    rows = out.numel() // out_features
+    forward_kernel(
+        (cdiv(rows, BLOCK_ROWS) * cdiv(out_features, BLOCK_FEATURES), 1, 1),
+        (x, data, scales, bias, out),
+        (rows, depth, out_features, *at),
+        (*layout, BLOCK_ROWS, BLOCK_FEATURES, BLOCK_DEPTH_BYTES // x.element_size()),
+        num_stages=3,
+    )
