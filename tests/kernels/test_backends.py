@@ -19,13 +19,8 @@ X = torch.randn(2, 8)
 
 def test_every_public_op_is_listed():
     assert set(backends.OPS) == {
-<<<<<<< HEAD
-        *("flash_attention", "flash_decode", "rms_norm", "rope", "swiglu"),
-        *("softmax", "cross_entropy", "linear_cross_entropy", "linear_log_prob", "packed_linear"),
-=======
         *("flash_attention", "flash_decode", "rms_norm", "rope", "rope_append", "swiglu"),
-        *("softmax", "cross_entropy", "linear_cross_entropy", "linear_log_prob"),
->>>>>>> paged21
+        *("softmax", "cross_entropy", "linear_cross_entropy", "linear_log_prob", "packed_linear"),
     }
     assert all(getattr(kernels, name) is op.function for name, op in backends.OPS.items())
 
