@@ -21,7 +21,7 @@ from .errors import ApiError, as_api_error
 from .fields import parse_body
 from .gate import Access, ClientGone, Gate, Record
 from .metrics import CONTENT_TYPE
-from .page import page
+from .chat_page import page
 from .service import Service
 
 T = TypeVar("T")

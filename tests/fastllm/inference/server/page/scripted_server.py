@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from fastllm.inference.server.page import page
+from fastllm.inference.server.chat_page import page
 
 
 def event(**chunk: Any) -> bytes:
