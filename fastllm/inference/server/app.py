@@ -17,11 +17,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .answers import Answers
 from .bodies import Generation, Model, chat_generation, completion_generation
+from .chat_page import page
 from .errors import ApiError, as_api_error
 from .fields import parse_body
 from .gate import Access, ClientGone, Gate, Record
 from .metrics import CONTENT_TYPE
-from .chat_page import page
 from .service import Service
 
 T = TypeVar("T")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from starlette.responses import Response
 
-
 FOLDER = Path(__file__).with_name("page")
 STYLE = re.compile(r'<link rel="stylesheet" href="(\w+\.css)">')
 SCRIPTS = re.compile(r'(?:<script src="\w+\.js"></script>\s*)+')
