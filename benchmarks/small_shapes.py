@@ -30,6 +30,8 @@ from fastllm.kernels import (
     flash_decode,
     linear_cross_entropy,
     linear_log_prob,
+    pack_weight,
+    packed_linear,
     rms_norm,
     rope,
     rope_append,
@@ -64,7 +66,7 @@ def jobs(kernels: Sequence[str] = GPU_BACKENDS, *, check: bool = True) -> dict[s
     # First: compute-sanitizer, whose time ends before the shapes do, should meet what is hardest to get right.
     add(_attention_dims(), [backend for backend in kernels if backend != "triton"])  # which compiles each for a second
     add(_attention(), kernels)
-    for family in (_rms_norm, _softmax, _cross_entropy, _heads, _rope, _rope_append, _swiglu):
+    for family in (_rms_norm, _softmax, _cross_entropy, _heads, _packed_linear, _rope, _rope_append, _swiglu):
         add(family(), kernels)
     add(_paged(), [backend for backend in kernels if backend != "cuda"])  # which reads no pages
     for backend in kernels:
@@ -173,6 +175,20 @@ def _heads() -> Iterator[Shape]:
 
     for op, eager in ((linear_cross_entropy, eager_head), (linear_log_prob, eager_log_prob)):
         yield op.__name__, torch.bfloat16, partial(build, op, eager)
+
+
+def _packed_linear() -> Iterator[Shape]:
+    def call(x: Tensor, weight: Tensor, bias: Tensor, backend: str = "torch") -> Tensor:
+        if x.dtype == torch.float64:  # no weight is packed in it
+            return F.linear(x, weight, bias)
+        return packed_linear(x, pack_weight(weight), bias, backend=backend)
+
+    def build(rows: int, cols: int, features: int) -> Probe:
+        inputs = {"x": _normal(rows, cols), "weight": _normal(features, cols), "bias": _normal(features)}
+        return Probe(packed_linear, F.linear, call, inputs, backward=False)
+
+    for rows, cols, features in ((1, 1, 1), (3, 577, 33), (70, 128, 200)):
+        yield f"packed_linear {rows}×{cols}×{features}", torch.bfloat16, partial(build, rows, cols, features)
 
 
 def _rope() -> Iterator[Shape]:

@@ -215,7 +215,8 @@ void product(const Linear& a) {
         expand(packed, count * panel_size / kFeatures, expanded.data);
         b = expanded.data;
       }
-      const char* const next = reinterpret_cast<const char*>(packed) + (blocks > 1 ? count * panel_bytes : kNear);
+      const bool near = kDirect && blocks == 1;  // what is expanded has been read
+      const char* const next = reinterpret_cast<const char*>(packed) + (near ? kNear : count * panel_bytes);
       Ahead ahead{next, panel_bytes, 0, blocks};
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t from = least(mine.begin + i * kRows, last), some_rows = least(kRows, mine.end - from);

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastllm import kernels
+from fastllm.kernels import pack_weight
 from fastllm.kernels.backends import OPS
 from tests.conftest import GPU
 
@@ -47,6 +48,7 @@ def arguments() -> list[tuple[str, str, dict[str, Tensor], dict[str, Any]]]:
         ("softmax", "boolean", {"x": randn(2, 3, 7), "mask": randn(2, 3, 7) > 0}, {}),
         ("softmax", "additive", {"x": randn(2, 3, 7), "mask": randn(2, 1, 7)}, {"causal": True}),
         ("swiglu", "", {"gate": randn(2, 3, 7), "up": randn(2, 3, 7)}, {}),
+        ("packed_linear", "", {"x": randn(2, 3, 7), "bias": randn(5)}, {"weight": pack_weight(randn(5, 7))}),
         ("rope", "", heads | angles | {"positions": torch.randint(SEQ, (BATCH, SEQ))}, {}),
         ("rope", "in place", heads | angles, {"inplace": True}),
         ("cross_entropy", "", logits, {"label_smoothing": 0.1}),
@@ -97,7 +99,8 @@ def forms(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 def results(op: Callable[..., Any], tensors: dict[str, Tensor], upstream: list[Tensor], options: dict[str, Any]) -> Any:
     """Outputs and gradients; where it raises, the error's text."""
     leaves = []
-    if op not in (kernels.flash_decode, kernels.rope_append) and not options.get("inplace"):
+    without = (kernels.flash_decode, kernels.packed_linear, kernels.rope_append)
+    if op not in without and not options.get("inplace"):
         leaves = [x for x in LEAVES if x in tensors and not (x == "weight" and op is kernels.cross_entropy)]
     tensors = {x: t.detach().requires_grad_(x in leaves) for x, t in tensors.items()}
     try:
