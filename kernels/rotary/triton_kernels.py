@@ -76,7 +76,7 @@ def rotate_kernel(
 @Kernel
 def append_kernel(
     Q, K, V, OUT, K_CACHE, V_CACHE, COS, SIN, POSITIONS, SLOTS,
-    tokens, heads, kv_heads, blocks, kv_blocks, max_seq, half, passed, held, page_size,
+    rows, tokens, heads, kv_heads, blocks, kv_blocks, max_seq, half, passed, held, page_size,
     q_token, q_head, k_token, k_head, v_token, v_head, k_page, k_cell, k_to, v_page, v_cell, v_to,
     ALIGNED: tl.constexpr, INTERLEAVED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, REST: tl.constexpr, DIM: tl.constexpr,
@@ -86,7 +86,8 @@ def append_kernel(
     half = multiple(half, ALIGNED)
     if block < blocks:
         row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        token, head = row // heads, row % heads
+        narrow = row.to(rows.dtype)  # as above
+        token, head = (narrow // heads).to(tl.int64), narrow % heads
         inside = token < tokens
         position = tl.load(POSITIONS + token, inside, other=0)
         x_row = token * multiple(q_token, ALIGNED) + head * multiple(q_head, ALIGNED)
@@ -97,11 +98,13 @@ def append_kernel(
         return
     values = block >= blocks + kv_blocks
     row = tl.where(values, block - blocks - kv_blocks, block - blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    token, head = row // kv_heads, row % kv_heads
+    narrow = row.to(rows.dtype)
+    token, head = (narrow // kv_heads).to(tl.int64), narrow % kv_heads
     inside = token < tokens
     slot = tl.load(SLOTS + token, inside, other=-1)
     written = (slot >= 0) & (slot < held)
-    page, cell = slot // page_size, slot % page_size
+    narrow = tl.where(written, slot, 0).to(held.dtype)
+    page, cell = (narrow // page_size).to(tl.int64), narrow % page_size
     if values:
         v_row = token * multiple(v_token, ALIGNED) + head * multiple(v_head, ALIGNED)
         v_out = page * multiple(v_page, ALIGNED) + cell * multiple(v_cell, ALIGNED) + head * multiple(v_to, ALIGNED)
@@ -166,7 +169,7 @@ def rotate_append(
     blocks, kv_blocks = cdiv(tokens * heads, tile_rows), cdiv(tokens * kv_heads, tile_rows)
     strides = [step for x in (q, k, v, k_cache, v_cache) for step in x.stride()[:-1]]
     aligned = not any(n % 8 for n in (half, passed, *strides))
-    sizes = tokens, heads, max(1, kv_heads), blocks, kv_blocks
+    sizes = tokens * max(heads, kv_heads), tokens, heads, max(1, kv_heads), blocks, kv_blocks
     append_kernel(
         (blocks + 2 * kv_blocks, 1, 1),
         (q, k, v, out, k_cache, v_cache, cos, sin, positions, slots),

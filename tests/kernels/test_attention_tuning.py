@@ -20,7 +20,7 @@ from fastllm.kernels.attention.options import UNBOUNDED, Options
 @pytest.mark.parametrize(
     "target", ["sm_80", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950"]
 )
-@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "decode"])
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "decode", "paged"])
 def test_every_size_has_a_tile(target, kernel):
     for dim in (16, 32, 64, 128, 256):
         for itemsize in (2, 4):
