@@ -106,6 +106,27 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
+    def paged(dim: int, dtype: torch.dtype, every: bool = False) -> Callable[[], Any]:
+        from fastllm.kernels.attention.options import UNBOUNDED
+
+        options, sinks = ((0.1, 63, 0, 30.0), torch.empty(4)) if every else ((0.1, UNBOUNDED, 0, 0.0), None)
+
+        def call() -> None:
+            q, pool = torch.empty(2, 1, 4, dim, dtype=dtype), torch.empty(64, 16, 1, dim, dtype=dtype)
+            lengths, table = torch.tensor([900, 5]), torch.zeros(2, 64, dtype=torch.int32)
+            torch.ops.fastllm.attention_decode(q, pool, pool, lengths, table, sinks, *options, True, "triton")
+
+        return call
+
+    def rope_append(dtype: torch.dtype, interleaved: bool) -> Callable[[], Any]:
+        def call() -> None:
+            x, pool = torch.empty(16, 48, 128, dtype=dtype), torch.empty(4, 16, 8, 128, dtype=dtype)
+            table, at = torch.empty(64, 64), torch.zeros(16).long()
+            q, k, v = x.split([32, 8, 8], 1)
+            torch.ops.fastllm.rotate_append(q, k, v, table, table, at, at, pool, pool, interleaved, "triton")
+
+        return call
+
     def swiglu(dtype: torch.dtype) -> Callable[[], Any]:
         def call() -> None:
             x = torch.empty(16, 4096, dtype=dtype)
@@ -114,15 +135,33 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
+    def packed_linear(dtype: torch.dtype, depth: int, int8: bool) -> Callable[[], Any]:
+        def call() -> None:
+            x = torch.empty(16, depth, dtype=dtype)
+            weight = torch.empty(256, depth, dtype=torch.int8 if int8 else dtype)
+            scales = torch.empty(256) if int8 else None
+            bias = torch.empty(256, dtype=dtype)
+            torch.ops.fastllm.packed_linear_forward(x, weight, scales, bias, 256, False, "triton")
+
+        return call
+
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         yield f"rope {name}", rope(dtype, False)
         yield f"rope {name} interleaved", rope(dtype, True)
+        yield f"rope_append {name}", rope_append(dtype, False)
+        yield f"rope_append {name} interleaved", rope_append(dtype, True)
         yield f"swiglu {name}", swiglu(dtype)
+        yield f"packed_linear {name}", packed_linear(dtype, 4096, False)
+        yield f"packed_linear {name} int8", packed_linear(dtype, 4096, True)
+    yield "packed_linear bfloat16 4095", packed_linear(torch.bfloat16, 4095, False)
     for dim in (64, 128, 256):
         yield f"attention bfloat16 {dim}", attention(dim, torch.bfloat16)
+        yield f"decode in pages bfloat16 {dim}", paged(dim, torch.bfloat16)
     for dim in (64, 128):
         yield f"attention float32 {dim}", attention(dim, torch.float32)
+        yield f"decode in pages float32 {dim}", paged(dim, torch.float32)
+        yield f"decode in pages bfloat16 {dim} window, sinks, softcap", paged(dim, torch.bfloat16, True)
         yield f"attention bfloat16 {dim} packed, window, sinks", attention(dim, torch.bfloat16, True)
         yield f"attention bfloat16 {dim} packed, window, sinks, softcap", attention(dim, torch.bfloat16, True, 30.0)
     for cols in (128, 4096, 8192, 16384, 65536):

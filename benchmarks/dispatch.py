@@ -44,6 +44,7 @@ def cases() -> list[Case]:
     target, table = torch.tensor([3]), torch.randn(4, 32)
     with_grad = x.clone().requires_grad_(), weight.clone().requires_grad_()
     q_with_grad = q.clone().requires_grad_()
+    pool, pages = torch.zeros(2, 16, 2, 64), torch.zeros(1, 2, dtype=torch.int32)
     sdpa = F.scaled_dot_product_attention
     return [
         Case(
@@ -73,6 +74,16 @@ def cases() -> list[Case]:
         ),
         Case("swiglu", lambda b: kernels.swiglu(x, x, backend=b), lambda: F.silu(x) * x),
         Case("rope", lambda b: kernels.rope(q, q, table, table, backend=b), None),
+        Case(
+            "rope_append",
+            lambda b: kernels.rope_append(*[q[0]] * 3, table, table, target, pool, pool, target, backend=b),
+            None,
+        ),
+        Case(
+            "flash_decode, in pages",
+            lambda b: kernels.flash_decode(q, pool, pool, target, block_table=pages, backend=b),
+            None,
+        ),
     ]
 
 

@@ -32,6 +32,7 @@ from fastllm.kernels import (
     linear_log_prob,
     rms_norm,
     rope,
+    rope_append,
     softmax,
     swiglu,
 )
@@ -63,8 +64,9 @@ def jobs(kernels: Sequence[str] = GPU_BACKENDS, *, check: bool = True) -> dict[s
     # First: compute-sanitizer, whose time ends before the shapes do, should meet what is hardest to get right.
     add(_attention_dims(), [backend for backend in kernels if backend != "triton"])  # which compiles each for a second
     add(_attention(), kernels)
-    for family in (_rms_norm, _softmax, _cross_entropy, _heads, _rope, _swiglu):
+    for family in (_rms_norm, _softmax, _cross_entropy, _heads, _rope, _rope_append, _swiglu):
         add(family(), kernels)
+    add(_paged(), [backend for backend in kernels if backend != "cuda"])  # which reads no pages
     for backend in kernels:
         found[f"{backend} cross_entropy out of range"] = partial(_target_out_of_range, backend)
         found[f"{backend} rope out of range"] = partial(_position_out_of_range, backend)
@@ -189,6 +191,27 @@ def _rope() -> Iterator[Shape]:
             yield f"rope {dim}{' interleaved' * interleaved}", torch.float32, partial(build, dim, rotary, interleaved)
 
 
+def _rope_append() -> Iterator[Shape]:
+    def build(dim: int, rotary: int, interleaved: bool) -> Probe:
+        angle, positions = 100 * _normal(9, rotary // 2), torch.arange(9, device=DEVICE)
+        slots = 47 - 5 * positions
+        slots[4] = -1
+
+        def call(q: Tensor, k: Tensor, v: Tensor, backend: str = "torch") -> tuple[Tensor, ...]:
+            caches = [k.new_zeros(3, 16, *k.shape[1:]) for _ in range(2)]
+            tables = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+            turned = rope_append(q, k, v, *tables, positions, *caches, slots, interleaved=interleaved, backend=backend)
+            return turned, *caches
+
+        inputs = {"q": _normal(9, 7, dim), "k": _normal(9, 2, dim), "v": _normal(9, 2, dim)}
+        return Probe(rope_append, call, call, inputs, backward=False)
+
+    for dim, rotary in ((64, 64), (80, 40)):
+        for interleaved in (False, True):
+            name = f"rope_append {dim}{' interleaved' * interleaved}"
+            yield name, torch.float32, partial(build, dim, rotary, interleaved)
+
+
 def _swiglu() -> Iterator[Shape]:
     for cols in (1, 100, 4104):
         inputs = partial(lambda cols: {"gate": _normal(5, cols), "up": _normal(5, cols)}, cols)
@@ -256,6 +279,26 @@ def _decode(seq_q: int, seq_k: int, dim: int) -> Probe:
     seen = at <= (lengths.view(2, 1, 1, 1) - new + torch.arange(new, device=DEVICE).unsqueeze(1))
     call = partial(flash_decode, cache_seqlens=lengths)
     return Probe(flash_decode, lambda q, k, v: _eager(q, k, v, seen)[0], call, inputs, backward=False)
+
+
+def _paged() -> Iterator[Shape]:
+    for seq_q, seq_k, dim in ((1, 60, 64), (2, 1200, 128), (20, 700, 40)):
+        size = f"{seq_q}×{seq_k}×{dim}"
+        yield f"flash_decode {size} in pages", torch.bfloat16, partial(_decode_in_pages, seq_q, seq_k, dim)
+
+
+def _decode_in_pages(seq_q: int, seq_k: int, dim: int) -> Probe:
+    columns = -(-seq_k // 16)
+    lengths, table = torch.tensor([seq_k, seq_q], device=DEVICE), torch.randperm(2 * columns, device=DEVICE)
+    table, at = table.view(2, columns), torch.arange(16 * columns, device=DEVICE)
+    seen = at <= (lengths.view(2, 1, 1, 1) - seq_q + torch.arange(seq_q, device=DEVICE).unsqueeze(1))
+    inputs = {"q": _normal(2, seq_q, 4, dim), **{x: _normal(2 * columns, 16, 2, dim) for x in "kv"}}
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _eager(q, *(x[table].flatten(1, 2) for x in (k, v)), seen)[0]
+
+    call = partial(flash_decode, cache_seqlens=lengths, block_table=table)
+    return Probe(flash_decode, eager, call, inputs, backward=False)
 
 
 def _eager(

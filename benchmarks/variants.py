@@ -61,6 +61,14 @@ def groups() -> Iterator[tuple[str, Calls]]:
             yield partial(flash_decode, q, cache, cache, held, backend="triton")
             yield partial(flash_decode, q, cache[:, :40], cache[:, :40], held, backend="triton")
 
+    def generated_in_pages() -> Calls:
+        for batch, heads, kv_heads, columns, size in ((1, 32, 8, 32, 16), (4, 32, 8, 256, 16), (5, 12, 1, 7, 128)):
+            q, pool = empty(batch, 1, heads, 128), empty(99, size, kv_heads, 128)
+            held, table = torch.full((batch,), 50), torch.zeros(batch, columns, dtype=torch.int32)
+            yield partial(flash_decode, q, pool, pool, held, block_table=table, backend="triton")
+            more = empty(batch, 3, heads, 128)
+            yield partial(flash_decode, more, pool, pool, held, block_table=table, backend="triton")
+
     def prefilled() -> Calls:
         for batch, seq, heads, kv_heads in ((1, 100, 32, 8), (8, 2048, 32, 8), (3, 333, 12, 12)):
             q, kv = empty(batch, seq, heads, 128), empty(batch, seq, kv_heads, 128)
@@ -96,6 +104,13 @@ def groups() -> Iterator[tuple[str, Calls]]:
             q, k = leaf(batch, seq, heads, 128), leaf(batch, seq, heads, 128)
             yield partial(trained, kernels.rope, q, k, table, table)
 
+    def rope_append() -> Calls:
+        for tokens, heads, kv_heads, size in ((1, 32, 8, 16), (33, 32, 8, 64), (7, 12, 12, 16)):
+            x, pool, table = empty(tokens, heads + 2 * kv_heads, 128), empty(9, size, kv_heads, 128), empty(64, 64)
+            q, k, v = x.split([heads, kv_heads, kv_heads], 1)
+            at = torch.zeros(tokens, dtype=torch.long)
+            yield partial(kernels.rope_append, q, k, v, table, table, at, pool, pool, at, backend="triton")
+
     def swiglu() -> Calls:
         for shape in ((1, 11008), (4, 333, 11008), (2, 5632), (1000, 14336)):
             both = leaf(*shape[:-1], 2 * shape[-1])
@@ -110,12 +125,14 @@ def groups() -> Iterator[tuple[str, Calls]]:
     yield "packed attention", packed()
     yield "prefill", prefilled()
     yield "decode", generated()
+    yield "decode in pages", generated_in_pages()
     yield "rms_norm", rms_norm()
     yield "softmax", softmax()
     yield "cross_entropy", cross_entropy()
     yield "cross_entropy, 50257 classes", odd_classes()
     yield "linear_cross_entropy", linear_cross_entropy()
     yield "rope", rope()
+    yield "rope_append", rope_append()
     yield "swiglu", swiglu()
 
 

@@ -123,7 +123,7 @@ def test_the_wheel_holds_every_module(built):
     wanted = {f"fastllm/{p.relative_to(ROOT / 'fastllm')}" for p in (ROOT / "fastllm").rglob("*.py")}
     wanted |= {f"fastllm/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
     wanted |= {f"fastllm/benchmarks/{p.name}" for p in (ROOT / "benchmarks").glob("*.py")}
-    wanted |= {"fastllm/py.typed", "fastllm/kernels/py.typed"}
+    wanted |= {"fastllm/py.typed", "fastllm/kernels/py.typed", "fastllm/inference/server/page.html"}
     code = {name for name in names if ".dist-info/" not in name}
     assert wanted - code == set()
     assert [name for name in code - wanted if not re.fullmatch(r"fastllm/kernels/_C\.\S+\.so", name)] == []

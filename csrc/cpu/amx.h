@@ -2,6 +2,7 @@
 // which the tests run on processors without them.
 #pragma once
 
+#include "fetch.h"
 #include "simd.h"
 
 namespace fastllm::cpu::FASTLLM_ISA {
@@ -31,11 +32,10 @@ struct Tiles {
 };
 
 // [rows, 32] sums in tiles 0 to 3, of which up to 16 rows take two; rows of A in 4 and 5, columns of B in 6 and 7. rows
-// are those that the tiles are configured for. kAhead: elements of B to fetch before they are needed, where it comes
-// from memory.
-template <int kAhead = 0, bool kLower = true>
+// are those that the tiles are configured for. Meanwhile what `ahead` names comes into the L2 cache.
+template <bool kLower = true, typename Fetch>
 inline void amx_tiles(const bfloat16* a, int64_t lda, const bfloat16* b, int64_t depth, float* c, int64_t ldc,
-                      bool accumulate) {
+                      bool accumulate, Fetch ahead) {
   float* lower = c + kTileRows * ldc;
   if (accumulate) {
     _tile_loadd(0, c, 4 * ldc);
@@ -49,9 +49,7 @@ inline void amx_tiles(const bfloat16* a, int64_t lda, const bfloat16* b, int64_t
     if (kLower) _tile_zero(3);
   }
   for (int64_t k = 0; k < depth; k += kTileDepth, b += kTileDepth * 2 * kTileRows) {
-    if constexpr (kAhead > 0)
-#pragma GCC unroll 32
-      for (int line = 0; line < 32; ++line) __builtin_prefetch(b + kAhead + line * 32);
+    ahead.step();
     _tile_loadd(4, a + k, 2 * lda);
     if (kLower) _tile_loadd(5, a + kTileRows * lda + k, 2 * lda);
     _tile_loadd(6, b, 128);
@@ -66,11 +64,11 @@ inline void amx_tiles(const bfloat16* a, int64_t lda, const bfloat16* b, int64_t
   if (kLower) _tile_stored(2, lower, 4 * ldc);
   if (kLower) _tile_stored(3, lower + kTileRows, 4 * ldc);
 }
-template <int kAhead = 0>
+template <typename Fetch = NoFetch>
 inline void amx_block(const bfloat16* a, int64_t lda, const bfloat16* b, int64_t depth, float* c, int64_t ldc,
-                      bool accumulate, int rows = 2 * kTileRows) {
-  if (rows > kTileRows) return amx_tiles<kAhead>(a, lda, b, depth, c, ldc, accumulate);
-  amx_tiles<kAhead, false>(a, lda, b, depth, c, ldc, accumulate);
+                      bool accumulate, int rows = 2 * kTileRows, Fetch ahead = {}) {
+  if (rows > kTileRows) return amx_tiles(a, lda, b, depth, c, ldc, accumulate, ahead);
+  amx_tiles<false>(a, lda, b, depth, c, ldc, accumulate, ahead);
 }
 
 #else
@@ -80,9 +78,9 @@ struct Tiles {
   ~Tiles() {}
 };
 
-template <int kAhead = 0>
+template <typename Fetch = NoFetch>
 inline void amx_block(const bfloat16* a, int64_t lda, const bfloat16* b, int64_t depth, float* c, int64_t ldc,
-                      bool accumulate, int rows = 2 * kTileRows) {
+                      bool accumulate, int rows = 2 * kTileRows, Fetch = {}) {
   const auto number = [](bfloat16 x) {
     const uint32_t bits = uint32_t(x.bits) << 16;
     float f;

@@ -1,6 +1,6 @@
-// The linear layer of inference, on CPUs. Few rows are bound by reading the weight, which each thread streams a part of.
+// The linear layer of inference, on CPUs. Few rows are bound by reading the weight: each thread streams a part of it.
 //
-// A row of the result is computed from that row of x alone, in an order of summation that depends on nothing else: every
+// A row of the result is computed from that row of x alone, in an order of summation that depends on nothing else: any
 // number of rows goes through the same blocks, in which rows do not meet.
 #include "../linear.h"
 
@@ -14,11 +14,12 @@ namespace {
 constexpr int kFeatures = Linear::kFeatures;
 static_assert(kFeatures % kPanel == 0, "a panel of the weight is one or more of the matrix product");
 
-constexpr int kAheadBytes = 8192;              // that a panel is fetched before it is needed
-constexpr int64_t kRowsInCache = 1024 * 1024;  // bytes of the rows that stay in the L2 cache beside a panel
-constexpr int64_t kFewBytes = 1 << 16;         // of a weight that one thread has read before another wakes up
+constexpr int64_t kInCache = 1 << 20;   // bytes of panels that stay in the L2 cache while all rows go past them
+constexpr int64_t kNear = 8192;         // bytes that a panel is fetched ahead of the only block of rows that needs it
+constexpr int64_t kFewBytes = 1 << 16;  // of a weight that one thread has read before another wakes up
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <typename A, typename B> constexpr bool kSame = false;
 template <typename A> constexpr bool kSame<A, A> = true;
@@ -31,9 +32,8 @@ template <typename E> constexpr bool kAmx = sizeof(E) == 2;
 #else
 template <typename E> constexpr bool kAmx = false;
 #endif
-template <typename E> constexpr int kBlock = kAmx<E> ? 32 : kBlockRows;         // rows
-template <typename E> constexpr int kDepth = kAmx<E> ? 32 : kStep<E>;           // divides the depth
-template <typename E> constexpr int kExpanded = 16384 / (kFeatures * sizeof(E));  // depth of what is expanded at once
+template <typename E> constexpr int kBlock = kAmx<E> ? 32 : kBlockRows;  // rows
+template <typename E> constexpr int kDepth = kAmx<E> ? 32 : kStep<E>;    // divides the depth
 
 struct NoTiles {
   explicit NoTiles(int) {}
@@ -45,30 +45,42 @@ template <> struct TilesOf<bfloat16> { using Type = Tiles; };
 template <typename E> struct TilesOf { using Type = NoTiles; };
 #endif
 
-template <int kAhead, int kRows, typename E>
-inline void multiply_rows(int64_t rows, const E* a, int64_t lda, const E* b, int64_t depth, float* c, bool accumulate) {
+// Memory that is read soon: with each product another part of it, a panel in so many, comes into the cache.
+struct Ahead {
+  const char* start;
+  int64_t panel_bytes, part, parts_of_panel;
+
+  Fetch fetch(int64_t steps) const {
+    const int64_t in_all = steps * parts_of_panel, bytes = in_all ? (panel_bytes + in_all - 1) / in_all : 0;
+    return {start + part * panel_bytes / parts_of_panel, bytes};
+  }
+};
+
+template <int kRows, typename E>
+inline void multiply_rows(int64_t rows, const E* a, int64_t lda, const E* b, int64_t depth, float* c, Fetch ahead) {
   if (rows == kRows) {
-    for (int j = 0; j < kFeatures; j += kPanel)
-      matmul_block<kRows, kAhead, kFeatures>(a, lda, b + j * kStep<E>, depth, c + j, kFeatures, accumulate);
+    for (int j = 0; j < kFeatures; j += kPanel, ahead.at += ahead.bytes * (depth / kStep<E>))
+      matmul_block<kRows, kFeatures>(a, lda, b + j * kStep<E>, depth, c + j, kFeatures, false, ahead);
   } else if constexpr (kRows > 1) {
-    multiply_rows<kAhead, kRows - 1>(rows, a, lda, b, depth, c, accumulate);
+    multiply_rows<kRows - 1>(rows, a, lda, b, depth, c, ahead);
   }
 }
 
 // c [rows, kFeatures] of a panel, for 1 to kBlock rows.
-template <int kAhead, typename E>
+template <typename E>
 inline __attribute__((noinline)) void multiply(int64_t rows, const E* a, int64_t lda, const E* b, int64_t depth,
-                                               float* c, bool accumulate) {
+                                               float* c, const Ahead& ahead) {
+  const Fetch fetch = ahead.fetch(depth / kDepth<E> * (kAmx<E> ? 1 : kFeatures / kPanel));
 #if defined(__AMX_BF16__)
-  if constexpr (kAmx<E>) return amx_block<kAhead>(a, lda, b, depth, c, kFeatures, accumulate, static_cast<int>(rows));
+  if constexpr (kAmx<E>) return amx_block(a, lda, b, depth, c, kFeatures, false, static_cast<int>(rows), fetch);
 #endif
-  multiply_rows<kAhead, kBlock<E>>(rows, a, lda, b, depth, c, accumulate);
+  multiply_rows<kBlock<E>>(rows, a, lda, b, depth, c, fetch);
 }
 
 // Two steps of the depth, whose numbers bfloat16 holds, interleaved.
 inline vuint32 pairs(vfloat first, vfloat second) { return (vuint32)first >> 16 | (vuint32)second; }
 
-// Steps of a panel, from the first that w points to, as the product wants them. count is even where W or E is bfloat16.
+// `count` steps of the depth, of one panel after another, as the product wants them; even where W or E is bfloat16.
 template <typename W, typename E>
 inline void expand(const W* w, int64_t count, E* out) {
   if constexpr (kSame<W, bfloat16>) {
@@ -99,45 +111,31 @@ void copy_row(const T* x, int64_t cols, E* out, int64_t lda) {
   std::memset(out + cols, 0, (lda - cols) * sizeof(E));
 }
 
-// What is done with the sums of a panel.
+template <typename N>
+inline vfloat some(const N* p, int64_t count) {
+  return count >= kLanes ? load(p) : load_partial(p, count % kLanes);
+}
+
+// The sums c [rows, kFeatures] of a panel become results, from `row` on.
 template <typename T>
-class Epilogue {
- public:
-  Epilogue(const Linear& a, int64_t panel)
-      : out_(static_cast<T*>(a.out) + panel * kFeatures),
-        stride_(a.out_features),
-        cols_(least(kFeatures, a.out_features - panel * kFeatures)),
-        scaled_(a.scales),
-        biased_(a.bias) {
-    const int64_t first = panel * kFeatures;
-    for (int64_t j = 0; j < cols_; j += kLanes) {
-      if (scaled_) store(scales_ + j, some(a.scales + first + j, cols_ - j));
-      if (biased_) store(bias_ + j, some(static_cast<const T*>(a.bias) + first + j, cols_ - j));
+inline void finish(const Linear& a, int64_t panel, int64_t row, int64_t rows, const float* c) {
+  constexpr int kVectors = kFeatures / kLanes;
+  const int64_t first = panel * kFeatures, cols = least(kFeatures, a.out_features - first);
+  vfloat scales[kVectors], bias[kVectors];
+  for (int v = 0; v < kVectors && v * kLanes < cols; ++v) {
+    if (a.scales) scales[v] = some(a.scales + first + v * kLanes, cols - v * kLanes);
+    if (a.bias) bias[v] = some(static_cast<const T*>(a.bias) + first + v * kLanes, cols - v * kLanes);
+  }
+  T* out = static_cast<T*>(a.out) + row * a.out_features + first;
+  for (int64_t r = 0; r < rows; ++r, out += a.out_features, c += kFeatures)
+    for (int v = 0; v < kVectors && v * kLanes < cols; ++v) {
+      vfloat x = load(c + v * kLanes);
+      if (a.scales) x = x * scales[v];
+      if (a.bias) x = x + bias[v];
+      const int64_t count = cols - v * kLanes;
+      count >= kLanes ? store(out + v * kLanes, x) : store_partial(out + v * kLanes, x, count % kLanes);
     }
-  }
-
-  void finish(int64_t row, int64_t rows, const float* c) const {
-    T* out = out_ + row * stride_;
-    for (int64_t r = 0; r < rows; ++r, out += stride_, c += kFeatures)
-      for (int64_t j = 0; j < cols_; j += kLanes) {
-        vfloat v = load(c + j);
-        if (scaled_) v = v * load(scales_ + j);
-        if (biased_) v = v + load(bias_ + j);
-        cols_ - j >= kLanes ? store(out + j, v) : store_partial(out + j, v, cols_ - j);
-      }
-  }
-
- private:
-  template <typename N>
-  static vfloat some(const N* p, int64_t count) {
-    return count >= kLanes ? load(p) : load_partial(p, count);
-  }
-
-  T* const out_;
-  const int64_t stride_, cols_;
-  const bool scaled_, biased_;
-  float scales_[kFeatures], bias_[kFeatures];
-};
+}
 
 struct Range {
   int64_t begin, end;
@@ -159,29 +157,31 @@ inline int64_t parts_of_rows(int64_t blocks, int64_t panels, int64_t threads) {
   return best;
 }
 
-// The sums of a chunk of rows in the blocks of a panel: kept where the depth comes in parts.
-struct Sums {
-  float* data;
-  Sums(Arena& arena, int64_t rows, int block) : data(arena.array<float>(round_up(rows, block) * kFeatures)) {}
+// Panels in E, where they are packed in another type.
+template <typename E>
+struct Expanded {
+  E* data;
+  Expanded(Arena& arena, int64_t count) : data(arena.array<E>(count)) {}
 };
 
 template <typename T, typename W>
 void product(const Linear& a) {
   using E = typename OperandOf<T, W>::Type;
   constexpr bool kDirect = kSame<W, E>;
-  constexpr int kRows = kBlock<E>, kAhead = kAheadBytes / sizeof(W);
-  const int64_t panels = a.panels(), packed_depth = a.packed_depth(), depth = round_up(a.in_features, kDepth<E>);
-  const int64_t bytes = panels * packed_depth * kFeatures * static_cast<int64_t>(sizeof(W));
+  constexpr int kRows = kBlock<E>;
+  const int64_t panels = a.panels(), depth = round_up(a.in_features, kDepth<E>);
+  const int64_t panel_size = a.packed_depth() * kFeatures, panel_bytes = panel_size * static_cast<int64_t>(sizeof(W));
   const bool copied = !kSame<T, E> || depth != a.in_features || a.x.inner != 1;
   const Buffer<E> copy(copied ? a.rows * depth : 0);
   const int64_t lda = copied ? depth : a.x.outer_stride;
   const E* const rows = copied ? static_cast<const E*>(copy) : static_cast<const E*>(a.x.data);
-  const int64_t fit = kRowsInCache / (depth * static_cast<int64_t>(sizeof(E)) + 1);
-  const int64_t chunk = least(a.rows, (fit < kRows ? 1 : fit > 512 ? 512 / kRows : fit / kRows) * kRows);
-  const PerThread<Sums> memory(kDirect ? 0 : chunk, kRows);
+  const int64_t blocks_in_all = (a.rows + kRows - 1) / kRows;
+  const int64_t fit = kInCache / (panel_size * static_cast<int64_t>(sizeof(E)) + 1);
+  const int64_t together = most(1, least(fit, blocks_in_all));  // panels
+  const PerThread<Expanded<E>> memory(kDirect ? 0 : together * panel_size);
   expect_large_write(a.out, a.rows * a.out_features * static_cast<int64_t>(sizeof(T)));
 
-#pragma omp parallel if (bytes * a.rows > kFewBytes)
+#pragma omp parallel if (panels * panel_bytes * a.rows > kFewBytes)
   {
     if (copied) {
 #pragma omp for schedule(static)
@@ -193,47 +193,36 @@ void product(const Linear& a) {
 #else
     const int64_t thread = 0, threads = 1;
 #endif
-    const int64_t parts = parts_of_rows((a.rows + kRows - 1) / kRows, panels, threads), over = threads / parts;
+    const int64_t parts = parts_of_rows(blocks_in_all, panels, threads), over = threads / parts;
     const Range mine = part_of(a.rows, kRows, thread / over, parts);
     const Range features = part_of(panels, 1, thread % over, over);
-    // The last block of AMX's tiles, of which each has its number of rows, begins with rows of the block before it.
+    // AMX's tiles have one number of rows: the last block begins with rows of the one before it.
     const bool overlaps = kAmx<E> && mine.end - mine.begin >= kRows;
     const int64_t last = overlaps ? mine.end - kRows : mine.end;
+    const int64_t blocks = (mine.end - mine.begin + kRows - 1) / kRows;
     const typename TilesOf<E>::Type tiles(static_cast<int>(overlaps ? kRows : mine.end - mine.begin));
     Arena arena = memory.mine();
-    const Sums sums(arena, kDirect ? 0 : chunk, kRows);
-    alignas(64) float block[kRows * kFeatures] = {};
-    alignas(64) E expanded[kDirect ? 1 : kExpanded<E> * kFeatures];
+    const Expanded<E> expanded(arena, kDirect ? 0 : together * panel_size);
+    alignas(64) float sums[kRows * kFeatures] = {};
 
-    for (int64_t from = mine.begin; from < mine.end; from += chunk) {
-      const int64_t to = least(from + chunk, mine.end);
-      for (int64_t panel = features.begin; panel < features.end; ++panel) {
-        const W* w = static_cast<const W*>(a.weight) + panel * packed_depth * kFeatures;
-        const Epilogue<T> epilogue(a, panel);
-        const auto each_block = [&](auto&& body) {
-          for (int64_t i = from; i < to; i += kRows) body(least(i, last), least(kRows, mine.end - least(i, last)), i);
-        };
-        if constexpr (kDirect) {
-          each_block([&](int64_t first, int64_t count, int64_t i) {
-            const E* x = rows + first * lda;
-            if (i == from) multiply<kAhead>(count, x, lda, w, depth, block, false);
-            else multiply<0>(count, x, lda, w, depth, block, false);
-            epilogue.finish(first, count, block);
-          });
-        } else {
-          const bool few = to - from <= kRows;
-          float* const c = few ? block : sums.data;
-          if (!depth) std::memset(c, 0, round_up(to - from, kRows) * kFeatures * sizeof(float));
-          for (int64_t k = 0; k < depth; k += kExpanded<E>) {
-            const int64_t steps = least(kExpanded<E>, depth - k);
-            expand(w + k * kFeatures, kSame<W, bfloat16> ? steps + steps % 2 : steps, expanded);
-            each_block([&](int64_t first, int64_t count, int64_t i) {
-              multiply<0>(count, rows + first * lda + k, lda, expanded, steps, c + (i - from) * kFeatures, k > 0);
-            });
-          }
-          each_block([&](int64_t first, int64_t count, int64_t i) {
-            epilogue.finish(first, count, c + (i - from) * kFeatures);
-          });
+    for (int64_t first = features.begin; first < features.end; first += together) {
+      const int64_t count = least(together, features.end - first);
+      const W* const packed = static_cast<const W*>(a.weight) + first * panel_size;
+      const E* b;
+      if constexpr (kDirect) {
+        b = packed;
+      } else {
+        expand(packed, count * panel_size / kFeatures, expanded.data);
+        b = expanded.data;
+      }
+      const char* const next = reinterpret_cast<const char*>(packed) + (blocks > 1 ? count * panel_bytes : kNear);
+      Ahead ahead{next, panel_bytes, 0, blocks};
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t from = least(mine.begin + i * kRows, last), some_rows = least(kRows, mine.end - from);
+        for (int64_t p = 0; p < count; ++p) {
+          multiply(some_rows, rows + from * lda, lda, b + p * panel_size, depth, sums, ahead);
+          finish<T>(a, first + p, from, some_rows, sums);
+          ++ahead.part;
         }
       }
     }

@@ -5,6 +5,7 @@
 // cols must be whole panels; rows and depth multiples of kRowUnit and kDepthUnit<E>.
 #pragma once
 
+#include "fetch.h"
 #include "simd.h"
 #if defined(__AMX_BF16__)
 #include "amx.h"
@@ -58,11 +59,10 @@ inline vfloat multiply_add(vfloat c, const bfloat16* a, const bfloat16* b) {
 // has none to lose.
 template <typename E> constexpr int64_t kChain = sizeof(E) == 2 ? int64_t(1) << 30 : 64;
 
-// One panel. kAhead: elements of B to fetch before they are needed, where it comes from memory; kStride: from one row of
-// the panel to the next.
-template <int kRows, int kAhead = 0, int kStride = kPanel, typename E>
+// One panel, whose rows are kStride apart. Meanwhile what `ahead` names comes into the L2 cache.
+template <int kRows, int kStride = kPanel, typename E, typename Fetch = NoFetch>
 inline __attribute__((always_inline)) void matmul_block(const E* a, int64_t lda, const E* b, int64_t depth, float* c,
-                                                        int64_t ldc, bool accumulate) {
+                                                        int64_t ldc, bool accumulate, Fetch ahead = {}) {
   const E* rows[(kRows + 2) / 3];  // a pointer for three rows: x86 addresses them as p, p + lda, p + 2 lda
 #pragma GCC unroll 4
   for (int g = 0; g < (kRows + 2) / 3; ++g) rows[g] = a + 3 * g * lda;
@@ -72,8 +72,7 @@ inline __attribute__((always_inline)) void matmul_block(const E* a, int64_t lda,
   for (int64_t from = 0; from < depth; from += kChain<E>) {
     vfloat sums[kRows][2] = {};
     for (int64_t k = from; k < depth && k < from + kChain<E>; k += kStep<E>) {
-      if constexpr (kAhead > 0)
-        for (int v = 0; v < 2; ++v) __builtin_prefetch(b + kAhead + v * kStep<E> * kLanes);
+      ahead.step();
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < 2; ++v)

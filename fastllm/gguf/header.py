@@ -78,12 +78,6 @@ class Header(NamedTuple):
         return Keys(self.path, found, prefix)
 
 
-def is_gguf(path: str | Path) -> bool:
-    """Whether the regular file at ``path`` begins as a GGUF file does."""
-    with open_regular(path, "the model ") as file:
-        return file.read(len(MAGIC)) == MAGIC
-
-
 def read_header(path: str | Path) -> Header:
     """The header of a GGUF file whose tensors lie within it, side by side; UserError for any other file."""
     require_packages("reading a GGUF file", "gguf", install=pip_install("gguf"))

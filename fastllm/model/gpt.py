@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..dtensor import local_slice, to_local
 from ..kernels import CausalSelfAttention, RMSNorm, SwiGLU, linear_cross_entropy
-from .kv_cache import KVCache, LayerCache
 from .rope import rotary_tables
 
 
@@ -36,14 +35,13 @@ class Block(nn.Module):
         sin: Tensor,
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``x``, ``residual`` ``[batch, seq, dim]``: the last block's output, not yet added; the residual stream."""
         if residual is None:
             x, residual = self.input_layernorm(x), x
         else:
             x, residual = self.input_layernorm(x, residual)
-        x = self.self_attn(x, cos, sin, positions=positions, cu_seqlens=cu_seqlens, cache=cache)
+        x = self.self_attn(x, cos, sin, positions=positions, cu_seqlens=cu_seqlens)
         x, residual = self.post_attention_layernorm(x, residual)
         return self.mlp(x), residual
 
@@ -68,26 +66,16 @@ class Decoder(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        cache: KVCache | None = None,
-        positions: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """``tokens`` ``[batch, seq]`` to hidden states ``[batch, seq, dim]``; the others: see :class:`GPT`."""
-        start = cache.length if cache else 0
-        end, max_seq_len = start + (tokens if positions is None else positions).shape[1], self.config.max_seq_len
-        if end > max_seq_len:
-            raise ValueError(f"GPT: {end} tokens are more than max_seq_len ({max_seq_len})")
-        if end > self.cos.shape[0]:
-            self._grow_tables(end)
-        if cache:
-            positions = torch.arange(start, end, device=tokens.device).expand_as(tokens)
+        length, max_seq_len = (tokens if positions is None else positions).shape[1], self.config.max_seq_len
+        if length > max_seq_len:
+            raise ValueError(f"GPT: {length} tokens are more than max_seq_len ({max_seq_len})")
+        if length > self.cos.shape[0]:
+            self._grow_tables(length)
         x, residual = self.embed_tokens(tokens), None
-        for i, layer in enumerate(self.layers):
-            layer_cache = cache.layers[i] if cache else None
-            x, residual = layer(x, residual, self.cos, self.sin, positions, cu_seqlens, layer_cache)
+        for layer in self.layers:
+            x, residual = layer(x, residual, self.cos, self.sin, positions, cu_seqlens)
         return self.norm(x, residual)[0]
 
     def _grow_tables(self, length: int) -> None:
@@ -142,25 +130,20 @@ class GPT(nn.Module):
         reduction: Literal["mean", "sum"] = "mean",
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> Tensor:
         """``tokens`` ``[batch, seq]``; with ``targets`` ``[batch, seq]`` the loss in nats per token, else logits.
 
-        Targets of -100 are ignored. ``reduction="sum"`` adds up the nats of all targets. With a cache, ``tokens``
-        follow the tokens that it holds and are appended to it.
+        Targets of -100 are ignored. ``reduction="sum"`` adds up the nats of all targets. To generate text see
+        :class:`fastllm.inference.Engine`, which keeps keys and values.
 
         Packed documents, which don't see each other: ``positions`` ``[batch, seq]`` are those of the tokens in their
         documents, and ``cu_seqlens`` int32 ``[documents + 1]`` where these start and end in the ``batch · seq`` tokens;
         empty ones may stand at the end. With tensor parallelism both are of the whole sequences, on each rank.
         """
-        hidden = self.model(tokens, cache, positions, cu_seqlens)
+        hidden = self.model(tokens, positions, cu_seqlens)
         if targets is not None:
             return linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction)
         return nn.functional.linear(hidden, self.head_weight)
-
-    def next_logits(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """``[batch, vocab_size]``: the logits of the token after ``tokens`` ``[batch, seq]``."""
-        return nn.functional.linear(self.model(tokens, cache)[:, -1], self.head_weight)
 
 
 ROWS_PER_DRAW = 64  # rows of a weight that one generator draws

@@ -112,7 +112,8 @@ def attention_decode(
     lse: Tensor | None,
 ) -> None:
     if block_table is not None and seqlens_k is not None:
-        return attention_paged(q, k, v, seqlens_k, block_table, sinks, options, out, lse)
+        attention_paged(q, k, v, seqlens_k, block_table, sinks, options, out, lse)
+        return
     (batch, seq_q, heads, dim), (_, capacity, kv_heads, _) = q.shape, k.shape
     heads_per_kv, dim_v = heads // kv_heads, v.shape[-1]
     group_rows = seq_q * heads_per_kv

@@ -160,6 +160,7 @@ def attention_paged(
     capacity, rows = columns * page_size, batch * seq_q * heads
     row_blocks, parts = cdiv(seq_q * heads_per_kv, ROWS), max(1, cdiv(capacity, PART))
     at, even = places(q, k, v)
+    sizes = seq_q, capacity, heads, heads_per_kv, row_blocks, parts, page_size, pages, columns
     results, result_lse = out, lse
     if parts > 1:
         results = torch.empty(parts, rows, dim_v, dtype=torch.float32, device=q.device)
@@ -170,8 +171,7 @@ def attention_paged(
         paged_kernel(
             (batch * kv_heads * row_blocks * parts, 1, 1),
             (q, k, v, block_table, seqlens_k, sinks, results, result_lse),
-            (seq_q, capacity, heads, heads_per_kv, row_blocks, parts, page_size, pages, columns, *at, rows, PART)
-            + (LN2.value if parts == 1 else 1.0, *option_numbers(options)),
+            (*sizes, *at, rows, PART, LN2.value if parts == 1 else 1.0, *option_numbers(options)),
             (even, *constants(options, dim, dim_v), ROWS, block_n),
             warps,
             num_stages=stages,

@@ -7,28 +7,34 @@ than the weight takes to arrive.
 
 from __future__ import annotations
 
+import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..native import as_rows
-from ..triton_launch import Kernel, cdiv, multiple, row_offsets, rows_at
+from ..triton_launch import Kernel, cdiv, multiple
 
-BLOCK_ROWS, BLOCK_FEATURES = 64, 64
-BLOCK_DEPTH_BYTES = 128
+ROWS = 64  # of a tile
+
+
+def _tile(dtype: torch.dtype, aligned: bool) -> tuple[int, int, int]:
+    """Features and depth of a tile, and stages of the loads: a function of the weight alone."""
+    if dtype == torch.float32:
+        return 32, 16, 2  # without tensor cores: what fits in registers
+    return (64, 64, 3) if aligned else (64, 32, 2)
 
 
 @Kernel
 def forward_kernel(
-    X, W, SCALES, BIAS, OUT, rows, depth, features, inner, outer, step,
-    ALIGNED: tl.constexpr, NESTED: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+    X, W, SCALES, BIAS, OUT, rows, depth, features,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """OUT [rows, features] = X Wᵀ · SCALES + BIAS; W [features, depth] is contiguous."""
+    """OUT [rows, features] = X Wᵀ · SCALES + BIAS; X [rows, depth] and W [features, depth] are contiguous."""
     row_blocks = tl.cdiv(rows, ROWS)  # programs side by side share a part of W
     row = (tl.program_id(0) % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     feature = (tl.program_id(0) // row_blocks).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
     k = tl.arange(0, DEPTH)
-    depth = multiple(depth, ALIGNED)
-    x_at = X + row_offsets(row, inner, outer, step, ALIGNED, NESTED)[:, None] + k[None, :]
+    depth, features = multiple(depth, ALIGNED), multiple(features, ALIGNED)
+    x_at = X + (row * depth)[:, None] + k[None, :]
     w_at = W + (feature * depth)[None, :] + k[:, None]
     acc = tl.zeros([ROWS, FEATURES], tl.float32)
     for first in range(0, depth, DEPTH):
@@ -56,13 +62,13 @@ def packed_linear_forward(
     backend: str,
     out: Tensor,
 ) -> None:
-    x, depth = as_rows(x), x.shape[-1]
-    at, *layout = rows_at(x, sizes=(depth,))
-    rows = out.numel() // out_features
+    depth, rows = x.shape[-1], out.numel() // out_features
+    aligned = (depth | out_features) % 8 == 0
+    features, block, stages = _tile(x.dtype, aligned)
     forward_kernel(
-        (cdiv(rows, BLOCK_ROWS) * cdiv(out_features, BLOCK_FEATURES), 1, 1),
-        (x, data, scales, bias, out),
-        (rows, depth, out_features, *at),
-        (*layout, BLOCK_ROWS, BLOCK_FEATURES, BLOCK_DEPTH_BYTES // x.element_size()),
-        num_stages=3,
+        (cdiv(rows, ROWS) * cdiv(out_features, features), 1, 1),
+        (x.contiguous(), data, scales, bias, out),
+        (rows, depth, out_features),
+        (aligned, ROWS, features, block),
+        num_stages=stages,
     )

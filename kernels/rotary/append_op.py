@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..library import empty_like, has_values, launchers, operator
 from . import reference
+from .inplace import check_apart
 from .op import check_positions
 
 
@@ -34,7 +35,7 @@ def rope_append(
         cos, sin: ``[max_seq, rotary_dim / 2]``, as in :func:`rope`.
         positions: ``[tokens]`` int64 or int32, each token's row in cos and sin.
         k_cache, v_cache: ``[pages, page_size, kv_heads, head_dim]`` in the dtype of q, the pools that
-            :func:`flash_decode` reads by a block table; written in place. The last dimension must be contiguous.
+            :func:`flash_decode` reads by a block table; written in place.
         slots: ``[tokens]`` int64 or int32, ``page * page_size + offset``, where each token's key and value go: no two
             tokens to the same place. A token whose slot is negative (padding) is written nowhere.
         interleaved, backend: as in :func:`rope`.
@@ -44,9 +45,9 @@ def rope_append(
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, a tensor that needs a
-            gradient, or a ``backend`` that can't run this call. IndexError: on a CPU, and before anything is written,
-            a position outside the tables or a slot beyond the caches; on a GPU such a position gives NaN, and such a
-            token is not written.
+            gradient, a cache whose elements share memory, or a ``backend`` that can't run this call. IndexError: on a
+            CPU, and before anything is written, a position outside the tables or a slot beyond the caches; on a GPU
+            such a position gives NaN, and such a token is not written.
     """
     checks.floating("rope_append", "q", q)
     if q.dim() != 3:
@@ -60,13 +61,21 @@ def rope_append(
             f"rope_append: k_cache must be [pages, page_size, kv_heads, head_dim], it has shape {list(k_cache.shape)}"
         )
     pages, page_size, kv_heads, _ = k_cache.shape
-    checks.like("rope_append", "k_cache", k_cache, "q", q, shape=(pages, page_size, kv_heads, dim))
-    checks.like("rope_append", "v_cache", v_cache, "k_cache", k_cache)
-    checks.like("rope_append", "k", k, "q", q, shape=(tokens, kv_heads, dim))
-    checks.like("rope_append", "v", v, "q", q, shape=(tokens, kv_heads, dim))
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if dim > 1 and cache.stride(-1) != 1:
-            raise ValueError(f"rope_append: the last dimension of {name}, which is written, must be contiguous")
+    for name, x in (("k", k), ("v", v), ("v_cache", v_cache)):
+        checks.floating("rope_append", name, x)
+    cache, token = (pages, page_size, kv_heads, dim), (tokens, kv_heads, dim)
+    if not (
+        (k.dtype is v.dtype is k_cache.dtype is v_cache.dtype is q.dtype)
+        and (k.device == v.device == k_cache.device == v_cache.device == q.device)
+        and (k.shape == v.shape == token and k_cache.shape == v_cache.shape == cache)
+    ):  # one of these says what is wrong
+        for name, x, shape in (
+            ("k_cache", k_cache, cache),
+            ("v_cache", v_cache, cache),
+            ("k", k, token),
+            ("v", v, token),
+        ):
+            checks.like("rope_append", name, x, "q", q, shape=shape)
     checks.tensor("rope_append", "cos", cos)
     if cos.dim() != 2 or 2 * cos.shape[1] > dim:
         raise ValueError(
@@ -78,7 +87,7 @@ def rope_append(
     for name, index in (("positions", positions), ("slots", slots)):
         checks.indices("rope_append", name, index, "q", q)
         checks.sized("rope_append", name, index, (tokens,))
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, cos, sin, k_cache, v_cache)):
+    if torch.is_grad_enabled() and any([t.requires_grad for t in (q, k, v, cos, sin, k_cache, v_cache)]):  # noqa: C419
         raise ValueError(
             "rope_append: it has no gradient, and an argument requires one; call it under torch.no_grad(), or rope, "
             "which has"
@@ -86,6 +95,8 @@ def rope_append(
     chosen = backends.select("rope_append", q, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        check_apart("rope_append", k_cache=k_cache, v_cache=v_cache)
     if chosen == "torch":
         check_positions("rope_append", positions, cos.shape[0])
         _check_slots(slots, pages * page_size)
@@ -113,9 +124,16 @@ def _launch(
     backend: str,
     out: Tensor,
 ) -> None:
-    q, k, v = (x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (q, k, v))
+    dim = q.shape[-1]
+    q, k, v, keys, values = [
+        x if x.stride(-1) == 1 or dim == 1 else x.contiguous() for x in (q, k, v, k_cache, v_cache)
+    ]
     tables = cos.float(), sin.float(), positions.long(), slots.long()
-    launchers(__package__, backend).rotate_append(q, k, v, *tables, k_cache, v_cache, interleaved, backend, out)
+    launchers(__package__, backend).rotate_append(q, k, v, *tables, keys, values, interleaved, backend, out)
+    if keys is not k_cache:
+        k_cache.copy_(keys)
+    if values is not v_cache:
+        v_cache.copy_(values)
 
 
 @operator(strided="q k v", launch=_launch, mutates="k_cache v_cache")

@@ -12,17 +12,24 @@ def check_inplace(q: Tensor, k: Tensor) -> None:
     """Raise RuntimeError where PyTorch changes no such tensor, ValueError where an element would be turned twice."""
     if not has_values() or not all(_has_memory(x) for x in (q, k)):
         return
-    for name, x in (("q", q), ("k", k)):
-        if not _steps_over_itself(x) and _share_an_address(x):
-            raise ValueError(
-                f"rope: elements of {name} share memory, which inplace would turn twice; pass {name}.clone()"
-            )
+    check_apart("rope", q=q, k=k)
     shared = q.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
     if shared and not _side_by_side(q, k) and _share_an_address(q, k):
         raise ValueError("rope: q and k share memory, which inplace would turn twice; pass k.clone()")
     for x in (q, k):
         if x.is_inference() or not changes_alone(x):
             x.narrow(-1, 0, 0).zero_()  # changes nothing, and raises what PyTorch raises of such a tensor
+
+
+def check_apart(op: str, **written: Tensor) -> None:
+    """Raise ValueError where an element would be written twice."""
+    for name, x in written.items():
+        if not has_values() or not _has_memory(x) or x.is_contiguous() or _steps_over_itself(x):
+            continue
+        if _share_an_address(x):
+            raise ValueError(
+                f"{op}: elements of {name} share memory, which would be written twice; pass {name}.clone()"
+            )
 
 
 def changes_alone(*tensors: Tensor) -> bool:

@@ -103,11 +103,12 @@ def append_kernel(
     written = (slot >= 0) & (slot < held)
     page, cell = slot // page_size, slot % page_size
     if values:
-        x_row = (token * multiple(v_token, ALIGNED) + head * multiple(v_head, ALIGNED))[:, None]
-        out_row = page * multiple(v_page, ALIGNED) + cell * multiple(v_cell, ALIGNED) + head * multiple(v_to, ALIGNED)
+        v_row = token * multiple(v_token, ALIGNED) + head * multiple(v_head, ALIGNED)
+        v_out = page * multiple(v_page, ALIGNED) + cell * multiple(v_cell, ALIGNED) + head * multiple(v_to, ALIGNED)
         col = tl.arange(0, DIM)[None, :]
         within = written[:, None] & (col < 2 * half + multiple(passed, ALIGNED))
-        tl.store(V_CACHE + out_row[:, None] + col, tl.load(V + x_row + col, within, other=0.0), within)
+        v = tl.load(V + v_row[:, None] + col, within, other=0.0)
+        tl.store(V_CACHE + v_out[:, None] + col, v, within)
     else:
         position = tl.load(POSITIONS + token, inside, other=0)
         x_row = token * multiple(k_token, ALIGNED) + head * multiple(k_head, ALIGNED)
@@ -165,10 +166,10 @@ def rotate_append(
     blocks, kv_blocks = cdiv(tokens * heads, tile_rows), cdiv(tokens * kv_heads, tile_rows)
     strides = [step for x in (q, k, v, k_cache, v_cache) for step in x.stride()[:-1]]
     aligned = not any(n % 8 for n in (half, passed, *strides))
+    sizes = tokens, heads, max(1, kv_heads), blocks, kv_blocks
     append_kernel(
         (blocks + 2 * kv_blocks, 1, 1),
         (q, k, v, out, k_cache, v_cache, cos, sin, positions, slots),
-        (tokens, heads, max(1, kv_heads), blocks, kv_blocks, max_seq, half, passed, pages * page_size)
-        + (max(1, page_size), *strides),
+        (*sizes, max_seq, half, passed, pages * page_size, max(1, page_size), *strides),
         (aligned, interleaved, tile_rows, cols, rest, whole),
     )

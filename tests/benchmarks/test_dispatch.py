@@ -17,6 +17,8 @@ MOST = {
     "cross_entropy": (100, 117),
     "swiglu": (54, 77),
     "rope": (133, 180),
+    "rope_append": (94, 148),
+    "flash_decode, in pages": (78, 111),
 }
 
 

@@ -195,21 +195,27 @@ def test_the_log(trained):
 
 
 def test_generate(trained, run):
-    words = ("generate", "runs/one", "--prompt", "def ", "--max-tokens", 40, "--temperature", 0.5)
+    words = ("generate", "runs/one", "--prompt", "def ", "--max-tokens", 20, "--temperature", 0.5)
     first, again, other = run(*words), run(*words), run(*words, "--seed", 1)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("def ")
     assert first.stdout == again.stdout != other.stdout
     assert "note" not in first.stderr
     long = run("generate", "runs/one", "--prompt", "def add_1(value):\n" * 20, "--max-tokens", 5)
-    assert "the last 32 tokens" in long.stderr
+    assert "tokens; the context is 32 tokens, the answer included" in error_of(long)
+    full = run("generate", "runs/one", "--prompt", "def", "--max-tokens", 40, "--temperature", 5, "--top-k", 0)
+    assert "note: the context of 32 tokens is full" in full.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("--prompt", "caf\udce9"), "the prompt is not valid UTF-8 text"),
-        (("--seed", 2**64), "the seed must be from 0 to 2**64 - 1"),
+        (("--seed", 2**64), "--seed must be from 0 to 2**64 - 1"),
+        (("--min-p", 2), "--min-p must be"),
+        (("--prompt", "a", "--prompts", "b.txt"), "--prompt and --prompts exclude each other"),
+        (("--prompts", "none.jsonl"), "can't read the prompts none.jsonl"),
+        (("--out", "out.jsonl"), "--out goes with --prompts"),
         (("--temperature", "nan"), "--temperature must"),
         (("--top-p", "nan"), "--top-p must"),
     ],
@@ -350,6 +356,7 @@ def test_a_run_folder_is_never_overwritten(trained, run):
         (("train", "--from-weights"), "--from-weights goes with --resume RUN"),
         (("train", "--out", "a" * 300), "File name too long"),
         (("generate", "none"), "no run folder none"),
+        (("chat", "runs/one"), "runs/one has no chat template"),
         (("generate", "."), "has no config.toml"),
         (("generate", "none", "--top-p", "0"), "--top-p"),
     ],

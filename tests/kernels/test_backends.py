@@ -19,8 +19,8 @@ X = torch.randn(2, 8)
 
 def test_every_public_op_is_listed():
     assert set(backends.OPS) == {
-        *("flash_attention", "flash_decode", "rms_norm", "rope", "swiglu"),
-        *("softmax", "cross_entropy", "linear_cross_entropy", "linear_log_prob"),
+        *("flash_attention", "flash_decode", "rms_norm", "rope", "rope_append", "swiglu"),
+        *("softmax", "cross_entropy", "linear_cross_entropy", "linear_log_prob", "packed_linear"),
     }
     assert all(getattr(kernels, name) is op.function for name, op in backends.OPS.items())
 
@@ -115,11 +115,13 @@ def test_every_op_explains_itself_and_runs_nothing():
         "flash_decode": (q, q, q),
         "rms_norm": (x,),
         "rope": (q, q, torch.randn(3, 4), torch.randn(3, 4)),
+        "rope_append": (*[q[0]] * 3, *[torch.randn(3, 4)] * 2, target, *[torch.zeros(1, 16, 2, 8)] * 2, target),
         "swiglu": (x, x),
         "softmax": (x,),
         "cross_entropy": (x, target),
         "linear_cross_entropy": (x, w, target),
         "linear_log_prob": (x, w, target),
+        "packed_linear": (x, kernels.pack_weight(w)),
     }
     assert set(calls) == set(backends.OPS)
     for name, arguments in calls.items():

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits of memor
 COMMON = """
 import itertools, sys, threading
 import torch
-from fastllm.kernels import native
+from fastllm.kernels import native, pack_weight
 
 cpu = native.KERNELS["cpu"]
 UNBOUNDED = 2**31 - 1
@@ -42,6 +42,9 @@ def kernels(dtype, seq, cols, dim=64):
     q, k, v, out, dq, dk, dv = (torch.zeros(2, seq, 4, dim, dtype=dtype) for _ in range(7))
     lse, delta = torch.zeros(2, 4, seq), torch.zeros(2, 4, seq)
     few, few_lse = torch.zeros(2, 60, 4, dim, dtype=dtype), torch.zeros(2, 4, 60)
+    wide, narrow = torch.zeros(50, 32 * dim, dtype=dtype), torch.zeros(50, 40, dtype=dtype)
+    packed = pack_weight(torch.zeros(40, 32 * dim, dtype=dtype), quantize="int8")
+    yield "linear", lambda: cpu.linear(wide, packed.data, packed.scales, None, narrow, 0, 0)
     band = 0.1, 100, 0, 5.0
     yield "attention", lambda: cpu.attention_forward(q, k, v, None, None, None, band, out, lse, 0, 0)
     yield "attention backward", lambda: cpu.attention_backward(
@@ -98,7 +101,7 @@ for dtype in DTYPES:
                 assert int(said.split(" of ")[1].split()[0]) > 1 << 14, said
                 found.setdefault(name, set()).add(dtype)
         call()
-for name in ("rms_norm", "rms_norm backward", "attention", "attention backward", "decode"):
+for name in ("rms_norm", "rms_norm backward", "attention", "attention backward", "decode", "linear"):
     assert found.get(name) == set(DTYPES), (name, found)
 print("fine")
 """

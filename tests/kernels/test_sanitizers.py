@@ -82,12 +82,23 @@ for name in cpu.instruction_sets():
             for out in (y, x):  # x: in place
                 cpu.rope(x, cos, sin, given, extra, extra, out, 4, 1, 0, 0)
     for tokens, n, dtype, extra in itertools.product((0, 1, 40), (1, 5, 16, 33, 64), (0, 1, 2), (False, True)):
-        q, out, k, v = zeros(tokens, 3, n, dtype=dtype), zeros(tokens, 3, n, dtype=dtype), zeros(tokens, 2, n, dtype=dtype), zeros(tokens, 2, n, dtype=dtype)
-        keys, values = zeros(4, 16, 2, n, dtype=dtype), zeros(4, 16, 2, n, dtype=dtype)
+        q, out = (zeros(tokens, 3, n, dtype=dtype) for _ in range(2))
+        k, v = (zeros(tokens, 2, n, dtype=dtype) for _ in range(2))
+        keys, values = (zeros(4, 16, 2, n, dtype=dtype) for _ in range(2))
         cos, slots = zeros(4, n // 2, dtype=0), index(np.arange(tokens) + 64 - tokens)
         cpu.rope_append(q, k, v, cos, cos, index(np.full(tokens, 3)), slots, keys, values, extra, out, 0, 0)
     x, y = zeros(2, 20001, dtype=0), zeros(2, 20001, dtype=0)  # too long to be held
     cpu.softmax_forward(x, None, 0, 1.0, False, y, 0, 0)
+
+def packed(array, dtype):  # as pack_weight packs [out_features, in_features]
+    n, k = array.shape
+    pairs, int8 = dtype == 2, array.dtype == np.int8
+    depth = -(-k // 32) * 32 if pairs or int8 else k
+    full = np.zeros((-(-n // 32) * 32, depth), array.dtype)
+    full[:n, :k] = array
+    steps = 2 if pairs and not int8 else 1
+    panels = full.reshape(-1, 32, depth // steps, steps).transpose(0, 2, 1, 3)
+    return Tensor(np.ascontiguousarray(panels), 0 if int8 else dtype)
 
 def normal(*shape, dtype):
     x = np.random.default_rng(sum(shape)).standard_normal(shape, np.float32)
@@ -116,7 +127,8 @@ def attention(nq, nk, h, kv, d, dv, dtype, packed, left, right, softcap):
         cpu.attention_decode(q, k, v, index([nk, nk // 2]), None, sinks, options, None, few, lse, 0, 0)
         results.append(few)
         size, columns = 16, nk // 16 + 2
-        k, v, paged = normal(2 * columns, size, kv, d, dtype=dtype), normal(2 * columns, size, kv, few.shape[-1], dtype=dtype), zeros(*few.shape, dtype=dtype)
+        k, v = (normal(2 * columns, size, kv, n, dtype=dtype) for n in (d, few.shape[-1]))
+        paged = zeros(*few.shape, dtype=dtype)
         pages = Tensor(np.arange(2 * columns, dtype=np.int32)[::-1].reshape(2, columns).copy(), INT32)
         cpu.attention_decode(q, k, v, index([nk, size * columns]), pages, sinks, options, None, paged, lse, 0, 0)
         results.append(paged)
@@ -142,6 +154,19 @@ for packed, left, right in itertools.product((False, True), farther, farther):
     pair = [attention(9, 300, 2, 1, 8, 8, 0, packed, *window, 0.0) for window in ((left, right), (NONE, NONE))]
     for a, b in zip(*pair):
         assert np.array_equal(a, b), (left, right)
+for dtype, int8, r, k, n in itertools.product((0, 1, 2), (0, 1), (1, 12, 33, 70), (1, 31, 64, 577), (1, 33, 64)):
+    x, bias, scales = normal(r, k, dtype=dtype), normal(n, dtype=dtype), normal(n, dtype=0)
+    w = np.arange(n * k).reshape(n, k).astype(np.int8) if int8 else normal(n, k, dtype=dtype).array
+    factor = scales.array[:, None] if int8 else 1
+    matrix = (w.astype(np.float32) if int8 else wide(w, dtype)) * factor
+    right = wide(x.array, dtype) @ matrix.T + wide(bias.array, dtype)
+    for name in cpu.instruction_sets():
+        cpu.use_instruction_set(name)
+        out = zeros(r, n, dtype=dtype)
+        cpu.linear(x, packed(w, dtype), scales if int8 else None, bias, out, 0, 0)
+        most = max(1, abs(right).max())
+        off = abs(wide(out.array, dtype) - right).max()
+        assert off <= (1e-4, 2e-3, 2e-2)[dtype] * most, (name, dtype, int8, r, k, n, off)
 print("clean", cpu.instruction_sets())
 if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
     x, y, rstd = zeros(1, 64, dtype=0), zeros(2, 64, dtype=0), zeros(2, dtype=0)

@@ -35,6 +35,9 @@ def arguments() -> list[tuple[str, str, dict[str, Tensor], dict[str, Any]]]:
     cache = {f"{x}_cache": randn(BATCH, SEQ, KV_HEADS, DIM) for x in "kv"}
     angles = {"cos": randn(SEQ, DIM // 2), "sin": randn(SEQ, DIM // 2)}
     heads = {"q": randn(BATCH, SEQ, HEADS, DIM), "k": randn(BATCH, SEQ, KV_HEADS, DIM)}
+    pools, table = {f"{x}_cache": randn(4, 16, KV_HEADS, DIM) for x in "kv"}, torch.randperm(4).view(2, 2).int()
+    tokens_of = {x: randn(SEQ, KV_HEADS if x in "kv" else HEADS, DIM) for x in "qkv"}
+    slots = torch.randperm(64)[:SEQ]
     starts = torch.tensor([0, 2, SEQ])
     logits = {"logits": randn(BATCH, SEQ, CLASSES), "target": classes(BATCH, SEQ), "weight": torch.rand(CLASSES)}
     linear = rows | {"bias": randn(CLASSES), "class_weight": torch.rand(CLASSES)}
@@ -65,6 +68,13 @@ def arguments() -> list[tuple[str, str, dict[str, Tensor], dict[str, Any]]]:
             {"q": randn(BATCH, 1, HEADS, DIM), **cache, "cache_seqlens": torch.tensor([3, 2]), "sinks": randn(HEADS)},
             {"return_lse": True},
         ),
+        (
+            "flash_decode",
+            "in pages",
+            {"q": randn(BATCH, 1, HEADS, DIM), **pools, "cache_seqlens": torch.tensor([30, 2]), "block_table": table},
+            {},
+        ),
+        ("rope_append", "", tokens_of | angles | {"positions": classes(SEQ) % SEQ, **pools, "slots": slots}, {}),
     ]  # fmt: skip
 
 
@@ -87,7 +97,7 @@ def forms(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 def results(op: Callable[..., Any], tensors: dict[str, Tensor], upstream: list[Tensor], options: dict[str, Any]) -> Any:
     """Outputs and gradients; where it raises, the error's text."""
     leaves = []
-    if op is not kernels.flash_decode and not options.get("inplace"):
+    if op not in (kernels.flash_decode, kernels.rope_append) and not options.get("inplace"):
         leaves = [x for x in LEAVES if x in tensors and not (x == "weight" and op is kernels.cross_entropy)]
     tensors = {x: t.detach().requires_grad_(x in leaves) for x, t in tensors.items()}
     try:
@@ -95,6 +105,8 @@ def results(op: Callable[..., Any], tensors: dict[str, Tensor], upstream: list[T
     except (ValueError, IndexError) as error:
         return str(error)
     out = out if isinstance(out, tuple) else (out,)
+    if op is kernels.rope_append:
+        out += tensors["k_cache"], tensors["v_cache"]
     grads = torch.autograd.grad(out, [tensors[x] for x in leaves], upstream) if leaves else ()
     return [*(y.detach().clone() for y in out), *grads]
 
@@ -105,6 +117,7 @@ CASES = [
     pytest.param(i, backend, id=f"{name} {what} {backend}".replace("  ", " "))
     for i, (name, what, *_) in enumerate(arguments())
     for backend in OPS[name].kernels
+    if not (backend == "cuda" and what == "in pages")
     if not (GPU and backend == "triton")  # the interpreter is off; tests marked gpu run the kernel itself
 ]
 
@@ -137,6 +150,7 @@ def test_memory_order_changes_nothing(case, backend, request):
         return results(op, given, above, options)
 
     plain = call(0, upstream[0])
+    written = ("q", "k") if options.get("inplace") else ("k_cache", "v_cache") if name == "rope_append" else ()
     for argument, x in [*tensors.items(), *enumerate(upstream)]:
         for form, other in forms(x):
             if backend == "triton" and x.dim() > 1 and form not in IN_TRITON:
@@ -146,7 +160,7 @@ def test_memory_order_changes_nothing(case, backend, request):
                 expected = call(argument, other.clone(memory_format=torch.contiguous_format))
             got = call(argument, other)
             overlaps = any(n > 1 and step == 0 for n, step in zip(other.shape, other.stride(), strict=True))
-            if options.get("inplace") and argument in ("q", "k") and overlaps:
+            if argument in written and overlaps:
                 assert "share memory" in got, at
             elif isinstance(expected, str):
                 assert got == expected, at

@@ -27,6 +27,7 @@ from fastllm.kernels import (
     linear_log_prob,
     rms_norm,
     rope,
+    rope_append,
     softmax,
     swiglu,
     use_backend,
@@ -48,6 +49,8 @@ def ops(x: Tensor, weight: Tensor, target: Tensor, maybe: Tensor | None, flag: b
     assert_type(flash_attention(x, x, x, window=(4, None), layout="bhsd"), Tensor)
     assert_type(flash_decode(x, x, x, target, causal=False), Tensor)
     assert_type(flash_decode(x, x, x, return_lse=True, window=3), tuple[Tensor, Tensor])
+    assert_type(flash_decode(x, x, x, target, block_table=target), Tensor)
+    assert_type(rope_append(x, x, x, x, x, target, x, x, target, interleaved=True), Tensor)
     assert_type(flash_decode(x, x, x, return_lse=flag), Tensor | tuple[Tensor, Tensor])
 
     assert_type(cross_entropy(x, target), Tensor)

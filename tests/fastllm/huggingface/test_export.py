@@ -19,7 +19,7 @@ from fastllm.config import Config, ModelConfig, dump
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.errors import UserError
 from fastllm.huggingface.export import layout
-from fastllm.inference.generate import generate
+from fastllm.inference import Engine
 from fastllm.model.gpt import GPT
 from fastllm.model.weights import save_weights
 
@@ -112,18 +112,18 @@ def test_text_and_tokens_are_the_same_in_transformers(run, tmp_path):
     text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
     for place in (folder, out):
         model, tokens = fastllm.load(place)
-        assert "".join(generate(model, tokens, prompt, max_tokens=12, temperature=0)) == text
+        assert Engine(model, tokens).generate([prompt], max_tokens=12, temperature=0)[0].text == text
 
 
 def test_several_ends(run, tmp_path):
     out = fastllm.export(run(SMALL), tmp_path / "out")
     model, tokenizer = fastllm.load(out)
-    first = "".join(generate(model, tokenizer, "def", max_tokens=1, temperature=0))
+    first = Engine(model, tokenizer).generate(["def"], max_tokens=1, temperature=0)[0].text
     (end,) = tokenizer.encode(first)
     (out / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_id, end]}))
     model, tokenizer = fastllm.load(out)
     assert tokenizer.eos_ids == (TOKENIZER.eos_id, end)
-    assert "".join(generate(model, tokenizer, "def", max_tokens=9, temperature=0)) == ""
+    assert Engine(model, tokenizer).generate(["def"], max_tokens=9, temperature=0)[0].text == ""
 
 
 def test_no_layout():
@@ -167,3 +167,27 @@ def test_command_line(run, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("def")
     assert main(["export", str(tmp_path / "none"), str(tmp_path / "o")]) == 2
     assert "there is no run folder" in capsys.readouterr().err
+
+
+def test_chat_template(run, tmp_path):
+    """transformers applies it to the exported folder, and the GPT that comes back ends its answers alike."""
+    tokenizer = Tokenizer.train(["def add(a, b):\n    return a + b\n" * 20], 300, chat=True)
+    folder = run(replace(SMALL, vocab_size=tokenizer.vocab_size))
+    tokenizer.save(folder / "tokenizer.json")
+    assert fastllm.load(folder)[1].chat_template is None
+    source = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(source)
+    _, ours = fastllm.load(folder)
+    _, back = fastllm.load(fastllm.export(folder, tmp_path / "hf"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    chat = [{"role": "user", "content": "  a é\n b"}]
+    expected = theirs.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert ours.chat_template is not None and back.chat_template is not None
+    assert ours.chat_template.encode(ours, chat) == back.chat_template.encode(back, chat) == expected
+    ends = [ours.backend.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    assert list(ours.eos_ids) == list(back.eos_ids) == ends
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.generation_config.eos_token_id == ends

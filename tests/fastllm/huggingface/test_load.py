@@ -17,7 +17,7 @@ import fastllm
 from fastllm.data.tokenizer import EOS_TOKEN, Tokenizer
 from fastllm.errors import UserError
 from fastllm.huggingface.load import model_config
-from fastllm.inference.generate import generate
+from fastllm.inference import Engine
 from fastllm.model.weights import save_weights
 
 from .folders import LLAMA3, SIZES, THEIRS, TOKENIZER, YARN, assert_same_logits, their_model
@@ -226,7 +226,8 @@ def test_text_of_their_folder(their_folder):
         **inputs, max_new_tokens=12, do_sample=False, pad_token_id=0
     )
     text = tokenizer.decode(made[0, inputs.input_ids.shape[1] :])
-    assert "".join(generate(model, own, prompt, max_tokens=12, temperature=0)) == text.removesuffix("<|end|>")
+    found = Engine(model, own).generate([prompt], max_tokens=12, temperature=0)[0].text
+    assert found == text.removesuffix("<|end|>")
 
 
 def prefix_space(content: dict) -> None:

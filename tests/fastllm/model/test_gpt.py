@@ -13,7 +13,7 @@ from fastllm.data.loader import cu_seqlens_of
 from fastllm.kernels import use_backend
 from fastllm.model.flops import count_parameters
 from fastllm.model.gpt import GPT
-from fastllm.model.kv_cache import KVCache
+from fastllm.model.rope import rotary_tables
 from tests.conftest import GPU
 
 SMALL = ModelConfig(vocab_size=300, max_seq_len=32, dim=64, layers=3, heads=4, kv_heads=2, ffn_dim=96)
@@ -82,24 +82,17 @@ def test_a_token_does_not_see_later_ones(config):
     assert (before[:, 20:] - after[:, 20:]).abs().amax(-1).min() > 1e-4
 
 
-@shapes
-@pytest.mark.parametrize("parts", [(32,), (20, 1, 1, 10), (1,) * 32])
 @torch.no_grad()
-def test_cache_gives_what_the_full_pass_gives(config, parts):
-    model, tokens = awake(config), some_tokens(config)
-    cache = KVCache(model, batch=2)
-    out = torch.cat([model(part, cache=cache) for part in tokens.split(list(parts), 1)], 1)
-    torch.testing.assert_close(out, model(tokens), atol=1e-5, rtol=1e-4)
-    assert cache.length == 32
-    with pytest.raises(ValueError, match=r"33 tokens are more than max_seq_len \(32\)"):
-        model(tokens[:, :1], cache=cache)
-
-
-@shapes
-@torch.no_grad()
-def test_next_logits_are_the_last(config):
-    model, tokens = awake(config), some_tokens(config)
-    torch.testing.assert_close(model.next_logits(tokens, KVCache(model, 2)), model(tokens)[:, -1])
+def test_rotary_tables_grow(monkeypatch):
+    whole = GPT(SMALL)
+    monkeypatch.setattr("fastllm.model.gpt.TABLE_LENGTH", 4)
+    model, tokens = GPT(SMALL), some_tokens(SMALL)
+    assert len(model.model.cos) == 4
+    model(tokens[:, :5])
+    assert len(model.model.cos) == 8
+    torch.testing.assert_close(model(tokens), whole(tokens))
+    for table, expected in zip((model.model.cos, model.model.sin), rotary_tables(SMALL), strict=True):
+        assert torch.equal(table, expected)
 
 
 def test_more_tokens_than_max_seq_len():

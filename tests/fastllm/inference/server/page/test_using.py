@@ -320,6 +320,17 @@ def test_errors(page: Page, scripted: ScriptedServer) -> None:
     scripted.say = lambda body: refusal(500, "it broke")
     again.click()
     expect(error).to_contain_text("The server failed. it broke")
+    scripted.models_named = ["new-chat"]  # the server was started again
+    scripted.say = lambda body: refusal(404, "the model tiny-chat is not here", "model_not_found")
+    again.click()
+    expect(error).to_contain_text("no such model. the model tiny-chat is not here")
+    expect(page.locator("#model")).to_have_text("new-chat")
+    scripted.say = ""
+    again.click()
+    expect(page.locator(".note")).to_contain_text("An empty answer")
+    scripted.say = lambda body: refusal(500, "it broke")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(error).to_contain_text("it broke")
     page.context.set_offline(True)
     again.click()
     expect(error).to_contain_text("can't be reached")
