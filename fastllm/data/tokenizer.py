@@ -44,6 +44,7 @@ class Tokenizer:
         self.eos_id: int = self.eos_ids[0]
         self.vocab_size: int = max(backend.get_vocab().values(), default=-1) + 1  # some leave ids out
         self.chat_template: ChatTemplate | None = None  # how a chat becomes a prompt, where the model knows chats
+        self._with_prefix: dict[bytes, tuple[int, ...]] = {}
         self._special = {t: added.content.encode() for t, added in backend.get_added_tokens_decoder().items()}
 
     @classmethod
@@ -231,8 +232,11 @@ class Tokenizer:
 
     def with_prefix(self, prefix: bytes) -> tuple[int, ...]:
         """The tokens that begin with ``prefix`` and are longer."""
-        tokens = ((t, self.token_bytes(t)) for t in range(self.vocab_size))
-        return tuple(t for t, text in tokens if text.startswith(prefix) and len(text) > len(prefix))
+        if prefix not in self._with_prefix:  # it takes 0.2 seconds
+            tokens = ((t, self.token_bytes(t)) for t in range(self.vocab_size))
+            found = (t for t, text in tokens if text.startswith(prefix) and len(text) > len(prefix))
+            self._with_prefix[prefix] = tuple(found)
+        return self._with_prefix[prefix]
 
     @property
     def special_ids(self) -> frozenset[int]:

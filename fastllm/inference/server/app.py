@@ -135,9 +135,9 @@ class _Endpoint:
         try:
             await attended(receive, work(), self._timeout)
         except Exception as error:
-            told = as_api_error(error)
-            if told is None or not events.begun:
+            if not events.begun:
                 raise
+            told = as_api_error(error)
             with suppress(TimeoutError):  # of a client that doesn't read
                 async with asyncio.timeout(FAREWELL_SECONDS):
                     await events.send(json.dumps(told.body), last=True)

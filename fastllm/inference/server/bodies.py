@@ -11,7 +11,7 @@ from typing import Any
 from ...data.tokenizer import Tokenizer
 from ...errors import ParameterError, UserError
 from ...input_files import shown
-from ..prompts import chat_prompt, text_prompt
+from ..prompts import chat_prompt, encode_text, text_prompt
 from ..request import Prompt
 from ..sampling import SamplingParams
 from ..structured import JSON_OBJECT, Grammar, json_schema, regex
@@ -21,6 +21,7 @@ from .fields import Fields
 MOST_ANSWERS = 128  # to one body: n times its prompts
 MOST_STOPS = 16
 MOST_LOGPROBS = 20
+MOST_BIASES = 1024
 COMPLETION_TOKENS = 16  # of /v1/completions where max_tokens is absent, as at OpenAI
 
 # Fields that change nothing in the answer.
@@ -135,7 +136,7 @@ def completion_generation(body: dict[str, Any], model: Model) -> Generation:
         if isinstance(text, str):
             model.check_text(text, "prompt")
             try:
-                prompts.append(model.check_prompt(text_prompt(model.tokenizer, text), "prompt"))
+                prompts.append(model.check_prompt(_prompt(model.tokenizer, text, params), "prompt"))
             except UserError as error:
                 raise ParameterError("prompt", str(error)) from None
         else:
@@ -148,6 +149,13 @@ def completion_generation(body: dict[str, Any], model: Model) -> Generation:
         if echo:
             echoes.append(text if isinstance(text, str) else model.tokenizer.decode(text))
     return Generation(False, prompts, params, stream, include_usage, logprobs is not None, echoes if echo else None)
+
+
+def _prompt(tokenizer: Tokenizer, text: str, params: SamplingParams) -> Prompt:
+    if params.grammar is None:
+        return text_prompt(tokenizer, text)
+    # Without token healing: the form of the answer is that of what follows the text.
+    return Prompt(encode_text(tokenizer, text) or [tokenizer.eos_id])
 
 
 def _check_answers(count: int, param: str) -> None:
@@ -251,8 +259,8 @@ def _options(fields: Fields) -> dict[str, Any]:
     if not isinstance(stop, list) or len(stop) > MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
         raise fields.wrong("stop", f"a text or a list of at most {MOST_STOPS}, none of them empty")
     stop_ids = fields.items("stop_token_ids") or []
-    if not all(type(token) is int for token in stop_ids):
-        raise fields.wrong("stop_token_ids", "a list of token ids")
+    if len(stop_ids) > MOST_BIASES or not all(type(token) is int for token in stop_ids):
+        raise fields.wrong("stop_token_ids", f"a list of at most {MOST_BIASES:,} token ids")
     fields.ignore(IGNORED)
     bias = fields.table("logit_bias")
     return {
@@ -262,9 +270,12 @@ def _options(fields: Fields) -> dict[str, Any]:
 
 
 def _bias(fields: Fields, bias: Fields) -> dict[int, float]:
-    rule = "an object of token ids, each with a number from -100 to 100"
+    rule = f"an object of at most {MOST_BIASES:,} token ids, each with a number from -100 to 100"
     read = {}
-    for token, value in bias.rest().items():
+    given = bias.rest()
+    if len(given) > MOST_BIASES:
+        raise fields.wrong("logit_bias", rule)
+    for token, value in given.items():
         if not re.fullmatch(r"[0-9]{1,9}", token) or type(value) not in (int, float) or not -100 <= value <= 100:
             raise fields.wrong("logit_bias", rule)
         read[int(token)] = value

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from typing import Any
+
+from starlette.exceptions import HTTPException
 
 from ...errors import ParameterError, UserError
 from ..async_engine import EngineClosed
@@ -45,11 +48,13 @@ def shutting_down() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
 
 
-def as_api_error(error: Exception) -> ApiError | None:
-    """What a client is told of an error; None where it is nobody's but ours."""
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an error. One that nobody expects is told in the log alone."""
     match error:
         case ApiError():
             return error
+        case HTTPException():  # the router's
+            return ApiError(error.status_code, error.detail, headers=error.headers)
         case ParameterError():
             return ApiError(400, str(error), param=error.name)
         case EngineClosed():
@@ -58,4 +63,5 @@ def as_api_error(error: Exception) -> ApiError | None:
             return ApiError(500, str(error), code="model_error")
         case MemoryError():
             return ApiError(503, "the server is out of memory", code="out_of_memory", headers={"Retry-After": "5"})
-    return None
+    traceback.print_exception(error)
+    return ApiError(500, "an internal error; the server's log says more", code="internal_error")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hmac
 import time
-import traceback
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -129,15 +127,9 @@ class Gate:
                 record.status = CLIENT_GONE
                 await Response(status_code=CLIENT_GONE)(scope, receive, send)  # for uvicorn's account
             except Exception as error:
-                told = as_api_error(error)
-                if isinstance(error, HTTPException):  # the router's
-                    message = f"{error.detail}: {scope['method']} {scope['path']}"
-                    told = ApiError(error.status_code, message, headers=error.headers)
-                elif told is None:
-                    traceback.print_exc()
-                    told = ApiError(500, "an internal error; the server's log says more", code="internal_error")
                 if record.status:  # a part of the answer is out
                     raise
+                told = as_api_error(error)
                 await JSONResponse(told.body, told.status, told.headers)(scope, receive, send_with_headers)
         finally:
             record.seconds = time.monotonic() - start

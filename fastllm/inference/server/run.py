@@ -149,7 +149,7 @@ async def serve(
         server_header=False, proxy_headers=False, timeout_keep_alive=IDLE_SECONDS,
         timeout_graceful_shutdown=END_SECONDS,
     )  # fmt: skip
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # of invalid requests and lost clients
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # not of invalid requests
     server, loop = _Server(config), asyncio.get_running_loop()
     ending: list[asyncio.Task[None]] = []
 

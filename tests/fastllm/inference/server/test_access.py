@@ -254,6 +254,24 @@ def test_a_fault_of_ours(ask_as, monkeypatch, capsys):
     assert "internal detail" in capsys.readouterr().err
 
 
+def test_a_fault_of_the_engine(ask_as, engine, monkeypatch, capsys):
+    """In the middle of a stream."""
+    steps = iter(range(3))
+
+    def step() -> Any:
+        if next(steps, None) is None:
+            raise KeyError("internal detail")
+        return Engine.step(engine)
+
+    monkeypatch.setattr(engine, "step", step)
+    got = ask_as(Access())("POST", "/v1/completions", {"prompt": "a", "stream": True, "ignore_eos": True})
+    *parts, last = got.body.decode().strip().split("\n\n")
+    assert len(parts) == 3
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    assert "internal detail" not in last
+    assert "internal detail" in capsys.readouterr().err
+
+
 def test_time_is_limited(ask_as):
     ask = ask_as(Access(), timeout=0.05)
     body = {"prompt": "a", "max_tokens": 2000, "ignore_eos": True}

@@ -178,6 +178,8 @@ def test_json_object_and_regex(client):
     ):
         answer = client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=50, extra_body=extra)
         assert answer.choices[0].message.content in allowed
+    spaced = client.completions.create(model="tiny", prompt="so: ", max_tokens=9, extra_body={"guided_regex": "yes"})
+    assert spaced.choices[0].text == "yes"  # and no token healing
     text = client.chat.completions.create(
         model="tiny", messages=HELLO, max_tokens=5, response_format={"type": "text"}, temperature=0
     )
