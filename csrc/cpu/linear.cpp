@@ -113,7 +113,7 @@ void copy_row(const T* x, int64_t cols, E* out, int64_t lda) {
 
 template <typename N>
 inline vfloat some(const N* p, int64_t count) {
-  return count >= kLanes ? load(p) : load_partial(p, count % kLanes);
+  return count >= kLanes ? load(p) : load_partial(p, count & (kLanes - 1));
 }
 
 // The sums c [rows, kFeatures] of a panel become results, from `row` on.
@@ -133,7 +133,7 @@ inline void finish(const Linear& a, int64_t panel, int64_t row, int64_t rows, co
       if (a.scales) x = x * scales[v];
       if (a.bias) x = x + bias[v];
       const int64_t count = cols - v * kLanes;
-      count >= kLanes ? store(out + v * kLanes, x) : store_partial(out + v * kLanes, x, count % kLanes);
+      count >= kLanes ? store(out + v * kLanes, x) : store_partial(out + v * kLanes, x, count & (kLanes - 1));
     }
 }
 
