@@ -5,9 +5,11 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <functional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "attention.h"
 #include "cross_entropy.h"
@@ -136,7 +138,7 @@ Linear linear(const TensorView& x, const TensorView& weight, const TensorView& s
               const TensorView& out) {
   const Matrix product(out);
   const Linear a{x.rows(), weight.dense(), scales.dense<float>(), bias.dense(), out.dense(), product.rows,
-                 x.sizes()[-1], product.cols, out.dtype()};
+                 x.sizes()[-1], product.cols, x.dtype(), out.dtype() == DType::float32};
   if (weight.numel() != a.panels() * a.packed_depth() * Linear::kFeatures) {
     throw py::value_error("a kernel was given a weight that is not packed for this product");
   }
@@ -227,11 +229,47 @@ void check_append(const RopeAppend& a) {
   }
 }
 
+// The launches of a thread's block, to be made again on the same memory: what a CUDA graph is on a GPU. It holds on to
+// the tensors.
+class Recording {
+ public:
+  void enter() {
+    if (current) throw std::runtime_error("a recording is being made in this thread");
+    current = this;
+  }
+  void exit() { current = nullptr; }
+  size_t size() const { return launches_.size(); }
+
+  void replay() const {
+    py::gil_scoped_release released;
+    for (const auto& launch : launches_) launch();
+  }
+
+  template <typename Packed, typename Launch, typename... Args>
+  void add(const Packed& packed, const Launch& launch, int device, uintptr_t stream, const Args&... args) {
+    (keep(args), ...);
+    launches_.push_back([packed, launch, device, stream] { launch(packed, device, stream); });
+  }
+
+  static inline thread_local Recording* current = nullptr;
+
+ private:
+  void keep(const TensorView& x) {
+    if (x) kept_.push_back(x.object());
+  }
+  template <typename T>
+  void keep(const T&) {}
+
+  std::vector<std::function<void()>> launches_;
+  std::vector<py::object> kept_;
+};
+
 // A module function (Args..., device, stream): packs Args with `pack`, releases the GIL, and launches.
 template <typename Packed, typename... Args, typename Launch>
 void def_launch(py::module_& m, const char* name, Packed (*pack)(Args...), Launch launch) {
   m.def(name, [pack, launch](std::decay_t<Args>... args, int device, uintptr_t stream) {
     const Packed packed = pack(args...);
+    if (Recording::current) Recording::current->add(packed, launch, device, stream, args...);
     py::gil_scoped_release released;
     launch(packed, device, stream);
   });
@@ -259,6 +297,13 @@ void def_cuda(py::module_& m, const char* name, Packed (*pack)(Args...),
 PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   m.doc() = "Native kernels of fastllm: C++ for CPUs, CUDA C++ for NVIDIA GPUs.";
   python_names();
+
+  py::class_<Recording>(m, "Recording", "Launches, to be made again on the same tensors.")
+      .def(py::init<>())
+      .def("__enter__", [](Recording& r) { r.enter(); })
+      .def("__exit__", [](Recording& r, const py::args&) { r.exit(); })
+      .def("__len__", &Recording::size)
+      .def("replay", &Recording::replay);
 
 #ifndef FASTLLM_NO_CPU
   auto on_cpu = m.def_submodule("cpu", "C++ kernels for CPUs.");

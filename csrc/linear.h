@@ -16,7 +16,8 @@ struct Linear {
   const void* bias;     // [out_features] in dtype, or null
   void* out;
   int64_t rows, in_features, out_features;
-  DType dtype;
+  DType dtype;  // of x and bias; of out too, but where
+  bool wide;    // out is float32
 
   static constexpr int kFeatures = 32;
 

@@ -57,6 +57,8 @@ class TensorView {
 
   explicit operator bool() const { return tensor_ != nullptr; }
 
+  pybind11::object object() const { return pybind11::reinterpret_borrow<pybind11::object>(tensor_); }
+
   int64_t numel() const { return PyLong_AsLongLong(call(python_names().numel).ptr()); }
   Dims sizes() const { return Dims(attribute(python_names().shape)); }
   Dims strides() const { return Dims(call(python_names().stride)); }

@@ -39,6 +39,11 @@ _C, _MISSING = _load()
 KERNELS: dict[str, ModuleType] = {b: getattr(_C, b) for b in ("cpu", "cuda") if hasattr(_C, b)}
 
 
+def recording() -> Any:
+    """A recording of native launches (csrc/bindings.cpp), or None where there is no native module."""
+    return None if _C is None else _C.Recording()
+
+
 def cpu_missing() -> str | None:
     """Why the CPU kernels can't be called, or None."""
     return None if "cpu" in KERNELS else _MISSING

@@ -117,7 +117,7 @@ inline vfloat some(const N* p, int64_t count) {
 }
 
 // The sums c [rows, kFeatures] of a panel become results, from `row` on.
-template <typename T>
+template <typename T, typename Out>
 inline void finish(const Linear& a, int64_t panel, int64_t row, int64_t rows, const float* c) {
   constexpr int kVectors = kFeatures / kLanes;
   const int64_t first = panel * kFeatures, cols = least(kFeatures, a.out_features - first);
@@ -126,7 +126,7 @@ inline void finish(const Linear& a, int64_t panel, int64_t row, int64_t rows, co
     if (a.scales) scales[v] = some(a.scales + first + v * kLanes, cols - v * kLanes);
     if (a.bias) bias[v] = some(static_cast<const T*>(a.bias) + first + v * kLanes, cols - v * kLanes);
   }
-  T* out = static_cast<T*>(a.out) + row * a.out_features + first;
+  Out* out = static_cast<Out*>(a.out) + row * a.out_features + first;
   for (int64_t r = 0; r < rows; ++r, out += a.out_features, c += kFeatures)
     for (int v = 0; v < kVectors && v * kLanes < cols; ++v) {
       vfloat x = load(c + v * kLanes);
@@ -179,7 +179,7 @@ void product(const Linear& a) {
   const int64_t fit = kInCache / (panel_size * static_cast<int64_t>(sizeof(E)) + 1);
   const int64_t together = most(1, least(fit, blocks_in_all));  // panels
   const PerThread<Expanded<E>> memory(kDirect ? 0 : together * panel_size);
-  expect_large_write(a.out, a.rows * a.out_features * static_cast<int64_t>(sizeof(T)));
+  expect_large_write(a.out, a.rows * a.out_features * static_cast<int64_t>(a.wide ? sizeof(float) : sizeof(T)));
 
 #pragma omp parallel if (panels * panel_bytes * a.rows > kFewBytes)
   {
@@ -222,7 +222,7 @@ void product(const Linear& a) {
         const int64_t from = least(mine.begin + i * kRows, last), some_rows = least(kRows, mine.end - from);
         for (int64_t p = 0; p < count; ++p) {
           multiply(some_rows, rows + from * lda, lda, b + p * panel_size, depth, sums, ahead);
-          finish<T>(a, first + p, from, some_rows, sums);
+          a.wide ? finish<T, float>(a, first + p, from, some_rows, sums) : finish<T, T>(a, first + p, from, some_rows, sums);
           ++ahead.part;
         }
       }

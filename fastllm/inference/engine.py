@@ -16,7 +16,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError, did_you_mean
 from ..hardware import host_memory
 from ..model.gpt import GPT
-from .graphs import GraphedGPT
+from .graphs import ReplayedGPT
 from .paged_gpt import PagedGPT
 from .pages import PagePool
 from .prompts import chat_prompt, text_prompt
@@ -233,9 +233,9 @@ class Engine:
         self.pool = PagePool(self.pool.pages, self.pool.page_size)  # the keys of known prompts are of the old weights
         self._model = self._packed(model)
 
-    def _packed(self, model: GPT) -> PagedGPT | GraphedGPT:
+    def _packed(self, model: GPT) -> ReplayedGPT:
         packed = PagedGPT(model, self.pool.pages, self.pool.page_size, self.max_seq_len, self._quantize)
-        return GraphedGPT(packed, self.max_seq_len) if packed.device.type == "cuda" else packed
+        return ReplayedGPT(packed, self.max_seq_len)
 
     def step(self) -> list[Request]:
         """Compute the next tokens of all running requests; returns those whose answers grew or ended."""

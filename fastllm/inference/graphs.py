@@ -1,10 +1,14 @@
-"""CUDA graphs of decode steps: the launches of a step, recorded once for each size of a batch."""
+"""Decode steps that are recorded once for each size of a batch, and replayed: without Python between their kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
+from ..kernels import native
 from .paged_gpt import DecodeRows, PagedGPT, Rows
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # sequences of a batch; a step takes the next larger one
@@ -21,7 +25,7 @@ class StaticRows:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.part = DecodeRows(0, 1, zeros(size, pages, dtype=torch.int32), zeros(size))
-        self.rows = Rows(zeros(size), zeros(size), zeros(size), torch.arange(size, device=device), [self.part])
+        self.rows = Rows(zeros(size), zeros(size), zeros(size), None, [self.part])
 
     def fill(self, rows: Rows) -> None:
         (part,) = rows.decode
@@ -35,39 +39,62 @@ class StaticRows:
         self.part.block_table[:count, :pages] = part.block_table
 
 
-class GraphedGPT:
-    """A :class:`PagedGPT` on a GPU whose steps of one token for each sequence are replayed from graphs.
+class ReplayedGPT:
+    """A :class:`PagedGPT` whose steps of one token for each sequence are replayed: on a GPU as CUDA graphs, on a CPU as
+    the list of the native kernels' calls.
 
-    A graph is recorded when a size first comes. Other steps, with prompts or proposals, run as they are.
+    A step is recorded when its size first comes. Others, with prompts or proposals, run as they are.
     """
 
     def __init__(self, model: PagedGPT, max_seq_len: int) -> None:
         self._model, self._pages = model, -(-max_seq_len // model.keys.shape[2])
-        self._recorded: dict[int, tuple[torch.cuda.CUDAGraph, StaticRows, Tensor]] = {}
+        self._recorded: dict[int, tuple[StaticRows, Callable[[], Tensor]]] = {}
         self.config, self.device = model.config, model.device
 
+    @torch.inference_mode()
     def __call__(self, rows: Rows) -> Tensor:
         decoding = len(rows.decode) == 1 and rows.prompts is None and rows.decode[0].queries == 1
         size = next((size for size in SIZES if size >= len(rows.tokens)), None) if decoding else None
         if size is None:
             return self._model(rows)
         if size not in self._recorded:
-            self._recorded[size] = self._record(size, rows)
-        graph, static, logits = self._recorded[size]
+            static = StaticRows(size, self._pages, self.device)
+            static.fill(rows)
+            self._recorded[size] = static, (self._graph if self.device.type == "cuda" else self._calls)(static.rows)
+        static, replay = self._recorded[size]
         static.fill(rows)
-        graph.replay()
-        return logits[: len(rows.tokens)]
+        return replay()[: len(rows.tokens)]
 
-    def _record(self, size: int, rows: Rows) -> tuple[torch.cuda.CUDAGraph, StaticRows, Tensor]:
-        static = StaticRows(size, self._pages, self.device)
-        static.fill(rows)
+    def _graph(self, rows: Rows) -> Callable[[], Tensor]:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles and tunes what is not yet
-                self._model(static.rows)
+                self._model(rows)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self._model(static.rows)
-        return graph, static, logits
+            logits = self._model(rows)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return logits
+
+        return replay
+
+    def _calls(self, rows: Rows) -> Callable[[], Tensor]:
+        model, recording = self._model, native.recording()
+        if recording is None:
+            return lambda: model(rows)
+        x = embedding(rows.tokens, model.embedding)
+        with recording:
+            logits = model.forward(x, rows)
+        if len(recording) != model.launches:  # another backend, or PyTorch, computes a part
+            return lambda: model(rows)
+
+        def replay() -> Tensor:
+            torch.index_select(model.embedding, 0, rows.tokens, out=x)
+            recording.replay()
+            return logits
+
+        return replay

@@ -51,7 +51,7 @@ class Rows:
     tokens: Tensor  # [rows] int64
     positions: Tensor  # [rows] int64, in their sequences
     slots: Tensor  # [rows] int64: where their keys and values are written, page · page_size + offset
-    wanted: Tensor  # [n] int64: the rows whose next token is asked for
+    wanted: Tensor | None  # [n] int64: the rows whose next token is asked for; None: all
     decode: list[DecodeRows] = field(default_factory=list)
     prompts: PromptRows | None = None
 
@@ -109,8 +109,13 @@ class PagedGPT:
     @torch.inference_mode()
     def __call__(self, rows: Rows) -> Tensor:
         """``[wanted, vocab_size]`` float32: the logits of the tokens after the wanted rows."""
-        config = self.config
-        x, residual = embedding(rows.tokens, self.embedding), None
+        return self.forward(embedding(rows.tokens, self.embedding), rows)
+
+    @torch.inference_mode()
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """The same of embedded tokens ``x`` ``[rows, dim]``. Of rows that all decode and are all wanted (``wanted`` is
+        None) kernels compute all of it."""
+        config, residual = self.config, None
         heads = [config.heads, config.kv_heads, config.kv_heads]
         for layer, (keys, values) in zip(self.layers, self.pools, strict=True):
             if residual is None:
@@ -126,8 +131,15 @@ class PagedGPT:
             x = packed_linear(self._attend(q, keys, values, rows).flatten(1), layer.o)
             h, residual = rms_norm(x, layer.mlp_norm, eps=config.norm_eps, residual=residual)
             x = packed_linear(swiglu(*packed_linear(h, layer.gate_up).chunk(2, dim=-1)), layer.down)
-        h = rms_norm(x[rows.wanted], self.norm, eps=config.norm_eps, residual=residual[rows.wanted])[0]
-        return packed_linear(h, self.head).float()
+        if rows.wanted is not None:
+            x, residual = x[rows.wanted], None if residual is None else residual[rows.wanted]
+        h = rms_norm(x, self.norm, eps=config.norm_eps, residual=residual)[0]
+        return packed_linear(h, self.head, out_dtype=torch.float32)
+
+    @property
+    def launches(self) -> int:
+        """Kernels of a step of rows that decode and are all wanted."""
+        return self.config.layers * (9 + 2 * self.config.qk_norm) + 2
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         """Attention of each row to the keys of its sequence so far."""

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .graphs import GraphedGPT
-from .paged_gpt import PagedGPT
+from .graphs import ReplayedGPT
 from .pages import PagePool
 from .request import Request
 from .sampling import SamplingParams, sample
@@ -65,7 +64,7 @@ class _Guess:
 class Draft:
     """Proposes what a smaller model would choose. Its keys lie in pages of the same numbers as the model's."""
 
-    def __init__(self, model: PagedGPT | GraphedGPT, pool: PagePool) -> None:
+    def __init__(self, model: ReplayedGPT, pool: PagePool) -> None:
         self._model, self._page_size = model, pool.page_size
 
     def propose(self, counts: Mapping[Request, int]) -> dict[Request, list[int]]:

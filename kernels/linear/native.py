@@ -14,6 +14,7 @@ def packed_linear_forward(
     bias: Tensor | None,
     out_features: int,
     panels: bool,
+    wide: bool,
     backend: str,
     out: Tensor,
 ) -> None:

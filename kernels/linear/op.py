@@ -12,7 +12,14 @@ from .packed import PackedWeight, matrix
 
 
 @backends.op("triton", "cpu")
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def packed_linear(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
     """``x weightᵀ + bias`` for inference, sums in float32, without gradients.
 
     By a kernel, a row of the result depends on that row of x alone, bit by bit: neither on the other rows nor on their
@@ -22,10 +29,11 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *
         x: ``[..., in_features]`` in the dtype that the weight had, any strides.
         weight: what :func:`pack_weight` made, on the device of x.
         bias: ``[out_features]`` in the dtype of x, or None.
+        out_dtype: of the result: None, that of x, or torch.float32, in which the sums are.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
 
     Returns:
-        ``[..., out_features]`` in the dtype of x, contiguous.
+        ``[..., out_features]`` in out_dtype, contiguous.
 
     Raises:
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device, a tensor that needs
@@ -46,6 +54,9 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *
         )
     if bias is not None:
         checks.like("packed_linear", "bias", bias, "x", x, shape=(weight.out_features,))
+    if out_dtype not in (None, x.dtype, torch.float32):
+        raise TypeError(f"packed_linear: out_dtype must be {checks.short(x.dtype)} or float32, not {out_dtype}")
+    wide = out_dtype == torch.float32
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         raise ValueError(
             "packed_linear: it has no gradient, and an argument requires one; call it under torch.no_grad(), or "
@@ -59,8 +70,8 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, *
     if panels != (chosen == "cpu"):
         data, panels = matrix(data, weight.out_features, weight.in_features), False
     if chosen == "torch":
-        return reference.packed_linear(x, data, weight.scales, bias)
-    return packed_linear_forward(x, data, weight.scales, bias, weight.out_features, panels, chosen)
+        return reference.packed_linear(x, data, weight.scales, bias, out_dtype or x.dtype)
+    return packed_linear_forward(x, data, weight.scales, bias, weight.out_features, panels, wide, chosen)
 
 
 @operator(strided="x")
@@ -71,6 +82,8 @@ def packed_linear_forward(
     bias: Tensor | None,
     out_features: int,
     panels: bool,
+    wide: bool,
     backend: str,
 ) -> Tensor:
-    return torch.empty(*x.shape[:-1], out_features, dtype=x.dtype, device=x.device)
+    dtype = torch.float32 if wide else x.dtype
+    return torch.empty(*x.shape[:-1], out_features, dtype=dtype, device=x.device)

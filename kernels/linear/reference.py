@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def packed_linear(x: Tensor, matrix: Tensor, scales: Tensor | None, bias: Tensor | None) -> Tensor:
+def packed_linear(
+    x: Tensor, matrix: Tensor, scales: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     """``matrix``: [out_features, in_features], in the dtype of x or, with ``scales``, int8."""
-    if scales is None:
+    if scales is None and out_dtype == x.dtype:
         return F.linear(x, matrix, bias)
-    out = F.linear(x.float(), matrix.float()) * scales
-    return (out if bias is None else out + bias.float()).to(x.dtype)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = F.linear(x.to(wide), matrix.to(wide))
+    out = out if scales is None else out * scales
+    return (out if bias is None else out + bias).to(out_dtype)
