@@ -23,13 +23,15 @@ from .errors import DISTRIBUTION, pip_install
 EXTRAS = {
     "train": ("matplotlib", "numpy", "rich", "safetensors", "tokenizers", "tyro", "zstandard"),
     "data": ("fastwarc", "mwparserfromhell", "mwxml", "py3langid", "pyarrow", "rensa", "resiliparse"),
+    "gguf": ("gguf",),
     "serve": ("jinja2", "llguidance", "prometheus_client", "starlette", "uvicorn"),
     "hf": ("transformers",),
     "tensorboard": ("tensorboard",),
 }
 USED_BY = {
-    "train": "fastllm train, generate, export, plan and bench",
+    "train": "fastllm train, generate, chat, export, plan and bench",
     "data": "fastllm data prepare of crawls, dumps, books and Parquet",
+    "gguf": "GGUF files",
     "serve": "fastllm serve, and answers of a given form",
     "hf": "fastllm.patch",
     "tensorboard": "--train.tensorboard",

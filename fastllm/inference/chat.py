@@ -139,7 +139,7 @@ def chat(engine: Engine, name: str, params: SamplingParams, system: str) -> int:
 
 def _read() -> str:
     """What the user types; lines that end with a backslash are joined."""
-    lines = []
+    lines: list[str] = []
     while True:
         line = input("> " if not lines else "… ") if sys.stdin.isatty() else _next_line()
         lines.append(line.removesuffix("\\"))

@@ -136,7 +136,8 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one text: pass a list of texts")
-        return self._complete([self.prompt(p) for p in prompts], _params(params, options), progress)
+        chosen = _params(params, options)
+        return self._complete([self.prompt(p, chosen) for p in prompts], chosen, progress)
 
     def chat(
         self,
@@ -154,7 +155,8 @@ class Engine:
         self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None, **options: Any
     ) -> Iterator[Delta]:
         """Continue a prompt; yields what each step adds. The request ends where the iterator is closed."""
-        (request,) = self.add(self.prompt(prompt), replace(_params(params, options), n=1))
+        chosen = replace(_params(params, options), n=1)
+        (request,) = self.add(self.prompt(prompt, chosen), chosen)
         try:
             while request.finish_reason is None:
                 self.step()
@@ -166,12 +168,13 @@ class Engine:
         finally:
             self.cancel(request)
 
-    def prompt(self, prompt: str | Sequence[int] | Prompt) -> Prompt:
+    def prompt(self, prompt: str | Sequence[int] | Prompt, params: SamplingParams | None = None) -> Prompt:
         """The tokens of a prompt; of an empty one the token that begins a text."""
         if isinstance(prompt, Prompt):
             return prompt
         if isinstance(prompt, str):
-            return text_prompt(self.tokenizer, prompt)
+            # the form of an answer is that of what follows the text
+            return text_prompt(self.tokenizer, prompt, heal=params is None or params.grammar is None)
         return Prompt(list(prompt) or [self.tokenizer.eos_id])
 
     def _complete(self, prompts: list[Prompt], params: SamplingParams, progress: bool) -> list[Completion]:

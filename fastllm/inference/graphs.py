@@ -47,16 +47,16 @@ class ReplayedGPT:
     """
 
     def __init__(self, model: PagedGPT, max_seq_len: int) -> None:
-        self._model, self._pages = model, -(-max_seq_len // model.keys.shape[2])
+        self.paged, self._pages = model, -(-max_seq_len // model.keys.shape[2])
         self._recorded: dict[int, tuple[StaticRows, Callable[[], Tensor]]] = {}
-        self.config, self.device = model.config, model.device
+        self.config, self.device, self.replays = model.config, model.device, 0
 
     @torch.inference_mode()
     def __call__(self, rows: Rows) -> Tensor:
         decoding = len(rows.decode) == 1 and rows.prompts is None and rows.decode[0].queries == 1
         size = next((size for size in SIZES if size >= len(rows.tokens)), None) if decoding else None
         if size is None:
-            return self._model(rows)
+            return self.paged(rows)
         if size not in self._recorded:
             static = StaticRows(size, self._pages, self.device)
             static.fill(rows)
@@ -70,20 +70,21 @@ class ReplayedGPT:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             for _ in range(2):  # compiles and tunes what is not yet
-                self._model(rows)
+                self.paged(rows)
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self._model(rows)
+            logits = self.paged(rows)
 
         def replay() -> Tensor:
+            self.replays += 1
             graph.replay()
             return logits
 
         return replay
 
     def _calls(self, rows: Rows) -> Callable[[], Tensor]:
-        model, recording = self._model, native.recording()
+        model, recording = self.paged, native.recording()
         if recording is None:
             return lambda: model(rows)
         x = embedding(rows.tokens, model.embedding)
@@ -93,6 +94,7 @@ class ReplayedGPT:
             return lambda: model(rows)
 
         def replay() -> Tensor:
+            self.replays += 1
             torch.index_select(model.embedding, 0, rows.tokens, out=x)
             recording.replay()
             return logits

@@ -149,12 +149,12 @@ class PagedGPT:
             part_q = q[part.first : part.first + len(part.lengths) * part.queries].unflatten(0, (-1, part.queries))
             out = flash_decode(part_q, keys, values, part.lengths, block_table=part.block_table, window=window)
             outs.append(out.flatten(0, 1))
-        if (part := rows.prompts) is not None:
-            k, v = (pool.flatten(0, 1)[part.key_slots] for pool in (keys, values))
+        if (prompts := rows.prompts) is not None:
+            k, v = (pool.flatten(0, 1)[prompts.key_slots] for pool in (keys, values))
             outs.append(
                 flash_attention(
-                    q[part.first :], k, v, window=window, cu_seqlens_q=part.cu_queries, cu_seqlens_k=part.cu_keys,
-                    max_seqlen_q=part.most_queries, max_seqlen_k=part.most_keys,
+                    q[prompts.first :], k, v, window=window, cu_seqlens_q=prompts.cu_queries,
+                    cu_seqlens_k=prompts.cu_keys, max_seqlen_q=prompts.most_queries, max_seqlen_k=prompts.most_keys,
                 )
             )  # fmt: skip
         return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -10,14 +10,14 @@ from ..errors import UserError
 from .request import Prompt
 
 
-def text_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
+def text_prompt(tokenizer: Tokenizer, text: str, *, heal: bool = True) -> Prompt:
     """The tokens of a text; of an empty one the token that begins a text.
 
-    Token healing: a final space is taken off, because tokens begin with their space, and the first new token is one
+    With ``heal`` (token healing) a final space is taken off, because tokens begin with their space, and the first new token is one
     that begins with a space and is longer.
     """
     ids = encode_text(tokenizer, text) or [tokenizer.eos_id]
-    if len(ids) > 1 and tokenizer.token_bytes(ids[-1]) == b" ":
+    if heal and len(ids) > 1 and tokenizer.token_bytes(ids[-1]) == b" ":
         allowed = tokenizer.with_prefix(b" ")
         if allowed:
             return Prompt(ids[:-1], allowed, 1)

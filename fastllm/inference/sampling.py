@@ -50,8 +50,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        none = self.max_tokens is None
-        _check(none or (_whole(self.max_tokens) and self.max_tokens >= 1), self, "max_tokens", "a whole number from 1")
+        most = self.max_tokens
+        _check(most is None or (_whole(most) and most >= 1), self, "max_tokens", "a whole number from 1")
         _number(self, "temperature", 0, math.inf)
         _check(_whole(self.top_k) and self.top_k >= 0, self, "top_k", "a whole number from 0")
         _number(self, "top_p", 0, 1)

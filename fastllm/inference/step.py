@@ -73,19 +73,19 @@ def rows(
     device: torch.device,
 ) -> Rows:
     tokens = torch.tensor([token for _, _, tokens in parts for token in tokens])
+    rows_wanted = torch.tensor(wanted, dtype=torch.int64)
     positions = torch.cat([torch.arange(start, start + len(tokens)) for _, start, tokens in parts])
     slots = torch.cat([slots_of(request, start, start + len(tokens), page_size) for request, start, tokens in parts])
-    tensors = (tokens, positions, slots, torch.tensor(wanted, dtype=torch.int64))
-    return Rows(*(t.to(device, non_blocking=True) for t in tensors), decode, prompts)
+    return Rows(tokens.to(device), positions.to(device), slots.to(device), rows_wanted.to(device), decode, prompts)
 
 
 def prompt_rows(first: int, parts: Sequence[Part], page_size: int, device: torch.device) -> PromptRows:
     """Rows from ``first`` on: the tokens of ``parts``, each of which sees its request up to itself."""
     queries = [len(tokens) for _, _, tokens in parts]
     keys = [start + len(tokens) for _, start, tokens in parts]
-    starts = (torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (queries, keys))
+    cu_queries, cu_keys = (torch.tensor([0, *accumulate(n)], dtype=torch.int32).to(device) for n in (queries, keys))
     slots = [slots_of(request, 0, size, page_size) for (request, _, _), size in zip(parts, keys, strict=True)]
-    return PromptRows(first, *starts, torch.cat(slots).to(device), max(queries), max(keys))
+    return PromptRows(first, cu_queries, cu_keys, torch.cat(slots).to(device), max(queries), max(keys))
 
 
 def slots_of(request: Request, start: int, end: int, page_size: int) -> Tensor:

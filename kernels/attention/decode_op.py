@@ -105,7 +105,7 @@ def flash_decode(
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
-        if block_table is not None:
+        if block_table is not None and cache_seqlens is not None:  # which it goes with
             _check_pages_read(q, k_cache, cache_seqlens, block_table, options)
         out, lse = reference.flash_decode(
             q,

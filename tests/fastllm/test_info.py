@@ -57,7 +57,9 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in gone else find(name))
     assert cli.main(["info"]) == 0
     found = " ".join(capsys.readouterr().out.split())
-    assert 'rich, tyro (for fastllm train, generate, export, plan and bench): pip install "fastllm-kernels[' in found
+    assert (
+        'rich, tyro (for fastllm train, generate, chat, export, plan and bench): pip install "fastllm-kernels[' in found
+    )
     assert 'transformers (for fastllm.patch): pip install "fastllm-kernels[hf]"' in found
     assert cli.main(["info", "--help"]) == 0
     assert "usage: fastllm info" in capsys.readouterr().out

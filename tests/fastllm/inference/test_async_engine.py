@@ -69,13 +69,13 @@ def test_errors_reach_who_asked_and_the_engine_lives_on(gpt, tokenizer):
         engine = AsyncEngine(inner)
         with pytest.raises(ParameterError, match="the prompt has 200 tokens"):
             await answer(engine, Prompt([5] * 200))
-        norm, inner._model.norm = inner._model.norm, torch.full_like(inner._model.norm, float("nan"))
+        norm, inner._model.paged.norm = inner._model.paged.norm, torch.full_like(inner._model.paged.norm, float("nan"))
         with pytest.raises(UserError, match="not finite"):
             await answer(engine, Prompt([5]))
-        inner._model.norm = norm[:3]  # a bug, or a want of memory
+        inner._model.paged.norm = norm[:3]  # a bug, or a want of memory
         results = await asyncio.gather(*(answer(engine, Prompt([5])) for _ in range(3)), return_exceptions=True)
         assert all(isinstance(error, ValueError | RuntimeError) for error in results)
-        inner._model.norm = norm
+        inner._model.paged.norm = norm
         assert len(await answer(engine, Prompt([5]))) == 30
         assert engine.stats.free_pages == engine.stats.pages
         await engine.close()

@@ -6,40 +6,46 @@ import pytest
 import torch
 
 from fastllm.inference import Engine
-from fastllm.inference.graphs import StaticRows
-from fastllm.inference.paged_gpt import PagedGPT
+from fastllm.kernels import native, use_backend
 
 from .conftest import TEXT
 
+PROMPTS = [TEXT[:k] for k in (3, 40, 90, 60, 7)]
+REPLAYS = pytest.mark.skipif(native.cpu_missing() is not None, reason="there is no native module to record")
 
-def test_rows_of_no_sequence_change_nothing(gpt, tokenizer, monkeypatch):
-    """What a graph would replay: batches padded to their size, on memory that held another batch."""
-    plain = PagedGPT.__call__
-    static: dict[int, StaticRows] = {}
 
-    def padded(self, rows):
-        if rows.prompts is not None or len(rows.decode) != 1:
-            return plain(self, rows)
-        mine = static.setdefault(8, StaticRows(8, 128 // 16, self.device))
-        mine.fill(rows)
-        return plain(self, mine.rows)[: len(rows.tokens)]
+def answers(model, tokenizer, **options):
+    engine = Engine(model, tokenizer, **options)
+    found = engine.generate(PROMPTS, max_tokens=20, seed=1)
+    return [(c.tokens, c.logprobs) for c in found], engine
 
-    prompts = [TEXT[:k] for k in (3, 40, 90, 60, 7)]
-    expected = Engine(gpt, tokenizer).generate(prompts, max_tokens=20, seed=1)
-    monkeypatch.setattr(PagedGPT, "__call__", padded)
-    found = Engine(gpt, tokenizer).generate(prompts, max_tokens=20, seed=1)
-    assert [f.tokens for f in found] == [e.tokens for e in expected]
-    assert [f.logprobs for f in found] == [e.logprobs for e in expected]
-    assert static
+
+@REPLAYS
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_replayed_steps_give_the_same_bits(quantize, gpt, tokenizer, monkeypatch):
+    """Batches padded to their size, on memory that held another batch."""
+    replayed, engine = answers(gpt, tokenizer, quantize=quantize)
+    again = engine.generate(PROMPTS, max_tokens=20, seed=1)
+    assert engine._model.replays > 0
+    monkeypatch.setattr("fastllm.inference.graphs.SIZES", ())
+    plain, engine = answers(gpt, tokenizer, quantize=quantize)
+    assert engine._model.replays == 0
+    assert replayed == plain == [(c.tokens, c.logprobs) for c in again]
+
+
+@REPLAYS
+def test_steps_that_other_backends_compute_are_not_replayed(gpt, tokenizer):
+    """A recording would lack what PyTorch does."""
+    with use_backend("torch"):
+        _, engine = answers(gpt, tokenizer)
+    assert engine._model.replays == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_graphs_give_the_same_tokens(dtype, gpt, tokenizer, monkeypatch):
+def test_graphs_give_the_same_bits(dtype, gpt, tokenizer, monkeypatch):
     model = copy.deepcopy(gpt).to("cuda", dtype)
-    prompts = [TEXT[:k] for k in (3, 40, 90, 60, 7)]
-    found = Engine(model, tokenizer, max_batch=3).generate(prompts, max_tokens=30, seed=1)
+    replayed, engine = answers(model, tokenizer, max_batch=3)
+    assert engine._model.replays > 0
     monkeypatch.setattr("fastllm.inference.graphs.SIZES", ())
-    expected = Engine(model, tokenizer, max_batch=3).generate(prompts, max_tokens=30, seed=1)
-    assert [f.tokens for f in found] == [e.tokens for e in expected]
-    assert [f.logprobs for f in found] == [e.logprobs for e in expected]
+    assert replayed == answers(model, tokenizer, max_batch=3)[0]

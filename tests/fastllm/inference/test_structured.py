@@ -6,7 +6,7 @@ import re
 import pytest
 
 from fastllm.errors import ParameterError, UserError
-from fastllm.inference import Engine, json_schema, regex
+from fastllm.inference import Engine, SamplingParams, json_schema, regex
 from fastllm.inference.structured import JSON_OBJECT
 
 SCHEMA = {
@@ -28,8 +28,6 @@ def test_answers_fit_a_schema(engine):
     requests = []
     for seed in range(6):
         for grammar in grammars:
-            from fastllm.inference import SamplingParams
-
             params = SamplingParams(max_tokens=90, seed=seed, grammar=grammar, top_k=40 * (seed % 2))
             requests += engine.add(engine.prompt("def"), params)
     while engine.busy:
@@ -54,6 +52,13 @@ def test_any_object_and_speculation(gpt, tokenizer):
     assert guessed.stats.accepted_tokens > 0
     (found,) = Engine(gpt, tokenizer).generate(["x"], grammar=json_schema(JSON_OBJECT), max_tokens=40, seed=2)
     assert found.text.lstrip().startswith("{")
+
+
+def test_a_space_at_the_end_of_the_prompt(engine):
+    """Nothing of a form is taken for the prompt's space."""
+    for seed in range(5):
+        (found,) = engine.generate(["def "], grammar=regex(" ?[ab]{3}"), seed=seed, max_tokens=9)
+        assert re.fullmatch(" ?[ab]{3}", found.text)
 
 
 @pytest.mark.parametrize(
