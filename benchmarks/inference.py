@@ -326,10 +326,10 @@ async def _load(url: str, clients: int, requests: int) -> dict[str, Any]:
     first: list[float] = []
     between: list[float] = []
 
-    async def client(http: httpx.AsyncClient, number: int) -> None:
+    async def client(http: httpx.AsyncClient, name: str, number: int) -> None:
         for n in range(requests):
             words = f"Story {number}, part {n}. {TEXT}"
-            body = {"model": "model", "prompt": words, "max_tokens": NEW, "stream": True, "ignore_eos": True}
+            body = {"model": name, "prompt": words, "max_tokens": NEW, "stream": True, "ignore_eos": True}
             last = time.perf_counter()
             waiting = True
             async with http.stream("POST", f"{url}/completions", json=body) as response:
@@ -342,10 +342,9 @@ async def _load(url: str, clients: int, requests: int) -> dict[str, Any]:
                     last, waiting = now, False
 
     async with httpx.AsyncClient(timeout=600) as http:
-        body = (await http.get(f"{url}/models")).json()
-        assert body["data"]
+        name = (await http.get(f"{url}/models")).json()["data"][0]["id"]
         began = time.perf_counter()
-        await asyncio.gather(*(client(http, number) for number in range(clients)))
+        await asyncio.gather(*(client(http, name, number) for number in range(clients)))
     rate = clients * requests * NEW / (time.perf_counter() - began)
     return {"rate": rate, "first": first, "between": between}
 
