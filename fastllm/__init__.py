@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .huggingface.export import export
     from .huggingface.load import from_pretrained
     from .huggingface.patching import patch, patched, unpatch
+    from .inference.engine import Engine
     from .inference.load import load
     from .model.gpt import GPT
     from .training.pretrain import train
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT",
     "Config",
+    "Engine",
     "ModelConfig",
     "Tokenizer",
     "__version__",
@@ -38,6 +40,7 @@ __all__ = [
 _MODULES = {
     "GPT": "model.gpt",
     "Config": "config",
+    "Engine": "inference.engine",
     "ModelConfig": "config",
     "Tokenizer": "data.tokenizer",
     "export": "huggingface.export",
