@@ -150,7 +150,9 @@ class PagedGPT:
             out = flash_decode(part_q, keys, values, part.lengths, block_table=part.block_table, window=window)
             outs.append(out.flatten(0, 1))
         if (prompts := rows.prompts) is not None:
-            k, v = (pool.flatten(0, 1).index_select(0, prompts.key_slots) for pool in (keys, values))
+            # rows of one dimension: of two, index_select takes ten times as long
+            slots, heads = prompts.key_slots, keys.shape[2:]
+            k, v = (p.flatten(0, 1).flatten(1).index_select(0, slots).unflatten(1, heads) for p in (keys, values))
             outs.append(
                 flash_attention(
                     q[prompts.first :], k, v, window=window, cu_seqlens_q=prompts.cu_queries,
