@@ -78,6 +78,7 @@ def serve(argv: list[str]) -> int:
     listener = run.bind(chosen.host, chosen.port)
     with console.working(f"loading {chosen.model}"):
         engine = make_engine(chosen)
+        engine.grammars.prepare()  # not while others wait
     note_early_end(chosen.model)
     model = served_model(engine, chosen.name or chosen.model.resolve().name.removesuffix(".gguf"))
 

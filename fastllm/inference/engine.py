@@ -105,7 +105,7 @@ class Engine:
             self._drafter = Draft(self._packed(draft), self.pool)
         elif speculate:
             self._drafter = PromptLookup()
-        self._grammars = GrammarCompiler(tokenizer, self.vocab_size)
+        self.grammars = GrammarCompiler(tokenizer, self.vocab_size)
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
         self._counts = dict.fromkeys(("prompt", "cached", "generated", "proposed", "accepted"), 0)
@@ -198,7 +198,7 @@ class Engine:
 
     def add(self, prompt: Prompt, params: SamplingParams) -> list[Request]:
         """Queue the ``params.n`` requests of a prompt."""
-        matchers = [None if params.grammar is None else self._grammars.matcher(params.grammar) for _ in range(params.n)]
+        matchers = [None if params.grammar is None else self.grammars.matcher(params.grammar) for _ in range(params.n)]
         requests = make_requests(prompt, params, self.tokenizer, self.vocab_size, self.max_seq_len, matchers)
         # The last token is always computed: its logits give the first of the answer.
         keys = self.pool.keys(prompt.tokens[:-1])

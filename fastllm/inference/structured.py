@@ -64,14 +64,20 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._known: llguidance.LLTokenizer | None = None
 
-    def matcher(self, grammar: Grammar) -> Matcher:
+    def prepare(self) -> llguidance.LLTokenizer:
+        """What the first matcher would wait for."""
         import llguidance
 
         if self._known is None:
             text = self._tokenizer.backend.to_str()
             eos = list(self._tokenizer.eos_ids)
             self._known = llguidance.LLTokenizer(text, n_vocab=self._vocab_size, eos_token=eos)
-        matcher = llguidance.LLMatcher(self._known, grammar.source, log_level=0)
+        return self._known
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        import llguidance
+
+        matcher = llguidance.LLMatcher(self.prepare(), grammar.source, log_level=0)
         if matcher.is_error():
             raise ParameterError("response_format", f"it can't be used: {one_line(matcher.get_error())}")
         return Matcher(matcher)
