@@ -16,6 +16,8 @@ MORE = {
     # split over programs or not; few parts or many
     ("decode", "decode_kernel"): 2,
     ("decode", "combine_kernel"): 2,
+    # a sequence in one part, or in several that are joined
+    ("decode in pages", "paged_kernel"): 2,
 }
 
 
