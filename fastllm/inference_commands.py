@@ -135,10 +135,11 @@ def generate(argv: list[str]) -> int:
     try:
         if chosen.prompts is not None:
             return answer_file(engine, chosen.prompts, chosen.out, params)
+        prompt = engine.prompt(chosen.prompt)
         print(chosen.prompt, end="", flush=True)
         reason = None
         try:
-            for delta in engine.stream(chosen.prompt, params):
+            for delta in engine.stream(prompt, params):
                 print(delta.text, end="", flush=True)
                 reason = delta.finish_reason
         finally:
@@ -147,7 +148,7 @@ def generate(argv: list[str]) -> int:
         raise
     except UserError as error:
         raise UserError(f"{chosen.model}: {error}") from None
-    if reason == "length" and len(engine.prompt(chosen.prompt).tokens) + params.max_tokens > engine.max_seq_len:
+    if reason == "length" and len(prompt.tokens) + params.max_tokens > engine.max_seq_len:
         print(f"fastllm: note: the context of {engine.max_seq_len:,} tokens is full", file=sys.stderr)
     return 0
 

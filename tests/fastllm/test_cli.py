@@ -157,11 +157,12 @@ def test_help_of_the_commands(run):
     assert f"peak learning rate [{PRESETS['124m'].optim.lr}]" in run("train", "--preset", "124m", "--help").stdout
     everything = run("train", "--help-all").stdout
     assert everything.count("\n  --") == sum(len(fields(section)) for section in vars(Config()).values()) + 4
-    for command in ("train", "generate", "export", "plan"):
+    for command in ("train", "generate", "chat", "serve", "export", "plan"):
         lines = run(command, "--help").stdout.splitlines()
         assert len(lines) <= 60  # two screens
         assert max(map(len, lines)) <= 115
-        assert all(re.search(r"\w{3}", line[38:]) for line in lines if line.startswith("  --") and len(line) > 38)
+        described = [line for line in lines if line.startswith("  --") and line[37:38] == " "]  # others: below
+        assert all(re.search(r"\w{3}", line[38:]) for line in described)
     done = run("generate", "--help")
     assert done.returncode == 0
     for words in ("--prompt", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed"):
