@@ -229,11 +229,26 @@ def test_nothing(backend):
         assert torch.equal(got, F.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_in_float32(dtype, quantize, backend):
+    """The sums as they are: rounded to the dtype of x they are the result in it."""
+    x, weight, bias = inputs(5, 70, 33, dtype)
+    packed = pack_weight(weight, quantize=quantize)
+    eager = packed_linear(x, packed, bias, out_dtype=torch.float32, backend="torch")
+    got = packed_linear(x, packed, bias, out_dtype=torch.float32, backend=backend)
+    assert got.dtype == eager.dtype == torch.float32
+    assert_accurate(got, eager, exact(x, packed, bias), terms=F.linear(x.double().abs(), weight.double().abs()))
+    assert torch.equal(got.to(dtype), packed_linear(x, packed, bias, backend=backend))
+    with pytest.raises(TypeError, match="out_dtype must be"):
+        packed_linear(x, packed, bias, out_dtype=torch.float64)
+
+
 def test_opcheck(backend):
     x, weight, bias = inputs(3, 8, 5, torch.float32)
     packed = pack_weight(weight)
     data = packed.data if backend == "cpu" else weight
-    args = (x, data, None, bias, 5, backend == "cpu", backend)
+    args = (x, data, None, bias, 5, backend == "cpu", False, backend)
     torch.library.opcheck(torch.ops.fastllm.packed_linear_forward, args)
 
 

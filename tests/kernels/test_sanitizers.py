@@ -90,7 +90,7 @@ for name in cpu.instruction_sets():
     x, y = zeros(2, 20001, dtype=0), zeros(2, 20001, dtype=0)  # too long to be held
     cpu.softmax_forward(x, None, 0, 1.0, False, y, 0, 0)
 
-def packed(array, dtype):  # as pack_weight packs [out_features, in_features]
+def in_panels(array, dtype):  # as pack_weight packs [out_features, in_features]
     n, k = array.shape
     pairs, int8 = dtype == 2, array.dtype == np.int8
     depth = -(-k // 32) * 32 if pairs or int8 else k
@@ -162,11 +162,12 @@ for dtype, int8, r, k, n in itertools.product((0, 1, 2), (0, 1), (1, 12, 33, 70)
     right = wide(x.array, dtype) @ matrix.T + wide(bias.array, dtype)
     for name in cpu.instruction_sets():
         cpu.use_instruction_set(name)
-        out = zeros(r, n, dtype=dtype)
-        cpu.linear(x, packed(w, dtype), scales if int8 else None, bias, out, 0, 0)
-        most = max(1, abs(right).max())
-        off = abs(wide(out.array, dtype) - right).max()
-        assert off <= (1e-4, 2e-3, 2e-2)[dtype] * most, (name, dtype, int8, r, k, n, off)
+        for given in {dtype, 0}:  # the result in its dtype, and in float32
+            out = zeros(r, n, dtype=given)
+            cpu.linear(x, in_panels(w, dtype), scales if int8 else None, bias, out, 0, 0)
+            most = max(1, abs(right).max())
+            off = abs(wide(out.array, given) - right).max()
+            assert off <= (1e-4, 2e-3, 2e-2)[dtype] * most, (name, dtype, int8, r, k, n, off)
 print("clean", cpu.instruction_sets())
 if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
     x, y, rstd = zeros(1, 64, dtype=0), zeros(2, 64, dtype=0), zeros(2, dtype=0)
