@@ -141,7 +141,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
             weight = torch.empty(256, depth, dtype=torch.int8 if int8 else dtype)
             scales = torch.empty(256) if int8 else None
             bias = torch.empty(256, dtype=dtype)
-            torch.ops.fastllm.packed_linear_forward(x, weight, scales, bias, 256, False, False, "triton")
+            torch.ops.fastllm.packed_linear_forward(x, weight, scales, 256, False, bias, False, "triton")
 
         return call
 

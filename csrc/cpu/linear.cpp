@@ -24,9 +24,6 @@ inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 template <typename A, typename B> constexpr bool kSame = false;
 template <typename A> constexpr bool kSame<A, A> = true;
 
-// What the product of x in T with a weight in W is computed in.
-template <typename T, typename W> struct OperandOf { using Type = typename TileOf<T>::Type; };
-
 #if defined(__AMX_BF16__)
 template <typename E> constexpr bool kAmx = sizeof(E) == 2;
 #else
@@ -166,7 +163,7 @@ struct Expanded {
 
 template <typename T, typename W>
 void product(const Linear& a) {
-  using E = typename OperandOf<T, W>::Type;
+  using E = typename TileOf<T>::Type;  // what the product is computed in
   constexpr bool kDirect = kSame<W, E>;
   constexpr int kRows = kBlock<E>;
   const int64_t panels = a.panels(), depth = round_up(a.in_features, kDepth<E>);

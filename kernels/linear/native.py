@@ -5,17 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..native import KERNELS, as_rows
+from .packed import Stored
 
 
 def packed_linear_forward(
-    x: Tensor,
-    data: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    panels: bool,
-    wide: bool,
-    backend: str,
-    out: Tensor,
+    x: Tensor, weight: Stored, bias: Tensor | None, wide: bool, backend: str, out: Tensor
 ) -> None:
-    KERNELS[backend].linear(as_rows(x), data, scales, bias, out, 0, 0)
+    KERNELS[backend].linear(as_rows(x), weight.data, weight.scales, bias, out, 0, 0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..library import operator
 from . import reference
-from .packed import PackedWeight, matrix
+from .packed import PackedWeight, Stored, matrix
 
 
 @backends.op("triton", "cpu")
@@ -66,24 +66,16 @@ def packed_linear(
     chosen = backends.select("packed_linear", x, backend, lambda b: limit if b == "cpu" else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    data, panels = weight.data, weight.panels
-    if panels != (chosen == "cpu"):
-        data, panels = matrix(data, weight.out_features, weight.in_features), False
+    stored = Stored(weight.data, weight.scales, weight.out_features, weight.panels)
+    if stored.panels != (chosen == "cpu"):
+        stored = stored._replace(data=matrix(weight.data, weight.out_features, weight.in_features), panels=False)
     if chosen == "torch":
-        return reference.packed_linear(x, data, weight.scales, bias, out_dtype or x.dtype)
-    return packed_linear_forward(x, data, weight.scales, bias, weight.out_features, panels, wide, chosen)
+        return reference.packed_linear(x, stored.data, stored.scales, bias, out_dtype or x.dtype)
+    return packed_linear_forward(x, stored, bias, wide, chosen)
 
 
 @operator(strided="x")
-def packed_linear_forward(
-    x: Tensor,
-    data: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    panels: bool,
-    wide: bool,
-    backend: str,
-) -> Tensor:
+def packed_linear_forward(x: Tensor, weight: Stored, bias: Tensor | None, wide: bool, backend: str) -> Tensor:
+    """``wide``: the result is float32."""
     dtype = torch.float32 if wide else x.dtype
-    return torch.empty(*x.shape[:-1], out_features, dtype=dtype, device=x.device)
+    return torch.empty(*x.shape[:-1], weight.out_features, dtype=dtype, device=x.device)

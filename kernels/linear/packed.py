@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,15 @@ from ..backends import KERNEL_DTYPES
 
 FEATURES = 32  # output features of a panel (csrc/linear.h)
 DEPTH = 32  # a multiple of it is the depth of a panel in bfloat16 and int8
+
+
+class Stored(NamedTuple):
+    """A weight as operators take it."""
+
+    data: Tensor
+    scales: Tensor | None
+    out_features: int
+    panels: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_launch import Kernel, cdiv, multiple
+from .packed import Stored
 
 ROWS = 64  # of a tile
 
@@ -53,22 +54,15 @@ def forward_kernel(
 
 
 def packed_linear_forward(
-    x: Tensor,
-    data: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    panels: bool,
-    wide: bool,
-    backend: str,
-    out: Tensor,
+    x: Tensor, weight: Stored, bias: Tensor | None, wide: bool, backend: str, out: Tensor
 ) -> None:
-    depth, rows = x.shape[-1], out.numel() // out_features
+    out_features, depth = weight.out_features, x.shape[-1]
+    rows = out.numel() // out_features
     aligned = (depth | out_features) % 8 == 0
     features, block, stages = _tile(x.dtype, aligned)
     forward_kernel(
         (cdiv(rows, ROWS) * cdiv(out_features, features), 1, 1),
-        (x.contiguous(), data, scales, bias, out),
+        (x.contiguous(), weight.data, weight.scales, bias, out),
         (rows, depth, out_features),
         (aligned, ROWS, features, block),
         num_stages=stages,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ..library import empty_like, has_values, launchers, operator
 from . import reference
 from .inplace import check_apart
 from .op import check_positions
+from .placement import Placement
 
 
 @backends.op("triton", "cpu")
@@ -87,7 +90,7 @@ def rope_append(
     for name, index in (("positions", positions), ("slots", slots)):
         checks.indices("rope_append", name, index, "q", q)
         checks.sized("rope_append", name, index, (tokens,))
-    if torch.is_grad_enabled() and any([t.requires_grad for t in (q, k, v, cos, sin, k_cache, v_cache)]):  # noqa: C419
+    if torch.is_grad_enabled() and any([t.requires_grad for t in (q, k, v, cos, sin, k_cache, v_cache)]):  # noqa: C419 (a list takes half the time of a generator)
         raise ValueError(
             "rope_append: it has no gradient, and an argument requires one; call it under torch.no_grad(), or rope, "
             "which has"
@@ -101,7 +104,8 @@ def rope_append(
         check_positions("rope_append", positions, cos.shape[0])
         _check_slots(slots, pages * page_size)
         return reference.rope_append(q, k, v, cos, sin, positions, k_cache, v_cache, slots, interleaved=interleaved)
-    return rotate_append(q, k, v, cos, sin, positions, slots, k_cache, v_cache, interleaved, chosen)
+    placement = Placement(cos.float(), sin.float(), positions.long(), slots.long())
+    return rotate_append(q, k, v, placement, k_cache, v_cache, interleaved, chosen)
 
 
 def _check_slots(slots: Tensor, held: int) -> None:
@@ -111,25 +115,15 @@ def _check_slots(slots: Tensor, held: int) -> None:
 
 
 def _launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    interleaved: bool,
-    backend: str,
-    out: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, placement: Placement, k_cache: Tensor, v_cache: Tensor, *rest: Any
 ) -> None:
+    """With the last dimension of all contiguous, as the kernels want it."""
+    interleaved, backend, out = rest
     dim = q.shape[-1]
     q, k, v, keys, values = [
         x if x.stride(-1) == 1 or dim == 1 else x.contiguous() for x in (q, k, v, k_cache, v_cache)
     ]
-    tables = cos.float(), sin.float(), positions.long(), slots.long()
-    launchers(__package__, backend).rotate_append(q, k, v, *tables, keys, values, interleaved, backend, out)
+    launchers(__package__, backend).rotate_append(q, k, v, placement, keys, values, interleaved, backend, out)
     if keys is not k_cache:
         k_cache.copy_(keys)
     if values is not v_cache:
@@ -141,14 +135,11 @@ def rotate_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
+    placement: Placement,
     k_cache: Tensor,
     v_cache: Tensor,
     interleaved: bool,
     backend: str,
 ) -> Tensor:
-    """q turned; k turned and v are written into the caches."""
+    """q turned; k turned and v are written into the caches. ``placement``: float32 and int64."""
     return empty_like(q)

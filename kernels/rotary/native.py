@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..native import KERNELS, as_rows, place
+from .placement import Placement
 
 
 def rotate(
@@ -27,15 +28,12 @@ def rotate_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
+    placement: Placement,
     k_cache: Tensor,
     v_cache: Tensor,
     interleaved: bool,
     backend: str,
     out: Tensor,
 ) -> None:
-    inputs = q, k, v, cos, sin, positions, slots, k_cache, v_cache
+    inputs = q, k, v, *placement, k_cache, v_cache
     KERNELS[backend].rope_append(*inputs, interleaved, out, *place(q))

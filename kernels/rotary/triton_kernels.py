@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..native import as_rows
 from ..triton_launch import Kernel, cdiv, multiple, power_of_two, row_offsets, rows_at
+from .placement import Placement
 
 PAIRS = 1024  # of a program
 
@@ -151,17 +152,14 @@ def rotate_append(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    slots: Tensor,
+    placement: Placement,
     k_cache: Tensor,
     v_cache: Tensor,
     interleaved: bool,
     backend: str,
     out: Tensor,
 ) -> None:
-    (tokens, heads, dim), (max_seq, half) = q.shape, cos.shape
+    (tokens, heads, dim), (max_seq, half) = q.shape, placement.cos.shape
     pages, page_size, kv_heads, _ = k_cache.shape
     passed = dim - 2 * half
     cols, rest, whole = power_of_two(half), power_of_two(passed) if passed else 0, power_of_two(dim)
@@ -172,7 +170,7 @@ def rotate_append(
     sizes = tokens * max(heads, kv_heads), tokens, heads, max(1, kv_heads), blocks, kv_blocks
     append_kernel(
         (blocks + 2 * kv_blocks, 1, 1),
-        (q, k, v, out, k_cache, v_cache, cos, sin, positions, slots),
+        (q, k, v, out, k_cache, v_cache, *placement),
         (*sizes, max_seq, half, passed, pages * page_size, max(1, page_size), *strides),
         (aligned, interleaved, tile_rows, cols, rest, whole),
     )

@@ -25,15 +25,6 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(params=native.KERNELS["cpu"].instruction_sets() if "cpu" in native.KERNELS else [])
-def instruction_set(request):
-    cpu = native.KERNELS["cpu"]
-    best = cpu.instruction_set()
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set(best)
-
-
 @pytest.fixture
 def threads():
     """Sets their number."""
@@ -248,7 +239,7 @@ def test_opcheck(backend):
     x, weight, bias = inputs(3, 8, 5, torch.float32)
     packed = pack_weight(weight)
     data = packed.data if backend == "cpu" else weight
-    args = (x, data, None, bias, 5, backend == "cpu", False, backend)
+    args = (x, data, None, 5, backend == "cpu", bias, False, backend)
     torch.library.opcheck(torch.ops.fastllm.packed_linear_forward, args)
 
 
