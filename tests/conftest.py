@@ -32,6 +32,12 @@ if not GPU:
 
 from tests import interpreter  # noqa: E402
 
+# Where there is a GPU the interpreter is off, and tests marked gpu run Triton's kernels themselves.
+INTERPRETED = () if GPU else ("triton",)
+IN_THE_INTERPRETER = pytest.mark.skipif(
+    GPU, reason="the interpreter is off where there is a GPU; tests marked gpu run the kernel itself"
+)
+
 # Of the files that take long, the longest first: started last, one would keep one worker busy alone.
 LONGEST = (
     "test_repository.py",

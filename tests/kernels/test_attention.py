@@ -11,7 +11,7 @@ from fastllm.kernels import flash_attention, native
 from fastllm.kernels.attention import reference
 from fastllm.kernels.attention.options import UNBOUNDED, Options
 from fastllm.kernels.attention.packing import Packing
-from tests.conftest import GPU
+from tests.conftest import IN_THE_INTERPRETER
 from tests.kernels.attention_checks import (
     check,
     check_decode,
@@ -43,7 +43,7 @@ def test_accuracy_on_cpus(lengths, dim, dtype):
         check(qkv(*lengths, *heads, dim, dtype, batch=1), "cpu", causal=causal)
 
 
-@pytest.mark.skipif(GPU, reason="the interpreter is off where there is a GPU; tests marked gpu run the kernel itself")
+@IN_THE_INTERPRETER
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("lengths", "dim", "heads"),
@@ -185,7 +185,7 @@ def test_a_max_seqlen_that_is_too_small(any_backend, side):
         flash_attention(q, k, v, cu_seqlens_q=cu, **hints, backend=any_backend)
 
 
-@pytest.mark.skipif(GPU, reason="the interpreter is off where there is a GPU; tests marked gpu run the kernel itself")
+@IN_THE_INTERPRETER
 def test_tokens_beyond_max_seqlen_are_nan():
     """On a GPU nobody looks at the lengths. What no program computes must not be left as it was."""
     triton_kernels = pytest.importorskip("fastllm.kernels.attention.triton_kernels")

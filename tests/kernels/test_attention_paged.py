@@ -8,28 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllm.kernels import explain, flash_attention, flash_decode, native
+from fastllm.kernels import explain, flash_attention, flash_decode
+from tests.conftest import IN_THE_INTERPRETER, INTERPRETED
 from tests.kernels.attention_checks import qkv
 from tests.numerics import DTYPES, assert_accurate, on_gpus
 
 OPTIONS = ({}, {"window": 70}, {"softcap": 3.0, "scale": 0.2}, {"sinks": True}, {"window": (40, 1), "causal": False})
-CPU_SETS = native.KERNELS["cpu"].instruction_sets() if "cpu" in native.KERNELS else []
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=["cpu", *INTERPRETED])
 def paged_backend(request) -> str:
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU; tests marked gpu run the kernel itself")
     return request.param
-
-
-@pytest.fixture(params=CPU_SETS)
-def instruction_set(request):
-    cpu = native.KERNELS["cpu"]
-    best = cpu.instruction_set()
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set(best)
 
 
 def in_pages(cache: Tensor, page_size: int, table: Tensor, spare: int = 3) -> Tensor:
@@ -235,10 +224,9 @@ def test_decoded_rows_are_independent(instruction_set, dim, heads, dtype):
     check_rows_are_independent("cpu", dtype, dim, heads, LENGTHS)
 
 
+@IN_THE_INTERPRETER
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decoded_rows_are_independent_in_triton(dtype):
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU; tests marked gpu run the kernel itself")
     check_rows_are_independent("triton", dtype, 16, (6, 2), [600, 17, 1], most=4)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import GPU
+from tests.conftest import IN_THE_INTERPRETER
 from tests.kernels.attention_checks import check, check_decode, qkv
 
 pytest.importorskip("triton")
@@ -53,7 +53,7 @@ def test_a_launch_asks_for_its_gpu(monkeypatch):
     assert found == [tuning.Config(16, 32, 4, 1)]
 
 
-@pytest.mark.skipif(GPU, reason="the interpreter is off where there is a GPU; tests marked gpu run the kernel itself")
+@IN_THE_INTERPRETER
 @pytest.mark.parametrize("tile", [(16, 64), (32, 32), (128, 16)], ids=str)
 def test_tiles_of_any_shape(tile, monkeypatch):
     monkeypatch.setattr(tuning, "_INTERPRETER", (*tile, 4, 1))

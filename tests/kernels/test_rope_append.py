@@ -8,26 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastllm.kernels import explain, native, rope, rope_append
+from fastllm.kernels import explain, rope, rope_append
+from tests.conftest import IN_THE_INTERPRETER, INTERPRETED
 from tests.numerics import DTYPES, on_gpus
 
-CPU_SETS = native.KERNELS["cpu"].instruction_sets() if "cpu" in native.KERNELS else []
 
-
-@pytest.fixture(params=["cpu", "triton", "torch"])
+@pytest.fixture(params=["cpu", *INTERPRETED, "torch"])
 def append_backend(request) -> str:
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU; tests marked gpu run the kernel itself")
     return request.param
-
-
-@pytest.fixture(params=CPU_SETS)
-def instruction_set(request):
-    cpu = native.KERNELS["cpu"]
-    best = cpu.instruction_set()
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set(best)
 
 
 def inputs(tokens=7, heads=6, kv_heads=2, dim=16, rotary=16, page_size=16, pages=3, dtype=torch.float32, device="cpu"):
@@ -123,10 +111,9 @@ def test_outside_raises_before_anything_is_written(backend):
         assert bool((given[6] == 7).all() and (given[7] == 7).all())
 
 
+@IN_THE_INTERPRETER
 def test_outside_on_gpus():
     """NaN where the position is, nothing written where the slot is."""
-    if torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
     given, other = inputs(), inputs()
     other[:6], other[8] = [t.clone() for t in given[:6]], given[8].clone()
     given[5][0], given[8][1] = 50, 2**40
@@ -167,10 +154,8 @@ def test_refuses():
     assert found.chosen == "cpu" and "no cuda kernel" in found.reasons["cuda"]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", *INTERPRETED])
 def test_compiles_as_one_graph(backend):
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("the interpreter is off where there is a GPU")
     given = inputs()
     again = [t.clone() for t in given]
     call = partial(rope_append, backend=backend)

@@ -10,17 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastllm.kernels import explain, native, rope, swiglu
+from fastllm.kernels import explain, rope, swiglu
 from tests.numerics import DTYPES, assert_accurate, on_gpus, with_gradients
-
-
-@pytest.fixture(params=native.KERNELS["cpu"].instruction_sets() if "cpu" in native.KERNELS else [])
-def instruction_set(request):
-    cpu = native.KERNELS["cpu"]
-    best = cpu.instruction_set()
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set(best)
 
 
 def check(call, tensors, grads, backend, terms=None) -> None:
