@@ -38,7 +38,7 @@ class TrainArguments(configs.Config):
 
 @dataclass(frozen=True)
 class ExportArguments:
-    """Write the trained model of a run folder as a Hugging Face folder, for transformers and vLLM."""
+    """Write the trained model of a run folder, or a GGUF file, as a Hugging Face folder, for transformers and vLLM."""
 
     run: tyro.conf.Positional[Path]
     out: tyro.conf.Positional[Path]

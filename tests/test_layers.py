@@ -27,8 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "data_commands": BASE | {"arguments", "data"},
     "distributed": BASE | {"model"},
     "run_dir": BASE | {"model", "data"},
-    "huggingface": BASE | {"model", "data", "run_dir"},
     "gguf": BASE | {"model", "data"},
+    "huggingface": BASE | {"model", "data", "run_dir", "gguf"},
     "inference": BASE | {"model", "data", "run_dir", "huggingface", "gguf"},
     "training": BASE | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "__init__"},  # the version
     "inference_commands": BASE | {"arguments", "run_dir", "inference", "training"},

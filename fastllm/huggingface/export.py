@@ -13,6 +13,7 @@ from ..config import ModelConfig
 from ..data.chat_template import TEMPLATE
 from ..errors import UserError
 from ..files import atomic_folder
+from ..gguf import load as gguf
 from ..run_dir import load_run
 from .load import CONFIG, GENERATION, TOKENIZER
 from .model_config import ROPE_FIXED
@@ -28,7 +29,7 @@ def export(
     """Write a trained model as a Hugging Face folder, which transformers' Auto classes and vLLM load.
 
     Args:
-        run: the run folder.
+        run: the run folder, or a GGUF file.
         out: the folder to make; it appears complete or not at all.
         dtype: of the weights; None: unchanged, which is float32 after training.
         max_shard_size: larger weights are split into several files.
@@ -53,9 +54,12 @@ def export(
         raise UserError(f"{out} is there already and not empty; choose another folder")
     if os.path.isfile(Path(run) / CONFIG):
         raise UserError(f"{run} is a Hugging Face folder already")
-    if not os.path.isdir(run):
+    if os.path.isfile(run):
+        model, tokenizer = gguf.load(Path(run), "cpu", None)
+    elif os.path.isdir(run):
+        model, tokenizer = load_run(Path(run))
+    else:
         raise UserError(f"there is no run folder {run}")
-    model, tokenizer = load_run(Path(run))
     model = model if dtype is None else model.to(dtype)
     weight_dtype = str(model.head_weight.dtype).removeprefix("torch.")
     ends: int | list[int] = tokenizer.eos_id if len(tokenizer.eos_ids) == 1 else list(tokenizer.eos_ids)

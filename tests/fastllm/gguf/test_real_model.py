@@ -62,6 +62,18 @@ def test_chats_sensibly(tokenizer):
     assert "Paris" in answer.text
 
 
+def test_exported_it_answers_the_same_in_transformers(tmp_path):
+    """In float32, from the prompt of the chat template to the last greedy token."""
+    out = fastllm.export(FILE, tmp_path / "smol", dtype=torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    their_tokenizer = AutoTokenizer.from_pretrained(out)
+    text = their_tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+    ids = their_tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    made = theirs.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    (answer,) = Engine(*fastllm.load(out, dtype=torch.float32)).chat([CHAT], max_tokens=24, temperature=0)
+    assert answer.tokens == made
+
+
 def test_special_tokens(tokenizer):
     assert [tokenizer.backend.id_to_token(i) for i in tokenizer.eos_ids] == ["<|im_end|>", "<|endoftext|>"]
     assert len(tokenizer.special_ids) == 17
