@@ -238,7 +238,7 @@ class Tokenizer:
             self._with_prefix[prefix] = tuple(found)
         return self._with_prefix[prefix]
 
-    @property
+    @cached_property
     def special_ids(self) -> frozenset[int]:
         """Tokens that no text is encoded to."""
         added = self.backend.get_added_tokens_decoder().items()

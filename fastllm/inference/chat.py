@@ -118,7 +118,7 @@ class Conversation:
 def chat(engine: Engine, name: str, params: SamplingParams, system: str) -> int:
     """Talk until the user leaves."""
     with suppress(ImportError):  # it gives input() a history and keys to edit with; Windows has none
-        import readline  # noqa: F401
+        import readline  # noqa: F401 (importing it is all)
     console.print(f"{name}: {engine.max_seq_len:,} tokens of context; /help for commands, Ctrl-D to leave", style="dim")
     conversation = Conversation(engine, params, system)
     while True:

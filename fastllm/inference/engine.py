@@ -173,7 +173,6 @@ class Engine:
         if isinstance(prompt, Prompt):
             return prompt
         if isinstance(prompt, str):
-            # the form of an answer is that of what follows the text
             return text_prompt(self.tokenizer, prompt, heal=params is None or params.grammar is None)
         return Prompt(list(prompt) or [self.tokenizer.eos_id])
 
@@ -295,6 +294,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Begin waiting requests, first come, first served, while there is room for all that they may need."""
+        if not self._waiting:
+            return
         size = self.pool.page_size
         computing = {key for request in self._running for key in request.page_keys[request.computed // size :]}
         for request in [*self._waiting]:

@@ -40,7 +40,7 @@ def answer_file(engine: Engine, path: Path, out: Path | None, params: SamplingPa
     Raises:
         UserError: the file can't be read, or ``out`` holds something else.
     """
-    failed = 0
+    failed, plain = 0, path.suffix == ".txt"
     try:
         size = path.stat().st_size
         source = path.open("rb")
@@ -49,8 +49,8 @@ def answer_file(engine: Engine, path: Path, out: Path | None, params: SamplingPa
     with source, _opened(out) as sink, progress("generate", size) as bar:
         contents = ((number, content) for number, content in enumerate(source, 1) if content.strip())
         if out is not None:
-            bar.advance(_skip_answered(contents, out, path))
-        for line in _answered(engine, _lines(engine, contents, path, params)):
+            bar.advance(_skip_answered(contents, out, plain))
+        for line in _answered(engine, _lines(engine, contents, plain, params)):
             values = line.values | _answers(line.requests)
             failed += "error" in values
             sink.write((json.dumps(values, ensure_ascii=False) + "\n").encode())
@@ -68,7 +68,7 @@ def _opened(out: Path | None) -> AbstractContextManager[IO[bytes]]:
         raise UserError(f"can't write {out}: {error.strerror}") from None
 
 
-def _skip_answered(contents: Iterator[tuple[int, bytes]], out: Path, path: Path) -> int:
+def _skip_answered(contents: Iterator[tuple[int, bytes]], out: Path, plain: bool) -> int:
     """Pass over the prompts whose answers ``out`` holds; the bytes of them. Half a line at its end is cut off."""
     size = whole = 0
     with out.open("rb+") as file:
@@ -76,7 +76,7 @@ def _skip_answered(contents: Iterator[tuple[int, bytes]], out: Path, path: Path)
             if not answer.endswith(b"\n"):
                 break
             number, content = next(contents, (0, b""))
-            prompt, answered = _values(content, path), _values(answer, Path("out.jsonl"))
+            prompt, answered = _values_if_any(content, plain), _values_if_any(answer, False)
             if not content or any(answered.get(key) != value for key, value in prompt.items()):
                 raise UserError(f"{out} is there already and is not of these prompts; choose another file with --out")
             size, whole = size + len(content), whole + len(answer)
@@ -84,28 +84,34 @@ def _skip_answered(contents: Iterator[tuple[int, bytes]], out: Path, path: Path)
     return size
 
 
-def _values(content: bytes, path: Path) -> dict[str, Any]:
-    """The object of a line, none where it is no object."""
+def _values(content: bytes, plain: bool) -> dict[str, Any]:
+    """The object of a line, or the prompt that a ``plain`` line is; UserError where it is neither."""
     try:
         text = content.decode().rstrip("\r\n")
-        return {"prompt": text} if path.suffix == ".txt" else _object(text)
-    except (UserError, UnicodeDecodeError):
+    except UnicodeDecodeError as error:
+        raise UserError(f"it is not UTF-8: {error.reason} at byte {error.start}") from None
+    return {"prompt": text} if plain else _object(text)
+
+
+def _values_if_any(content: bytes, plain: bool) -> dict[str, Any]:
+    try:
+        return _values(content, plain)
+    except UserError:
         return {}
 
 
 def _lines(
-    engine: Engine, contents: Iterator[tuple[int, bytes]], path: Path, params: SamplingParams
+    engine: Engine, contents: Iterator[tuple[int, bytes]], plain: bool, params: SamplingParams
 ) -> Iterator[_Line]:
     """The lines, their requests queued; one that can't be answered has an "error" and no request."""
     for number, content in contents:
         values: dict[str, Any] = {}
         try:
-            text = content.decode().rstrip("\r\n")
-            values = {"prompt": text} if path.suffix == ".txt" else _object(text)
+            values = _values(content, plain)
             own = {name: values[name] for name in values.keys() & OPTIONS}
             requests = engine.add(_prompt(engine, values), replace(params, **own))
             yield _Line(values, requests, len(content))
-        except (UserError, UnicodeDecodeError, TypeError) as error:
+        except (UserError, TypeError) as error:
             yield _Line(values | {"error": f"line {number}: {one_line(error)}"}, [], len(content))
 
 

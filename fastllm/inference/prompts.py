@@ -14,7 +14,8 @@ def text_prompt(tokenizer: Tokenizer, text: str, *, heal: bool = True) -> Prompt
     """The tokens of a text; of an empty one the token that begins a text.
 
     With ``heal`` (token healing) a final space is taken off, because tokens begin with their space, and the first new
-    token is one that begins with a space and is longer.
+    token is one that begins with a space and is longer. Not where the form of the answer is given: it is that of what
+    follows the text.
     """
     ids = encode_text(tokenizer, text) or [tokenizer.eos_id]
     if heal and len(ids) > 1 and tokenizer.token_bytes(ids[-1]) == b" ":

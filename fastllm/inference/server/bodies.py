@@ -11,7 +11,7 @@ from typing import Any
 from ...data.tokenizer import Tokenizer
 from ...errors import ParameterError, UserError
 from ...input_files import shown
-from ..prompts import chat_prompt, encode_text, text_prompt
+from ..prompts import chat_prompt, text_prompt
 from ..request import Prompt
 from ..sampling import SamplingParams
 from ..structured import JSON_OBJECT, Grammar, json_schema, regex
@@ -136,7 +136,8 @@ def completion_generation(body: dict[str, Any], model: Model) -> Generation:
         if isinstance(text, str):
             model.check_text(text, "prompt")
             try:
-                prompts.append(model.check_prompt(_prompt(model.tokenizer, text, params), "prompt"))
+                own = text_prompt(model.tokenizer, text, heal=params.grammar is None)
+                prompts.append(model.check_prompt(own, "prompt"))
             except UserError as error:
                 raise ParameterError("prompt", str(error)) from None
         else:
@@ -149,13 +150,6 @@ def completion_generation(body: dict[str, Any], model: Model) -> Generation:
         if echo:
             echoes.append(text if isinstance(text, str) else model.tokenizer.decode(text))
     return Generation(False, prompts, params, stream, include_usage, logprobs is not None, echoes if echo else None)
-
-
-def _prompt(tokenizer: Tokenizer, text: str, params: SamplingParams) -> Prompt:
-    if params.grammar is None:
-        return text_prompt(tokenizer, text)
-    # Without token healing: the form of the answer is that of what follows the text.
-    return Prompt(encode_text(tokenizer, text) or [tokenizer.eos_id])
 
 
 def _check_answers(count: int, param: str) -> None:
