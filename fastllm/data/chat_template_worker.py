@@ -26,7 +26,7 @@ LONGEST = 2**24  # characters of a rendered chat
 class Generation(Extension):
     """The block ``generation``, with which training marks answers; here it is what it holds."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012 (Jinja's own form of an extension)
 
     def parse(self, parser: Any) -> Any:
         next(parser.stream)

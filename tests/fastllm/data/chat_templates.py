@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-CHATML = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""  # noqa: E501
+CHATML = """{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""  # noqa: E501 (as the models have it)
 
 LLAMA3 = """{{- bos_token }}
 {%- if custom_tools is defined %}
@@ -56,7 +56,7 @@ LLAMA3 = """{{- bos_token }}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
-"""  # noqa: E501
+"""  # noqa: E501 (as the models have it)
 
 MISTRAL = """{{ bos_token }}{% for message in messages %}
 {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
@@ -153,7 +153,7 @@ QWEN3 = """{%- if tools %}
     {%- if enable_thinking is defined and enable_thinking is false %}
         {{- '<think>\\n\\n</think>\\n\\n' }}
     {%- endif %}
-{%- endif %}"""  # noqa: E501
+{%- endif %}"""  # noqa: E501 (as the models have it)
 
 # The newer way to mark answers, and a text in parts.
 PARTS = """{% for message in messages %}<|im_start|>{{ message.role }}

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,10 +12,10 @@ from fastllm.model.gpt import GPT
 TEXT = "def f(x):\n    return x + 1\n" * 40
 
 
-def random_gpt(vocab_size: int, **shape: object) -> GPT:
+def random_gpt(vocab_size: int, **shape: Any) -> GPT:
     """A small model that says anything: all weights are random, those that init_weights zeroes too."""
-    sizes = {"max_seq_len": 128, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96, **shape}
-    model = GPT(ModelConfig(vocab_size=vocab_size, **sizes))  # type: ignore[arg-type]
+    sizes: dict[str, Any] = {"max_seq_len": 128, "dim": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 96}
+    model = GPT(ModelConfig(vocab_size=vocab_size, **(sizes | shape)))
     generator = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.dim() == 2:

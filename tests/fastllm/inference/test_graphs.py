@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from fastllm.inference import Engine
-from fastllm.kernels import native, use_backend
+from fastllm.kernels import use_backend
 
 from .conftest import TEXT
 
 PROMPTS = [TEXT[:k] for k in (3, 40, 90, 60, 7)]
-REPLAYS = pytest.mark.skipif(native.cpu_missing() is not None, reason="there is no native module to record")
 
 
 def answers(model, tokenizer, **options):
@@ -20,7 +19,6 @@ def answers(model, tokenizer, **options):
     return [(c.tokens, c.logprobs) for c in found], engine
 
 
-@REPLAYS
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_replayed_steps_give_the_same_bits(quantize, gpt, tokenizer, monkeypatch):
     """Batches padded to their size, on memory that held another batch."""
@@ -33,7 +31,6 @@ def test_replayed_steps_give_the_same_bits(quantize, gpt, tokenizer, monkeypatch
     assert replayed == plain == [(c.tokens, c.logprobs) for c in again]
 
 
-@REPLAYS
 def test_steps_that_other_backends_compute_are_not_replayed(gpt, tokenizer):
     """A recording would lack what PyTorch does."""
     with use_backend("torch"):

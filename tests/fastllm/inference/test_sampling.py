@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ class Row:
         return self.mask
 
 
-def drawn(logits: Tensor, count: int = 4000, **params: object) -> Tensor:
+def drawn(logits: Tensor, count: int = 4000, **params: Any) -> Tensor:
     """How often each token comes, over as many keys."""
-    rows = [Row(SamplingParams(**params), key) for key in range(count)]  # type: ignore[arg-type]
+    rows = [Row(SamplingParams(**params), key) for key in range(count)]
     found = sample(logits.expand(count, -1), rows)
     return torch.bincount(torch.tensor([s.token for s in found]), minlength=len(logits)) / count
 

@@ -7,6 +7,7 @@ import json
 import math
 
 import openai
+import pydantic
 import pytest
 
 from fastllm.data.tokenizer import Tokenizer
@@ -188,7 +189,6 @@ def test_json_object_and_regex(client):
 
 def test_parse_by_pydantic(client):
     """The client's own way to structured answers."""
-    pydantic = pytest.importorskip("pydantic")
 
     class Animal(pydantic.BaseModel):
         legs: int

@@ -177,7 +177,7 @@ HOSTILE = """\
 > # <math><mtext><img src onerror=alert(25)>
 
 </li></ol></div><script>alert(26)</script>\u2028\u0000<template><script>alert(27)</script></template>
-"""  # noqa: E501
+"""  # noqa: E501 (a line of Markdown is one line)
 
 
 def test_nothing_from_a_model_is_executed_or_fetched(page: Page, scripted: ScriptedServer) -> None:
