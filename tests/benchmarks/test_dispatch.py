@@ -17,7 +17,7 @@ MOST = {
     "cross_entropy": (100, 117),
     "swiglu": (54, 77),
     "rope": (133, 180),
-    "rope_append": (94, 148),
+    "rope_append": (95, 149),
     "flash_decode, in pages": (78, 111),
 }
 

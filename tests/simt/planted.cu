@@ -36,7 +36,7 @@ extern "C" __attribute__((visibility("default"))) const char* run(int pass, int 
       cuda::attention::backward<Element, FASTLLM_DIM>(
           {a, heads(t.dout, n.heads), t.out, t.lse, nullptr, t.delta, t.dq, t.dk, t.dv}, {});
     else
-      cuda::attention::decode<Element, FASTLLM_DIM>({a, nullptr, nullptr, 1, t.out, t.lse}, {});
+      cuda::attention::decode<Element, FASTLLM_DIM>({a, nullptr, nullptr, 0, 0, 0, nullptr, 1, t.out, t.lse}, {});
   } catch (const std::exception& error) {
     message = error.what();
     return message.c_str();
