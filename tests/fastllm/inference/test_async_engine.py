@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import time
 
 import pytest
 import torch
@@ -12,6 +13,14 @@ from fastllm.inference.async_engine import AsyncEngine, EngineClosed
 
 PARAMS = SamplingParams(max_tokens=30, seed=1, ignore_eos=True)
 LONG = SamplingParams(max_tokens=120, seed=1, ignore_eos=True)
+
+
+class Slow(Engine):
+    """An answer of LONG takes more than a second on any machine."""
+
+    def step(self):
+        time.sleep(0.01)
+        return super().step()
 
 
 async def answer(engine: AsyncEngine, prompt: Prompt, params: SamplingParams = PARAMS) -> list[int]:
@@ -43,7 +52,7 @@ def test_many_at_once(gpt, tokenizer):
 
 def test_who_goes_away_frees_the_pages(gpt, tokenizer):
     async def main() -> None:
-        engine = AsyncEngine(Engine(gpt, tokenizer, max_batch=2))
+        engine = AsyncEngine(Slow(gpt, tokenizer, max_batch=2))
         stream = engine.stream([Prompt([5, 6])], LONG)
         await anext(stream)
         await stream.aclose()
@@ -85,12 +94,12 @@ def test_errors_reach_who_asked_and_the_engine_lives_on(gpt, tokenizer):
 
 def test_close_waits_and_then_ends_what_runs(gpt, tokenizer):
     async def main() -> None:
-        engine = AsyncEngine(Engine(gpt, tokenizer))
+        engine = AsyncEngine(Slow(gpt, tokenizer))
         task = asyncio.create_task(answer(engine, Prompt([5])))
         await until(lambda: engine.stats.running == 1)
         await engine.close(30)
         assert len(await task) == 30
-        engine = AsyncEngine(Engine(gpt, tokenizer))
+        engine = AsyncEngine(Slow(gpt, tokenizer))
         task = asyncio.create_task(answer(engine, Prompt([5]), LONG))
         await until(lambda: engine.stats.running == 1)
         await engine.close(0)

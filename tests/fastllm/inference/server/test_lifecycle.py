@@ -90,7 +90,7 @@ class Asking(threading.Thread):
 
 def test_sigterm_lets_answers_end(tiny_model):
     with run_server(tiny_model, "--quiet") as server:
-        asking = [Asking(server, max_tokens=150), Asking(server, max_tokens=150, stream=True)]
+        asking = [Asking(server, max_tokens=1500), Asking(server, max_tokens=1500, stream=True)]
         while server.metric("fastllm_requests_running") < 2:
             time.sleep(0.01)
         server.process.send_signal(signal.SIGTERM)
@@ -101,7 +101,7 @@ def test_sigterm_lets_answers_end(tiny_model):
         assert int(refused.headers["retry-after"]) >= 1
         for thread in asking:
             thread.join(HANG)
-        assert asking[0].result.usage.completion_tokens == 150
+        assert asking[0].result.usage.completion_tokens == 1500
         assert asking[1].result[-1].choices[0].finish_reason == "length"
         code, stdout, stderr = server.end()
     assert (code, stderr) == (0, "")

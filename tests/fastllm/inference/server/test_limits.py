@@ -69,7 +69,7 @@ def test_more_answers_than_the_server_takes(server: Running):
 
 def test_a_client_that_does_not_read(server: Running):
     """It holds its own answer up and nobody else's."""
-    body = {"prompt": "the", "n": 8, "stream": True, "logprobs": 20, **LONG, "max_tokens": 200}
+    body = {"prompt": "the", "n": 8, "stream": True, "logprobs": 20, **LONG, "max_tokens": 1000}
     content = json.dumps(body).encode()
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

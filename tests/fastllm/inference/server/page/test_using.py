@@ -424,6 +424,6 @@ def test_with_the_server_itself(browser: Browser, server: Running) -> None:
             expect(page.locator(".assistant .note")).to_have_count(count)
         expect(page.locator(".assistant .note").last).to_contain_text("tokens/s")
         assert page.locator(".answer").first.inner_text()
-        assert server.metric("fastllm_requests_running") == 0
+        server.wait_for("fastllm_requests_running", 0)
         ask(page, "refuse this")
         expect(page.locator(".error")).to_contain_text("the template refuses this")
