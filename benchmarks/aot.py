@@ -135,13 +135,13 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
-    def packed_linear(dtype: torch.dtype, depth: int, int8: bool) -> Callable[[], Any]:
+    def packed_linear(dtype: torch.dtype, depth: int, int8: bool, gated: bool = False) -> Callable[[], Any]:
         def call() -> None:
-            x = torch.empty(16, depth, dtype=dtype)
-            weight = torch.empty(256, depth, dtype=torch.int8 if int8 else dtype)
-            scales = torch.empty(256) if int8 else None
-            bias = torch.empty(256, dtype=dtype)
-            torch.ops.fastllm.packed_linear_forward(x, weight, scales, 256, False, bias, False, "triton")
+            x, rows = torch.empty(16, depth, dtype=dtype), 512 if gated else 256
+            weight = torch.empty(rows, depth, dtype=torch.int8 if int8 else dtype)
+            scales = torch.empty(rows) if int8 else None
+            bias = None if gated else torch.empty(256, dtype=dtype)
+            torch.ops.fastllm.packed_linear_forward(x, weight, scales, 256, False, gated, bias, False, "triton")
 
         return call
 
@@ -154,6 +154,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"swiglu {name}", swiglu(dtype)
         yield f"packed_linear {name}", packed_linear(dtype, 4096, False)
         yield f"packed_linear {name} int8", packed_linear(dtype, 4096, True)
+        yield f"packed_linear {name} gated", packed_linear(dtype, 4096, False, True)
     yield "packed_linear bfloat16 4095", packed_linear(torch.bfloat16, 4095, False)
     for dim in (64, 128, 256):
         yield f"attention bfloat16 {dim}", attention(dim, torch.bfloat16)

@@ -54,14 +54,14 @@ struct AttentionBackward : Attention {
 // With a table, k and v are pools of pages, [pages, page_size, kv_heads, dim], and `batch` of their Heads goes from page
 // to page: key i of sequence s is in page table[s * columns + i / page_size]. The CUDA C++ kernels take no table.
 struct AttentionDecode : Attention {
-  const int64_t* seen;  // or null: all
-  const int32_t* table;  // [batch, columns], or null
-  int64_t columns, pages;
-  int page_shift;  // page_size is 2^page_shift
-  float* parts;         // on a GPU [splits, sequences * len_q * heads, dim_v + 1], or null: one part
-  int64_t splits;
-  void* out;
-  float* lse;
+  const int64_t* seen = nullptr;   // or null: all
+  const int32_t* table = nullptr;  // [batch, columns], or null
+  int64_t columns = 0, pages = 0;
+  int page_shift = 0;      // page_size is 2^page_shift
+  float* parts = nullptr;  // on a GPU [splits, sequences * len_q * heads, dim_v + 1], or null: one part
+  int64_t splits = 1;
+  void* out = nullptr;
+  float* lse = nullptr;
 
   int64_t seen_of(int64_t s) const {
     const int64_t n = seen ? seen[s] : len_k;

@@ -135,10 +135,10 @@ AttentionDecode attention_decode(const TensorView& q, const TensorView& k, const
 
 // weight is of another length where it was packed for another product.
 Linear linear(const TensorView& x, const TensorView& weight, const TensorView& scales, const TensorView& bias,
-              const TensorView& out) {
+              bool gated, const TensorView& out) {
   const Matrix product(out);
   const Linear a{x.rows(), weight.dense(), scales.dense<float>(), bias.dense(), out.dense(), product.rows,
-                 x.sizes()[-1], product.cols, x.dtype(), out.dtype() == DType::float32};
+                 x.sizes()[-1], product.cols, x.dtype(), out.dtype() == DType::float32, gated};
   if (weight.numel() != a.panels() * a.packed_depth() * Linear::kFeatures) {
     throw py::value_error("a kernel was given a weight that is not packed for this product");
   }

@@ -134,6 +134,28 @@ inline void finish(const Linear& a, int64_t panel, int64_t row, int64_t rows, co
     }
 }
 
+// The same of a gated panel: silu of the gate's sums, times the others.
+template <typename Out>
+inline void finish_gated(const Linear& a, int64_t panel, int64_t row, int64_t rows, const float* c) {
+  constexpr int kHalf = kFeatures / 2, kVectors = kHalf / kLanes;
+  static_assert(kHalf % kLanes == 0);
+  const int64_t first = panel * kHalf, cols = least(kHalf, a.out_features - first);
+  vfloat gate_scales[kVectors], scales[kVectors];
+  for (int v = 0; v < kVectors && v * kLanes < cols && a.scales; ++v) {
+    gate_scales[v] = some(a.scales + first + v * kLanes, cols - v * kLanes);
+    scales[v] = some(a.scales + a.out_features + first + v * kLanes, cols - v * kLanes);
+  }
+  Out* out = static_cast<Out*>(a.out) + row * a.out_features + first;
+  for (int64_t r = 0; r < rows; ++r, out += a.out_features, c += kFeatures)
+    for (int v = 0; v < kVectors && v * kLanes < cols; ++v) {
+      vfloat gate = load(c + v * kLanes), x = load(c + kHalf + v * kLanes);
+      if (a.scales) gate = gate * gate_scales[v], x = x * scales[v];
+      x = gate * sigmoid(gate) * x;
+      const int64_t count = cols - v * kLanes;
+      count >= kLanes ? store(out + v * kLanes, x) : store_partial(out + v * kLanes, x, count & (kLanes - 1));
+    }
+}
+
 struct Range {
   int64_t begin, end;
 };
@@ -219,7 +241,12 @@ void product(const Linear& a) {
         const int64_t from = least(mine.begin + i * kRows, last), some_rows = least(kRows, mine.end - from);
         for (int64_t p = 0; p < count; ++p) {
           multiply(some_rows, rows + from * lda, lda, b + p * panel_size, depth, sums, ahead);
-          a.wide ? finish<T, float>(a, first + p, from, some_rows, sums) : finish<T, T>(a, first + p, from, some_rows, sums);
+          const auto finish_as = [&](auto out) {
+            using Out = decltype(out);
+            a.gated ? finish_gated<Out>(a, first + p, from, some_rows, sums)
+                    : finish<T, Out>(a, first + p, from, some_rows, sums);
+          };
+          a.wide ? finish_as(float{}) : finish_as(T{});
           ++ahead.part;
         }
       }

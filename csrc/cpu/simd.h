@@ -255,6 +255,8 @@ inline vfloat exp(vfloat x) {
 #endif
 }
 
+inline vfloat sigmoid(vfloat x) { return 1.f / (1.f + exp(-x)); }
+
 // e^x for x <= 0 in fewer steps than exp: to 1.3 units in the last place near 0, and to |x| units of it further away,
 // where e^x is small beside a sum that has 1 in it. -inf gives 0, and so does what lies below -87.3 (with AVX-512:
 // below -104).

@@ -8,8 +8,6 @@
 namespace fastllm::cpu::FASTLLM_ISA {
 namespace {
 
-inline vfloat sigmoid(vfloat x) { return 1.f / (1.f + exp(-x)); }
-
 template <typename T>
 void forward(const SwigluForward& a) {
   T* out = static_cast<T*>(a.out);

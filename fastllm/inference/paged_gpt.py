@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from ..errors import UserError
 from ..kernels import (
     PackedWeight,
     flash_attention,
@@ -16,7 +19,6 @@ from ..kernels import (
     packed_linear,
     rms_norm,
     rope_append,
-    swiglu,
 )
 from ..model.gpt import GPT, Block
 from ..model.rope import rotary_tables
@@ -69,7 +71,8 @@ class _Layer:
         biases = [p.bias.detach() for p in projections if p.bias is not None]
         self.qkv_bias = torch.cat(biases) if biases else None
         self.o = pack(attention.o_proj)
-        self.gate_up = pack(mlp.gate_proj, mlp.up_proj)
+        gate, up = mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach()
+        self.swiglu = pack_weight(up, gate=gate, quantize=quantize)
         self.down = pack(mlp.down_proj)
         self.input_norm = _weight(block.input_layernorm)
         self.mlp_norm = _weight(block.post_attention_layernorm)
@@ -80,6 +83,21 @@ def _weight(norm: torch.nn.Module) -> Tensor:
     weight = norm.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
+
+
+def _pool(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory for keys or values, in which nothing is written yet."""
+    size = math.prod(shape) * like.element_size()
+    try:
+        if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return like.new_empty(shape)
+        # in pages of 2 MiB: those of 4 KiB, each fetched when it is first written, took a tenth of a prompt's time
+        memory = mmap.mmap(-1, size)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+    except (RuntimeError, OSError, OverflowError) as error:
+        message = f"no memory for keys and values: {size:,} bytes, and as many again; take fewer kv_tokens or max_batch"
+        raise UserError(message) from error
 
 
 class PagedGPT:
@@ -102,7 +120,7 @@ class PagedGPT:
         self.norm = _weight(model.model.norm)
         self.cos, self.sin = (t.to(self.embedding.device) for t in rotary_tables(config, max_seq_len))
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
-        self.keys, self.values = self.embedding.new_empty(shape), self.embedding.new_empty(shape)
+        self.keys, self.values = _pool(shape, self.embedding), _pool(shape, self.embedding)
         self.pools = [*zip(self.keys, self.values, strict=True)]
         self.device = self.embedding.device
 
@@ -130,7 +148,7 @@ class PagedGPT:
             q = rope_append(q, k, v, self.cos, self.sin, rows.positions, keys, values, rows.slots)
             x = packed_linear(self._attend(q, keys, values, rows).flatten(1), layer.o)
             h, residual = rms_norm(x, layer.mlp_norm, eps=config.norm_eps, residual=residual)
-            x = packed_linear(swiglu(*packed_linear(h, layer.gate_up).chunk(2, dim=-1)), layer.down)
+            x = packed_linear(packed_linear(h, layer.swiglu), layer.down)
         if rows.wanted is not None:
             x, residual = x[rows.wanted], None if residual is None else residual[rows.wanted]
         h = rms_norm(x, self.norm, eps=config.norm_eps, residual=residual)[0]
@@ -139,7 +157,7 @@ class PagedGPT:
     @property
     def launches(self) -> int:
         """Kernels of a step of rows that decode and are all wanted."""
-        return self.config.layers * (9 + 2 * self.config.qk_norm) + 2
+        return self.config.layers * (8 + 2 * self.config.qk_norm) + 2
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, rows: Rows) -> Tensor:
         """Attention of each row to the keys of its sequence so far."""

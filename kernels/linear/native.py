@@ -11,4 +11,4 @@ from .packed import Stored
 def packed_linear_forward(
     x: Tensor, weight: Stored, bias: Tensor | None, wide: bool, backend: str, out: Tensor
 ) -> None:
-    KERNELS[backend].linear(as_rows(x), weight.data, weight.scales, bias, out, 0, 0)
+    KERNELS[backend].linear(as_rows(x), weight.data, weight.scales, bias, weight.gated, out, 0, 0)

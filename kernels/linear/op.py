@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import backends, checks
 from ..library import operator
 from . import reference
-from .packed import PackedWeight, Stored, matrix
+from .packed import PackedWeight, Stored
 
 
 @backends.op("triton", "cpu")
@@ -20,7 +20,8 @@ def packed_linear(
     out_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """``x weightᵀ + bias`` for inference, sums in float32, without gradients.
+    """``x weightᵀ + bias`` for inference, sums in float32, without gradients. With a gated weight
+    ``silu(x gateᵀ) · (x weightᵀ)``, rounded once.
 
     By a kernel, a row of the result depends on that row of x alone, bit by bit: neither on the other rows nor on their
     number nor on the number of threads. PyTorch's linear promises no such thing, and so ``backend="torch"`` doesn't.
@@ -28,7 +29,7 @@ def packed_linear(
     Args:
         x: ``[..., in_features]`` in the dtype that the weight had, any strides.
         weight: what :func:`pack_weight` made, on the device of x.
-        bias: ``[out_features]`` in the dtype of x, or None.
+        bias: ``[out_features]`` in the dtype of x, or None; a gated weight takes none.
         out_dtype: of the result: None, that of x, or torch.float32, in which the sums are.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None chooses (see ``explain``).
 
@@ -52,6 +53,8 @@ def packed_linear(
         raise ValueError(
             f"packed_linear: x must have in_features = {weight.in_features} columns, it has shape {list(x.shape)}"
         )
+    if bias is not None and weight.gated:
+        raise ValueError("packed_linear: a gated weight takes no bias")
     if bias is not None:
         checks.like("packed_linear", "bias", bias, "x", x, shape=(weight.out_features,))
     if out_dtype not in (None, x.dtype, torch.float32):
@@ -66,11 +69,11 @@ def packed_linear(
     chosen = backends.select("packed_linear", x, backend, lambda b: limit if b == "cpu" else None)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
-    stored = Stored(weight.data, weight.scales, weight.out_features, weight.panels)
-    if stored.panels != (chosen == "cpu"):
-        stored = stored._replace(data=matrix(weight.data, weight.out_features, weight.in_features), panels=False)
     if chosen == "torch":
-        return reference.packed_linear(x, stored.data, stored.scales, bias, out_dtype or x.dtype)
+        return reference.packed_linear(x, weight.matrix(), weight.scales, bias, weight.gated, out_dtype or x.dtype)
+    stored = Stored(weight.data, weight.scales, weight.out_features, weight.panels, weight.gated)
+    if stored.panels != (chosen == "cpu"):
+        stored = stored._replace(data=weight.matrix(), panels=False)
     return packed_linear_forward(x, stored, bias, wide, chosen)
 
 

@@ -8,9 +8,12 @@ from torch import Tensor
 
 
 def packed_linear(
-    x: Tensor, matrix: Tensor, scales: Tensor | None, bias: Tensor | None, out_dtype: torch.dtype
+    x: Tensor, matrix: Tensor, scales: Tensor | None, bias: Tensor | None, gated: bool, out_dtype: torch.dtype
 ) -> Tensor:
-    """``matrix``: [out_features, in_features], in the dtype of x or, with ``scales``, int8."""
+    """``matrix``: [out_features, in_features], in the dtype of x or, with ``scales``, int8; gated, twice the rows."""
+    if gated:
+        gate, out = packed_linear(x, matrix, scales, None, False, out_dtype).chunk(2, dim=-1)
+        return F.silu(gate) * out
     if scales is None and out_dtype == x.dtype:
         return F.linear(x, matrix, bias)
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -8,6 +8,7 @@ than the weight takes to arrive.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -24,31 +25,44 @@ def _tile(dtype: torch.dtype, aligned: bool) -> tuple[int, int, int]:
     return (64, 64, 3) if aligned else (64, 32, 2)
 
 
+@triton.jit
+def _widened(w, x):
+    return w if w.dtype == x.dtype else w.to(tl.float32).to(x.dtype)  # of int8, exact
+
+
 @Kernel
 def forward_kernel(
     X, W, SCALES, BIAS, OUT, rows, depth, features,
-    ALIGNED: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
+    GATED: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, FEATURES: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """OUT [rows, features] = X Wᵀ · SCALES + BIAS; X [rows, depth] and W [features, depth] are contiguous."""
+    """OUT [rows, features] = X Wᵀ · SCALES + BIAS; X [rows, depth] and W [features, depth] are contiguous. GATED: that
+    times silu(X gateᵀ · SCALES), where the gate's rows and scales stand before those of W."""
     row_blocks = tl.cdiv(rows, ROWS)  # programs side by side share a part of W
     row = (tl.program_id(0) % row_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     feature = (tl.program_id(0) // row_blocks).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
     k = tl.arange(0, DEPTH)
     depth, features = multiple(depth, ALIGNED), multiple(features, ALIGNED)
     x_at = X + (row * depth)[:, None] + k[None, :]
-    w_at = W + (feature * depth)[None, :] + k[:, None]
+    gate_at = W + (feature * depth)[None, :] + k[:, None]
+    w_at = gate_at + features.to(tl.int64) * depth if GATED else gate_at
     acc = tl.zeros([ROWS, FEATURES], tl.float32)
+    gate = acc
     for first in range(0, depth, DEPTH):
         within = first + k < depth
         x = tl.load(x_at + first, (row < rows)[:, None] & within[None, :], other=0.0)
-        w = tl.load(w_at + first, (feature < features)[None, :] & within[:, None], other=0.0)
-        if SCALES is not None:
-            w = w.to(tl.float32).to(x.dtype)  # exact
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        seen = (feature < features)[None, :] & within[:, None]
+        acc = tl.dot(x, _widened(tl.load(w_at + first, seen, other=0.0), x), acc, input_precision="ieee")
+        if GATED:
+            gate = tl.dot(x, _widened(tl.load(gate_at + first, seen, other=0.0), x), gate, input_precision="ieee")
     if SCALES is not None:
-        acc = acc * tl.load(SCALES + feature, feature < features, other=0.0)[None, :]
+        scale_at = SCALES + features + feature if GATED else SCALES + feature
+        acc = acc * tl.load(scale_at, feature < features, other=0.0)[None, :]
     if BIAS is not None:
         acc = acc + tl.load(BIAS + feature, feature < features, other=0.0).to(tl.float32)[None, :]
+    if GATED:
+        if SCALES is not None:
+            gate = gate * tl.load(SCALES + feature, feature < features, other=0.0)[None, :]
+        acc = gate * tl.sigmoid(gate) * acc
     mask = (row < rows)[:, None] & (feature < features)[None, :]
     tl.store(OUT + (row * features)[:, None] + feature[None, :], acc.to(OUT.dtype.element_ty), mask)
 
@@ -60,10 +74,11 @@ def packed_linear_forward(
     rows = out.numel() // out_features
     aligned = (depth | out_features) % 8 == 0
     features, block, stages = _tile(x.dtype, aligned)
+    features = features // 2 if weight.gated else features  # of both
     forward_kernel(
         (cdiv(rows, ROWS) * cdiv(out_features, features), 1, 1),
         (x.contiguous(), weight.data, weight.scales, bias, out),
         (rows, depth, out_features),
-        (aligned, ROWS, features, block),
+        (weight.gated, aligned, ROWS, features, block),
         num_stages=stages,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastllm.kernels import PackedWeight, explain, native, pack_weight, packed_linear
-from fastllm.kernels.linear.packed import dequantized, matrix
+from fastllm.kernels.linear.packed import dequantized
 from tests.numerics import DTYPES, assert_accurate
 
 QUANTIZE = [None, "int8"]
@@ -35,12 +33,14 @@ def threads():
 
 def exact(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """In float64, and quantised weights as they are, not rounded to the dtype."""
-    if weight.scales is None:
-        wide = weight.unpack().double()
-    else:
-        rows = matrix(weight.data, weight.out_features, weight.in_features) if weight.panels else weight.data
-        wide = rows.double() * weight.scales.double()[:, None]
-    return F.linear(x.double(), wide, None if bias is None else bias.double())
+    wide = weight.matrix().double()
+    if weight.scales is not None:
+        wide *= weight.scales.double()[:, None]
+    out = F.linear(x.double(), wide, None if bias is None else bias.double())
+    if not weight.gated:
+        return out
+    gate, out = out.chunk(2, -1)
+    return F.silu(gate) * out
 
 
 def inputs(rows: int, cols: int, features: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, ...]:
@@ -59,6 +59,20 @@ def check(shape, dtype, backend, quantize=None, biased=True, device="cpu") -> No
     assert_accurate(got, eager, exact(x, packed, bias), terms=terms)
 
 
+def check_gated(shape, dtype, backend, quantize=None, device="cpu") -> None:
+    rows, cols, features = shape
+    x, gate, _ = inputs(*shape, dtype, device)
+    weight = torch.randn(features, cols, device=device).to(dtype)
+    packed = pack_weight(weight, gate=gate, quantize=quantize)
+    eager = packed_linear(x, packed, backend="torch")
+    got = packed_linear(x, packed, backend=backend)
+    assert got.shape == (rows, features) and got.is_contiguous()
+    # silu grows at most 1.1 times as its argument, so an error in a product is as large in the result as the other
+    products = [F.linear(x.double(), w.double()).abs() for w in (gate, weight)]
+    sums = [F.linear(x.double().abs(), w.double().abs()) for w in (gate, weight)]
+    assert_accurate(got, eager, exact(x, packed, None), terms=1.1 * sums[0] * products[1] + products[0] * sums[1])
+
+
 # ---- packing ----
 
 
@@ -70,6 +84,15 @@ def test_unpack_gives_the_weight_back(dtype, shape):
     assert torch.equal(packed.unpack(), weight) and packed.unpack().is_contiguous()
     assert (packed.out_features, packed.in_features, packed.dtype, packed.device) == (*shape, dtype, weight.device)
     assert packed.scales is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (33, 577), (70, 31), (0, 5), (5, 0)], ids=str)
+def test_unpack_gives_the_gate_and_the_weight_back(dtype, shape):
+    gate, weight = (torch.randn(shape).to(dtype) for _ in range(2))
+    packed = pack_weight(weight, gate=gate)
+    assert torch.equal(packed.unpack(), torch.cat([gate, weight])) and packed.unpack().is_contiguous()
+    assert (packed.out_features, packed.in_features, packed.gated) == (*shape, True)
 
 
 def test_packing_copies():
@@ -96,9 +119,9 @@ def test_int8_is_half_a_step_away(dtype):
     weight[3] = 0
     packed = pack_weight(weight, quantize="int8")
     steps = weight.double().abs().amax(1, keepdim=True) / 127
-    rows = matrix(packed.data, 70, 577).double() * packed.scales.double()[:, None]
+    rows = packed.matrix().double() * packed.scales.double()[:, None]
     assert bool(((rows - weight.double()).abs() <= steps / 2 * (1 + 1e-5)).all())
-    assert torch.equal(packed.unpack(), dequantized(matrix(packed.data, 70, 577), packed.scales, dtype))
+    assert torch.equal(packed.unpack(), dequantized(packed.matrix(), packed.scales, dtype))
     assert packed.data.dtype == torch.int8 and packed.unpack().dtype == dtype and not packed.unpack()[3].any()
 
 
@@ -116,6 +139,7 @@ def test_a_parameter_is_packed_without_its_gradient():
 def test_accuracy(backend, shape, dtype, quantize):
     check(shape, dtype, backend, quantize)
     check(shape, dtype, backend, quantize, biased=False)
+    check_gated(shape, dtype, backend, quantize)
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
@@ -123,6 +147,7 @@ def test_accuracy(backend, shape, dtype, quantize):
 def test_accuracy_on_instruction_sets(instruction_set, dtype, quantize):
     for shape in [*SHAPES, (600, 100, 40), (130, 4200, 33)]:
         check(shape, dtype, "cpu", quantize)
+        check_gated(shape, dtype, "cpu", quantize)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -135,6 +160,7 @@ def test_accuracy_on_instruction_sets(instruction_set, dtype, quantize):
 )
 def test_any_shape(backend, rows, cols, features, dtype, quantize):
     check((rows, cols, features), dtype, backend, quantize)
+    check_gated((rows, cols, features), dtype, backend, quantize)
 
 
 @pytest.mark.parametrize("quantize", QUANTIZE)
@@ -160,7 +186,12 @@ def test_any_strides_of_x(backend, dtype, quantize):
 def company(rows: int, sizes, shape, backend: str, dtype: torch.dtype, quantize: str | None) -> list[Tensor]:
     """The results of the same rows: together, in groups in which they stand elsewhere, and beside NaN."""
     x, weight, bias = inputs(rows, *shape, dtype)
-    call = partial(packed_linear, weight=pack_weight(weight, quantize=quantize), bias=bias, backend=backend)
+    packed, gated = (pack_weight(weight, gate=gate, quantize=quantize) for gate in (None, -weight.flip(0)))
+
+    def call(x: Tensor) -> Tensor:
+        both = packed_linear(x, packed, bias, backend=backend), packed_linear(x, gated, backend=backend)
+        return torch.cat(both, -1)
+
     results = [call(x)]
     results += [torch.cat([call(group) for group in x.split(size)]) for size in sizes]
     others = torch.full((3, shape[0]), torch.nan, dtype=dtype)
@@ -218,6 +249,8 @@ def test_nothing(backend):
         x, weight, bias = inputs(rows, cols, features, torch.float32)
         got = packed_linear(x, pack_weight(weight), bias, backend=backend)
         assert torch.equal(got, F.linear(x, weight, bias))
+        gated = packed_linear(x, pack_weight(weight, gate=weight), backend=backend)
+        assert torch.equal(gated, torch.zeros(rows, features))
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
@@ -231,6 +264,9 @@ def test_results_in_float32(dtype, quantize, backend):
     assert got.dtype == eager.dtype == torch.float32
     assert_accurate(got, eager, exact(x, packed, bias), terms=F.linear(x.double().abs(), weight.double().abs()))
     assert torch.equal(got.to(dtype), packed_linear(x, packed, bias, backend=backend))
+    gated = pack_weight(weight, gate=weight, quantize=quantize)
+    got = packed_linear(x, gated, out_dtype=torch.float32, backend=backend)
+    assert got.dtype == torch.float32 and torch.equal(got.to(dtype), packed_linear(x, gated, backend=backend))
     with pytest.raises(TypeError, match="out_dtype must be"):
         packed_linear(x, packed, bias, out_dtype=torch.float64)
 
@@ -239,7 +275,7 @@ def test_opcheck(backend):
     x, weight, bias = inputs(3, 8, 5, torch.float32)
     packed = pack_weight(weight)
     data = packed.data if backend == "cpu" else weight
-    args = (x, data, None, 5, backend == "cpu", bias, False, backend)
+    args = (x, data, None, 5, backend == "cpu", False, bias, False, backend)
     torch.library.opcheck(torch.ops.fastllm.packed_linear_forward, args)
 
 
@@ -281,6 +317,13 @@ def test_bad_weights():
     ]:
         with pytest.raises(error, match=message):
             pack_weight(wrong)
+    for gate, error, message in [
+        (torch.ones(2, 3), ValueError, r"gate must have shape \[2, 2\], it has \[2, 3\]"),
+        (torch.ones(2, 2).half(), TypeError, "gate is float16 but weight is float32"),
+        ([[1.0]], TypeError, "gate must be a torch.Tensor, not list"),
+    ]:
+        with pytest.raises(error, match=message):
+            pack_weight(torch.ones(2, 2), gate=gate)
     with pytest.raises(ValueError, match="quantize must be None or 'int8', not 'int4'"):
         pack_weight(torch.ones(2, 2), quantize="int4")
     for wrong in (torch.inf, torch.nan):
@@ -299,6 +342,7 @@ def test_bad_arguments():
         ((x[0, 0], packed), ValueError, "x must have at least 1 dim"),
         ((x, packed, bias[:4]), ValueError, r"bias must have shape \[5\], it has \[4\]"),
         ((x, packed, bias.half()), TypeError, "bias is float16 but x is float32"),
+        ((x, pack_weight(weight, gate=weight), bias), ValueError, "a gated weight takes no bias"),
         ((x.to("meta"), packed), ValueError, "weight is on cpu but x is on meta"),
         ((x.clone().requires_grad_(), packed), ValueError, "it has no gradient"),
         ((x, packed, bias.clone().requires_grad_()), ValueError, "it has no gradient"),
@@ -315,7 +359,7 @@ def test_the_kernel_refuses_a_weight_packed_for_another_product():
     out = torch.empty(3, 40)
     for data in (pack_weight(weight[:32]).data, pack_weight(weight[:, :63]).data, weight):
         with pytest.raises(ValueError, match="not packed for this product"):
-            cpu.linear(x, data, None, None, out, 0, 0)
+            cpu.linear(x, data, None, None, False, out, 0, 0)
 
 
 # ---- on a GPU ----
@@ -327,6 +371,7 @@ def test_the_kernel_refuses_a_weight_packed_for_another_product():
 def test_on_gpus(dtype, quantize):
     for shape in [*SHAPES, (1, 4096, 4096), (300, 1024, 4096)]:
         check(shape, dtype, "triton", quantize, device="cuda")
+        check_gated(shape, dtype, "triton", quantize, device="cuda")
 
 
 @pytest.mark.gpu

@@ -44,7 +44,7 @@ def kernels(dtype, seq, cols, dim=64):
     few, few_lse = torch.zeros(2, 60, 4, dim, dtype=dtype), torch.zeros(2, 4, 60)
     wide, narrow = torch.zeros(50, 32 * dim, dtype=dtype), torch.zeros(50, 40, dtype=dtype)
     packed = pack_weight(torch.zeros(40, 32 * dim, dtype=dtype), quantize="int8")
-    yield "linear", lambda: cpu.linear(wide, packed.data, packed.scales, None, narrow, 0, 0)
+    yield "linear", lambda: cpu.linear(wide, packed.data, packed.scales, None, False, narrow, 0, 0)
     band = 0.1, 100, 0, 5.0
     yield "attention", lambda: cpu.attention_forward(q, k, v, None, None, None, band, out, lse, 0, 0)
     yield "attention backward", lambda: cpu.attention_backward(

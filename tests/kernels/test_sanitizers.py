@@ -90,14 +90,16 @@ for name in cpu.instruction_sets():
     x, y = zeros(2, 20001, dtype=0), zeros(2, 20001, dtype=0)  # too long to be held
     cpu.softmax_forward(x, None, 0, 1.0, False, y, 0, 0)
 
-def in_panels(array, dtype):  # as pack_weight packs [out_features, in_features]
-    n, k = array.shape
+def in_panels(array, dtype, halves):  # as pack_weight packs [halves * out_features, in_features]
+    n, k = len(array) // halves, array.shape[1]
     pairs, int8 = dtype == 2, array.dtype == np.int8
     depth = -(-k // 32) * 32 if pairs or int8 else k
-    full = np.zeros((-(-n // 32) * 32, depth), array.dtype)
-    full[:n, :k] = array
+    part = 32 // halves
+    full = np.zeros((halves, -(-n // part) * part, depth), array.dtype)
+    full[:, :n, :k] = array.reshape(halves, n, k)
     steps = 2 if pairs and not int8 else 1
-    panels = full.reshape(-1, 32, depth // steps, steps).transpose(0, 2, 1, 3)
+    features = full.reshape(halves, -1, part, depth).swapaxes(0, 1)
+    panels = features.reshape(-1, 32, depth // steps, steps).transpose(0, 2, 1, 3)
     return Tensor(np.ascontiguousarray(panels), 0 if int8 else dtype)
 
 def normal(*shape, dtype):
@@ -105,6 +107,9 @@ def normal(*shape, dtype):
     if dtype == 1:
         return Tensor(x.astype(np.float16).view(np.uint16), dtype)
     return Tensor((x.view(np.uint32) >> 16).astype(np.uint16) if dtype else x, dtype)
+
+def silu(x):
+    return x / (1 + np.exp(-x.astype(np.float64)))
 
 def wide(a, dtype):
     if dtype == 2:
@@ -154,20 +159,25 @@ for packed, left, right in itertools.product((False, True), farther, farther):
     pair = [attention(9, 300, 2, 1, 8, 8, 0, packed, *window, 0.0) for window in ((left, right), (NONE, NONE))]
     for a, b in zip(*pair):
         assert np.array_equal(a, b), (left, right)
-for dtype, int8, r, k, n in itertools.product((0, 1, 2), (0, 1), (1, 12, 33, 70), (1, 31, 64, 577), (1, 33, 64)):
-    x, bias, scales = normal(r, k, dtype=dtype), normal(n, dtype=dtype), normal(n, dtype=0)
-    w = np.arange(n * k).reshape(n, k).astype(np.int8) if int8 else normal(n, k, dtype=dtype).array
+for gated, dtype, int8, r, k, n in itertools.product(
+    (0, 1), (0, 1, 2), (0, 1), (1, 12, 33, 70), (1, 31, 64, 577), (1, 33, 64)
+):
+    m = n * (1 + gated)
+    x, bias, scales = normal(r, k, dtype=dtype), normal(n, dtype=dtype), normal(m, dtype=0)
+    w = np.arange(m * k).reshape(m, k).astype(np.int8) if int8 else normal(m, k, dtype=dtype).array
     factor = scales.array[:, None] if int8 else 1
     matrix = (w.astype(np.float32) if int8 else wide(w, dtype)) * factor
-    right = wide(x.array, dtype) @ matrix.T + wide(bias.array, dtype)
+    right = wide(x.array, dtype) @ matrix.T
+    right = silu(right[:, :n]) * right[:, n:] if gated else right + wide(bias.array, dtype)
     for name in cpu.instruction_sets():
         cpu.use_instruction_set(name)
         for given in {dtype, 0}:  # the result in its dtype, and in float32
             out = zeros(r, n, dtype=given)
-            cpu.linear(x, in_panels(w, dtype), scales if int8 else None, bias, out, 0, 0)
+            panels = in_panels(w, dtype, 1 + gated)
+            cpu.linear(x, panels, scales if int8 else None, None if gated else bias, bool(gated), out, 0, 0)
             most = max(1, abs(right).max())
             off = abs(wide(out.array, given) - right).max()
-            assert off <= (1e-4, 2e-3, 2e-2)[dtype] * most, (name, dtype, int8, r, k, n, off)
+            assert off <= (1e-4, 2e-3, 2e-2)[dtype] * most, (name, gated, dtype, int8, r, k, n, off)
 print("clean", cpu.instruction_sets())
 if len(sys.argv) > 2:  # one row too many: the sanitizer must see it
     x, y, rstd = zeros(1, 64, dtype=0), zeros(2, 64, dtype=0), zeros(2, dtype=0)
