@@ -1,7 +1,8 @@
 """Compile every GPU kernel ahead of time and tabulate what the compilers made of it. Needs no GPU.
 
-    python -m benchmarks.aot            compare with the committed table (benchmarks/aot.json)
-    python -m benchmarks.aot --write    write that table
+    python -m benchmarks.aot              compare with the committed table (benchmarks/aot.json)
+    python -m benchmarks.aot --changed    without compiling again what the table was made of, but for a sample
+    python -m benchmarks.aot --write      write that table
 
 Triton kernels are compiled for each target as their own launchers launch them (:func:`launches` lists the
 calls), with the same specialisation; CUDA C++ kernels are read out of the installed native module. Per kernel and
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -27,15 +29,18 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from . import machine_code
 from .machine_code import Row, read_amd, read_cubin, short_names
 from .targets import TARGETS, current_target
 
+SAMPLE = 16
 TABLE = Path(__file__).with_name("aot.json")
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024}
@@ -182,17 +187,31 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "cross_entropy float32 262144 every argument", cross_entropy(262144, torch.float32, True)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A launch of a Triton kernel for a target, and a hash of all that its machine code, and so its row, depends on."""
+
+    compile: Callable[[], Any]
+    digest: str
+
+
 @functools.cache
-def triton_sources() -> dict[tuple[str, str], Callable[[], Any]]:
-    """(name, target) -> compiles what the launchers launch there, as Triton itself would for this launch."""
+def triton_sources() -> dict[tuple[str, str], Source]:
+    """(name, target) -> what the launchers launch there, to be compiled as Triton itself would for this launch."""
     import fastllm.kernels  # noqa: F401 (registers the operators)
     from fastllm.kernels.attention import triton_tuning
-    from fastllm.kernels.triton_launch import Kernel
+    from fastllm.kernels.triton_launch import INT32, Kernel
 
-    found: dict[tuple[str, str], Callable[[], Any]] = {}
+    found: dict[tuple[str, str], Source] = {}
+    tools = compilers()["triton"], Path(machine_code.__file__).read_text()
 
     def record(kernel: Kernel, grid: Any, *launch: Any, **options: int) -> None:
-        found[f"{name} {kernel.name}", target] = functools.partial(kernel.compile, *launch, **options)
+        tensors, numbers, *rest = launch
+        kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
+        kinds += [(type(n), n >= INT32) for n in numbers]
+        given = (kernel.jit.cache_key, kinds, rest, sorted(options.items()), target, tools)
+        digest = hashlib.sha256(repr(given).encode()).hexdigest()[:16]
+        found[f"{name} {kernel.name}", target] = Source(functools.partial(kernel.compile, *launch, **options), digest)
 
     with mock.patch.object(Kernel, "__call__", record):
         for target in TARGETS:
@@ -205,7 +224,7 @@ def triton_sources() -> dict[tuple[str, str], Callable[[], Any]]:
 def _compile_triton(name: str, target: str) -> Row:
     """Compile one recorded launch for one target (in a worker process: Triton's compilers hold the GIL)."""
     with current_target(target):
-        compiled = triton_sources()[name, target]()
+        compiled = triton_sources()[name, target].compile()
     threads = TARGETS[target][2] * compiled.metadata.num_warps
     if target.startswith("gfx"):
         return read_amd(compiled.asm["amdgcn"], threads)
@@ -216,14 +235,17 @@ def _compile_triton(name: str, target: str) -> Row:
     return row
 
 
-def triton_table() -> Table:
-    jobs = list(triton_sources())
+def triton_table(known: Mapping[str, Row]) -> Table:
+    """``known``: rows by the digest of their source, of which one in SAMPLE is made again all the same."""
+    sources = triton_sources()
+    jobs = [job for i, job in enumerate(sources) if sources[job].digest not in known or i % SAMPLE == 0]
     # Spawned, not forked: a fork of a process with OpenMP threads hangs.
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        rows = list(pool.map(_compile_triton, *zip(*jobs, strict=True)))
+        rows = dict(zip(jobs, pool.map(_compile_triton, *zip(*jobs, strict=True)), strict=True))
+    print(f"triton: {len(jobs)} compiled, {len(sources) - len(jobs)} as they were")
     table: Table = defaultdict(dict)
-    for (name, target), row in zip(jobs, rows, strict=True):
-        table[name][target] = row
+    for (name, target), source in sources.items():
+        table[name][target] = rows.get((name, target)) or known[source.digest]
     return dict(table)
 
 
@@ -307,17 +329,26 @@ def _cell(row: Row) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="write the table instead of comparing with it")
+    parser.add_argument("--changed", action="store_true", help="compile what has changed since the table was made, and "
+                        f"one in {SAMPLE} of the others")  # fmt: skip
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: unset it, the interpreter compiles nothing")
     versions = compilers()
-    new = {"triton": triton_table(), "cuda": cuda_table()}
     known = json.loads(TABLE.read_text())
+    rows = known["triton"].get(versions["triton"], {})
+    made_of = {}
+    for digest, job in known["sources"].items():
+        name, _, target = job.rpartition(" on ")
+        if target in rows.get(name, {}):
+            made_of[digest] = rows[name][target]
+    new = {"triton": triton_table(made_of if arguments.changed else {}), "cuda": cuda_table()}
     if arguments.write:
         for kind, table in new.items():
             if not isinstance(table, str):
                 # of Triton one table for each version, of CUDA C++ one
                 known[kind] = (known[kind] if kind == "triton" else {}) | {versions[kind]: table}
+        known["sources"] = {s.digest: " on ".join(job) for job, s in triton_sources().items()}
         TABLE.write_text(json.dumps(known, indent=1) + "\n")
     found = []
     for kind, table in new.items():

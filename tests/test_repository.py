@@ -70,9 +70,8 @@ assert kernels is not fastllm.kernels and not kernels.__all__
 
 def test_compiled_kernels_match_the_table():
     """Every GPU kernel compiles for every target; nothing spills or loses its tensor-core instructions."""
-    found = run(
-        sys.executable, "-m", "benchmarks.aot", timeout=None
-    )  # minutes of work: no limit holds on every machine
+    # minutes of work where the compiler is not the table's: no limit holds on every machine
+    found = run(sys.executable, "-m", "benchmarks.aot", "--changed", timeout=None)
     assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
 
 

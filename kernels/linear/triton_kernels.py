@@ -44,14 +44,14 @@ def forward_kernel(
     depth, features = multiple(depth, ALIGNED), multiple(features, ALIGNED)
     x_at = X + (row * depth)[:, None] + k[None, :]
     gate_at = W + (feature * depth)[None, :] + k[:, None]
-    w_at = gate_at + features.to(tl.int64) * depth if GATED else gate_at
+    behind = features.to(tl.int64) * depth if GATED else 0  # where the rows of W begin
     acc = tl.zeros([ROWS, FEATURES], tl.float32)
     gate = acc
     for first in range(0, depth, DEPTH):
         within = first + k < depth
         x = tl.load(x_at + first, (row < rows)[:, None] & within[None, :], other=0.0)
         seen = (feature < features)[None, :] & within[:, None]
-        acc = tl.dot(x, _widened(tl.load(w_at + first, seen, other=0.0), x), acc, input_precision="ieee")
+        acc = tl.dot(x, _widened(tl.load(gate_at + (first + behind), seen, other=0.0), x), acc, input_precision="ieee")
         if GATED:
             gate = tl.dot(x, _widened(tl.load(gate_at + first, seen, other=0.0), x), gate, input_precision="ieee")
     if SCALES is not None:

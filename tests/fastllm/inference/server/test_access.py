@@ -264,8 +264,9 @@ def test_a_fault_of_the_engine(ask_as, engine, monkeypatch, capsys):
         return Engine.step(engine)
 
     monkeypatch.setattr(engine, "step", step)
-    body = {"prompt": "a", "stream": True, "ignore_eos": True, "logit_bias": {str(engine.tokenizer.encode("b")[0]): 100}}
-    got = ask_as(Access())("POST", "/v1/completions", body)  # no token is half a character, which would wait
+    bias = {str(engine.tokenizer.encode("b")[0]): 100}  # no token is half a character, which would wait
+    body = {"prompt": "a", "stream": True, "ignore_eos": True, "logit_bias": bias}
+    got = ask_as(Access())("POST", "/v1/completions", body)
     *parts, last = got.body.decode().strip().split("\n\n")
     assert len(parts) == 3
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
