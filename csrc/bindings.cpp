@@ -19,6 +19,9 @@
 #include "softmax.h"
 #include "swiglu.h"
 #include "tensor_view.h"
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 #ifndef FASTLLM_NO_CPU
 #include "cpu/kernels.h"
 #endif
@@ -310,6 +313,11 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   on_cpu.def("instruction_sets", &cpu::instruction_sets, "Those that this processor runs, the best last.");
   on_cpu.def("instruction_set", &cpu::instruction_set, "The one in use.");
   on_cpu.def("use_instruction_set", &cpu::use_instruction_set, py::arg("name"));
+#if defined(_OPENMP)
+  on_cpu.def("release_threads", [] { omp_pause_resource_all(omp_pause_soft); });
+#else
+  on_cpu.def("release_threads", [] {});
+#endif
   on_cpu.def("rms_norm_partials", [](const TensorView& x, int) { return cpu::rms_norm_partials(Matrix(x).rows); });
   def_cpu(on_cpu, "rms_norm_forward", rms_norm_forward, &cpu::Kernels::rms_norm_forward);
   def_cpu(on_cpu, "rms_norm_backward", rms_norm_backward, &cpu::Kernels::rms_norm_backward);

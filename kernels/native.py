@@ -44,6 +44,16 @@ def recording() -> Any:
     return None if _C is None else _C.Recording()
 
 
+def release_threads() -> None:
+    """End the threads that wait for the caller's next parallel region, PyTorch's too; then it gets new ones.
+
+    For whoever hands the work over to another thread, which has threads of its own: where all such threads are more
+    than the cores, GNU's OpenMP lets them wait asleep, and short kernels take twice as long.
+    """
+    if "cpu" in KERNELS:
+        KERNELS["cpu"].release_threads()
+
+
 def cpu_missing() -> str | None:
     """Why the CPU kernels can't be called, or None."""
     return None if "cpu" in KERNELS else _MISSING

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from ..errors import UserError
+from ..kernels.native import release_threads
 from .engine import Engine
 from .request import NOT_FINITE, Delta, Prompt, Request
 from .sampling import SamplingParams
@@ -47,6 +48,7 @@ class AsyncEngine:
         self._clients: dict[Request, tuple[int, _Client]] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="fastllm engine", daemon=True)
+        release_threads()  # of this one, which has loaded the model
         self._thread.start()
 
     async def stream(

@@ -107,6 +107,27 @@ print("fine")
 """
 
 
+THREADS = """
+import os
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(5)
+x, w = torch.randn(512, 512), torch.randn(512)
+out, rows = torch.empty_like(x), torch.empty(512)
+before = threads()
+cpu.rms_norm_forward(x, w, None, 1e-6, 0.0, out, None, rows, 0, 0)
+assert threads() >= before + 4, threads()
+first = out.clone()
+native.release_threads()
+assert threads() <= before, threads()
+cpu.rms_norm_forward(x, w, None, 1e-6, 0.0, out, None, rows, 0, 0)
+assert torch.equal(out, first)
+print("fine")
+"""
+
+
 def run(script: str, *arguments: str, **environment: str) -> None:
     command = [sys.executable, "-c", COMMON + script, *arguments]
     found = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=HANG)
@@ -123,3 +144,7 @@ def test_small_stacks(threads):
 def test_out_of_memory_is_an_exception():
     """Whatever a kernel allocates may fail; it says how much it wanted, and the next call works."""
     run(MEMORY, MALLOC_MMAP_THRESHOLD_="65536")  # what is freed goes back: a kernel finds nothing of its predecessor
+
+
+def test_threads_are_released():
+    run(THREADS)
