@@ -20,6 +20,7 @@ from ..kernels import cross_entropy, softmax
 from .structured import Grammar
 
 MOST_LOGPROBS = 100  # alternatives that a request may ask for
+FEW = 256  # tokens that compete one by one with the rest as a whole, where there is no limit
 NUCLEUS = 1024  # tokens that are sorted first, where top_p is the only limit
 
 
@@ -188,31 +189,57 @@ def _choose(logits: Tensor, rows: list[Row], kind: str, count: int) -> Tensor:
     # beyond these limits float32 would make the temperature 0 or infinite
     temperatures = column(min(max(row.params.temperature, 1e-30), 1e30) for row in rows)
     x = (logits - logits.amax(-1, keepdim=True)) / temperatures
-    vocab_size, ids = x.shape[-1], None
-    whole = kind == "top_p" and logits.is_cuda  # whether fewer are enough is only known after a wait
-    count = vocab_size if whole else min(count, vocab_size)
-    if kind != "all":
-        probs = softmax(x) if kind == "top_p" else None
-        x, ids = x.topk(count) if count < vocab_size else x.sort(dim=-1, descending=True, stable=True)
-        probs = softmax(x) if probs is None else probs.gather(-1, ids)
-        before, top_p = probs.cumsum(-1) - probs, column(row.params.top_p for row in rows)
-        if kind == "top_p" and count < vocab_size and (flat := before[:, -1] + probs[:, -1] < top_p[:, 0]).any():
-            parts = [[i] for i, more in enumerate(flat.tolist()) if more]
-            rest = [i for i, more in enumerate(flat.tolist()) if not more]
-            chosen = torch.empty(len(rows), dtype=torch.int64, device=x.device)
-            for part in [*parts, *([rest] if rest else [])]:
-                size = count if part is rest else vocab_size
-                chosen[part] = _choose(logits[part], [rows[i] for i in part], kind, size)
-            return chosen
-        x = x.masked_fill(before >= top_p, float("-inf"))  # the most likely one always stays
+    lowest = None
     if any(row.params.min_p for row in rows):
         lowest = column(math.log(row.params.min_p) if row.params.min_p else -math.inf for row in rows)
-        x = x.masked_fill(x < lowest, float("-inf"))
-    keys = torch.tensor([_signed(row.key) for row in rows], device=x.device)[:, None]
-    places = torch.tensor([len(row.tokens) for row in rows], device=x.device)[:, None]
-    noise = gumbel(keys, places, torch.arange(vocab_size, device=x.device) if ids is None else ids)
-    chosen = (x + noise).argmax(-1)
-    return chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]
+    if kind == "all":
+        return _compete(x if lowest is None else x.masked_fill(x < lowest, float("-inf")), rows)
+    vocab_size = x.shape[-1]
+    whole = kind == "top_p" and logits.is_cuda  # whether fewer are enough is only known after a wait
+    count = vocab_size if whole else min(count, vocab_size)
+    probs = softmax(x) if kind == "top_p" else None
+    x, ids = x.topk(count) if count < vocab_size else x.sort(dim=-1, descending=True, stable=True)
+    probs = softmax(x) if probs is None else probs.gather(-1, ids)
+    before, top_p = probs.cumsum(-1) - probs, column(row.params.top_p for row in rows)
+    if kind == "top_p" and count < vocab_size and (flat := before[:, -1] + probs[:, -1] < top_p[:, 0]).any():
+        parts = [[i] for i, more in enumerate(flat.tolist()) if more]
+        rest = [i for i, more in enumerate(flat.tolist()) if not more]
+        chosen = torch.empty(len(rows), dtype=torch.int64, device=x.device)
+        for part in [*parts, *([rest] if rest else [])]:
+            size = count if part is rest else 8 * count
+            chosen[part] = _choose(logits[part], [rows[i] for i in part], kind, size)
+        return chosen
+    left_out = before >= top_p if lowest is None else (before >= top_p) | (x < lowest)
+    x = x.masked_fill(left_out, float("-inf"))  # the most likely one always stays
+    return ids.gather(-1, (x + _noise(rows, ids)).argmax(-1, keepdim=True))[:, 0]
+
+
+def _compete(x: Tensor, rows: Sequence[Row]) -> Tensor:
+    """A token of each row, among all.
+
+    Noise for each token of a large vocabulary takes longer than a small model's step. So the FEW most likely ones
+    compete with the rest as a whole, a token more, whose probability is their sum. Only where it wins, the tokens of
+    the rest compete. The probabilities are the same (Maddison et al. 2014, A* sampling).
+    """
+    vocab_size = x.shape[-1]
+    every = torch.arange(vocab_size, device=x.device)
+    if x.is_cuda or vocab_size <= 4 * FEW:  # on a GPU noise is cheap, and to know the winner a wait
+        return (x + _noise(rows, every)).argmax(-1)
+    few, ids = x.topk(FEW)
+    others = x.scatter(-1, ids, float("-inf"))
+    _, rest = cross_entropy(others, ids[:, 0], reduction="none", return_lse=True)
+    noise = _noise(rows, torch.cat([ids, torch.full_like(ids[:, :1], vocab_size)], -1))
+    chosen = (torch.cat([few, rest[:, None]], -1) + noise).argmax(-1, keepdim=True)
+    tokens = ids.gather(-1, chosen.clamp(max=FEW - 1))[:, 0]
+    for i in (chosen[:, 0] == FEW).nonzero()[:, 0].tolist():
+        tokens[i] = (others[i] + _noise(rows[i : i + 1], every)[0]).argmax()
+    return tokens
+
+
+def _noise(rows: Sequence[Row], tokens: Tensor) -> Tensor:
+    keys = torch.tensor([_signed(row.key) for row in rows], device=tokens.device)[:, None]
+    places = torch.tensor([len(row.tokens) for row in rows], device=tokens.device)[:, None]
+    return gumbel(keys, places, tokens)
 
 
 def gumbel(keys: Tensor, places: Tensor, tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastllm.errors import ParameterError
-from fastllm.inference.sampling import NUCLEUS, SamplingParams, gumbel, sample
+from fastllm.inference.sampling import FEW, NUCLEUS, SamplingParams, gumbel, sample
 
 
 @dataclass
@@ -70,14 +70,15 @@ def test_truncation():
     assert is_drawn_from(drawn(logits, min_p=0.2), kept / kept.sum())
 
 
-def test_flat_distributions_are_sorted_whole():
+@pytest.mark.parametrize("vocab_size", [4 * NUCLEUS, 12 * NUCLEUS])
+def test_flat_distributions_are_sorted_further(vocab_size):
     """top_p alone looks at the most likely tokens first; here they are not enough."""
-    vocab_size = 4 * NUCLEUS
     logits = torch.linspace(0, 1, vocab_size)
-    shares = drawn(logits, count=2000, top_p=0.9)
-    kept = nucleus(logits.softmax(0), 0.9) > 0
-    assert shares[~kept].sum() == 0
-    assert 0.5 < shares[kept & (logits < logits[-NUCLEUS])].sum() < 0.8
+    shares = drawn(logits, count=1000, top_p=0.9)
+    expected = nucleus(logits.softmax(0), 0.9)
+    assert shares[expected == 0].sum() == 0
+    beyond = logits < logits[-NUCLEUS]
+    assert abs(shares[beyond].sum() - expected[beyond].sum()) < 0.06  # 4 standard deviations
     peaked = logits.clone()
     peaked[5] = 20.0
     rows = [Row(SamplingParams(top_p=0.9, seed=0), key) for key in range(6)]
@@ -86,9 +87,33 @@ def test_flat_distributions_are_sorted_whole():
     assert together == [sample(both[i : i + 1], rows[i : i + 1])[0] for i in range(6)]
 
 
+@pytest.mark.parametrize("options", [{}, {"min_p": 0.01}])
+def test_tokens_that_compete_as_a_whole(options):
+    """Those beyond the FEW most likely ones have a twentieth to a half of the probability."""
+    for beyond in (0.05, 0.5):
+        logits = torch.full((5 * FEW,), (beyond / FEW / (1 - beyond))).log()
+        logits[::5] = -torch.arange(FEW) / FEW  # from 0 to -1
+        logits[::5] -= logits[::5].logsumexp(0)
+        logits[1::5], logits[2::5], logits[3::5] = -200, -300, -400  # never
+        probs = logits.softmax(0)
+        probs *= probs >= options.get("min_p", 0) * probs.max()
+        groups = torch.arange(5 * FEW) % 5 * 8 + torch.arange(5 * FEW) * 8 // (5 * FEW)
+        found, expected = (torch.zeros(40).index_add(0, groups, p) for p in (drawn(logits, 8000, **options), probs))
+        assert is_drawn_from(found, expected / expected.sum(), 8000)
+        assert bool((drawn(logits, 500, **options)[1::5] == 0).all())
+
+
+def test_masks_hold_among_many_tokens():
+    mask = torch.zeros(5 * FEW, dtype=torch.bool)
+    mask[[7, 700]] = True
+    rows = [Row(SamplingParams(), key, mask=mask) for key in range(200)]
+    found = {s.token for s in sample(torch.randn(5 * FEW).expand(200, -1), rows)}
+    assert found == {7, 700}
+
+
 def test_a_row_does_not_depend_on_others():
     torch.manual_seed(0)
-    logits = torch.randn(40, 777)
+    logits = torch.randn(40, 7 * FEW)
     options = [
         {"temperature": 0}, {"top_k": 5}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.5}, {"min_p": 0.1}, {},
         {"repetition_penalty": 1.3, "top_k": 5}, {"presence_penalty": 1.0, "frequency_penalty": 0.3, "logprobs": 3},
