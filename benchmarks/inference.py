@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
@@ -321,32 +322,38 @@ def _url(server: subprocess.Popen[bytes], log: Path) -> str:
 
 async def _load(url: str, clients: int, requests: int) -> dict[str, Any]:
     """Each client asks ``requests`` times, one after another, for NEW tokens after a prompt of its own."""
-    import httpx
-
+    options = {"max_tokens": NEW, "stream": True, "ignore_eos": True}
     first: list[float] = []
     between: list[float] = []
 
-    async def client(http: httpx.AsyncClient, name: str, number: int) -> None:
+    async def client(number: int) -> None:
         for n in range(requests):
-            words = f"Story {number}, part {n}. {TEXT}"
-            body = {"model": name, "prompt": words, "max_tokens": NEW, "stream": True, "ignore_eos": True}
-            last = time.perf_counter()
-            waiting = True
-            async with http.stream("POST", f"{url}/completions", json=body) as response:
-                response.raise_for_status()
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    now = time.perf_counter()
-                    (first if waiting else between).append(now - last)
-                    last, waiting = now, False
+            prompt = f"Story {number}, part {n}. {TEXT}"
+            last, events = time.perf_counter(), 0
+            async for _ in _events(f"{url}/completions", {"prompt": prompt, **options}):
+                now = time.perf_counter()
+                (between if events else first).append(now - last)
+                last, events = now, events + 1
+            assert events, "no answer"
 
-    async with httpx.AsyncClient(timeout=600) as http:
-        name = (await http.get(f"{url}/models")).json()["data"][0]["id"]
-        began = time.perf_counter()
-        await asyncio.gather(*(client(http, name, number) for number in range(clients)))
+    began = time.perf_counter()
+    await asyncio.gather(*map(client, range(clients)))
     rate = clients * requests * NEW / (time.perf_counter() - began)
     return {"rate": rate, "first": first, "between": between}
+
+
+async def _events(url: str, body: dict[str, Any]) -> AsyncIterator[bytes]:
+    """The server-sent events of an answer, but for the last. With sockets alone: a client takes the server's cores."""
+    to, content = urlsplit(url), json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection(to.hostname, to.port)
+    head = f"POST {to.path} HTTP/1.1\r\nHost: {to.netloc}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+    try:
+        async for line in reader:
+            if line.startswith(b"data: {"):
+                yield line
+    finally:
+        writer.close()
 
 
 def _percentile(values: list[float], share: int) -> float:
