@@ -63,7 +63,8 @@ class Engine:
         kv_tokens: tokens in the pool; None: enough for max_batch whole sequences, or what half of the free memory
             holds.
         page_size: tokens of a page.
-        chunk: tokens of prompts that a step computes.
+        chunk: tokens of prompts that a step computes beside answers, which wait for it; four times as many where
+            there are none.
         quantize: "int8" for 8-bit weights with a scale for each row; None: the model's dtype.
         speculate: tokens that a draft proposes in a step; the model keeps those that it would have chosen itself.
         draft: a smaller model with the same tokenizer, or "prompt" to propose what followed the latest tokens
@@ -245,7 +246,8 @@ class Engine:
         if not self._running:
             return []
         proposals = self._propose()
-        batch = rows_of(self._running, proposals, self.chunk, self.pool.page_size, self._model.device)
+        chunk = self.chunk if any(request.tokens for request in self._running) else 4 * self.chunk
+        batch = rows_of(self._running, proposals, chunk, self.pool.page_size, self._model.device)
         logits = self._model(batch.rows)
         for request, computed in batch.prompt_parts:
             self._computed(request, computed)
