@@ -397,11 +397,23 @@ def test_scrolling_up_is_respected(page: Page, scripted: ScriptedServer) -> None
     gate = held(scripted, lines, "\n\n" + lines)
     ask(page)
     bottom = "(s => s.scrollHeight - s.clientHeight - s.scrollTop < 5)(document.getElementById('scroll'))"
+    expect(page.locator(".answer p")).to_have_count(80)
     page.wait_for_function(bottom)
     page.locator("#log").hover()
     page.mouse.wheel(0, -600)
     expect(page.locator("#latest")).to_be_visible()
-    top = page.evaluate("document.getElementById('scroll').scrollTop")
+    top = page.evaluate(  # when the wheel's motion has ended
+        """new Promise((done) => {
+            let last = -1;
+            const look = () => {
+                const now = document.getElementById("scroll").scrollTop;
+                if (now === last) return done(now);
+                last = now;
+                setTimeout(look, 100);
+            };
+            look();
+        })"""
+    )
     gate.opened.set()
     finished(page)
     assert page.locator(".answer p").count() == 160
@@ -415,7 +427,7 @@ def test_with_the_server_itself(browser: Browser, server: Running) -> None:
     with watched(browser, server) as page:
         expect(page.locator("#model")).to_have_text("tiny")
         page.locator("#open-settings").click()
-        page.get_by_label("Max tokens").fill("12")
+        page.get_by_label("Max tokens").fill("600")  # in less than 10 ms the page gives no rate
         page.get_by_label("Temperature").fill("0")
         page.get_by_role("button", name="Save").click()
         for count in (1, 2):
