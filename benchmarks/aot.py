@@ -200,14 +200,14 @@ def triton_sources() -> dict[tuple[str, str], Source]:
     """(name, target) -> what the launchers launch there, to be compiled as Triton itself would for this launch."""
     import fastllm.kernels  # noqa: F401 (registers the operators)
     from fastllm.kernels.attention import triton_tuning
-    from fastllm.kernels.triton_launch import INT32, Kernel
+    from fastllm.kernels.triton_launch import INT32, Kernel, small
 
     found: dict[tuple[str, str], Source] = {}
     tools = compilers()["triton"], Path(machine_code.__file__).read_text()
 
     def record(kernel: Kernel, grid: Any, *launch: Any, **options: int) -> None:
         tensors, numbers, *rest = launch
-        kinds = [x if x is None else (x.dtype, x.data_ptr() % 16) for x in tensors]
+        kinds: list[Any] = [x if x is None else (x.dtype, x.data_ptr() % 16 == 0, small(x)) for x in tensors]
         kinds += [(type(n), n >= INT32) for n in numbers]
         given = (kernel.jit.cache_key, kinds, rest, sorted(options.items()), target, tools)
         digest = hashlib.sha256(repr(given).encode()).hexdigest()[:16]

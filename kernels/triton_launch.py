@@ -59,7 +59,7 @@ class Kernel:
             with torch.get_device_module(first.device).device(device):
                 self(grid, tensors, numbers, constants, warps, **options)
             return
-        seen = [None if x is None else (x.dtype, x.data_ptr() % 16 == 0, HIP and _small(x)) for x in tensors]
+        seen = [None if x is None else (x.dtype, x.data_ptr() % 16 == 0, HIP and small(x)) for x in tensors]
         key = (device, warps, constants, *options.values(), *seen)
         compiled = self.compiled.get(key)
         wide = max(numbers) >= INT32  # Triton gives such a number 64 bits, and compiles for it by itself
@@ -100,7 +100,8 @@ class Kernel:
         return self.jit.run(*tensors, *numbers, *constants, grid=grid, warmup=warmup, **options)
 
 
-def _small(x: Tensor) -> bool:
+def small(x: Tensor) -> bool:
+    """Whether Triton counts its bytes in 32 bits, for AMD GPUs."""
     return x.untyped_storage().size() < INT32
 
 
