@@ -113,44 +113,31 @@ inline vfloat some(const N* p, int64_t count) {
   return count >= kLanes ? load(p) : load_partial(p, count & (kLanes - 1));
 }
 
-// The sums c [rows, kFeatures] of a panel become results, from `row` on.
-template <typename T, typename Out>
+// The sums c [rows, kFeatures] of a panel become results, from `row` on; of a gated one silu of the gate's sums, times
+// the others.
+template <typename T, typename Out, bool kGated>
 inline void finish(const Linear& a, int64_t panel, int64_t row, int64_t rows, const float* c) {
-  constexpr int kVectors = kFeatures / kLanes;
-  const int64_t first = panel * kFeatures, cols = least(kFeatures, a.out_features - first);
-  vfloat scales[kVectors], bias[kVectors];
+  constexpr int kCols = kGated ? kFeatures / 2 : kFeatures, kVectors = kCols / kLanes, kBehind = kFeatures - kCols;
+  static_assert(kCols % kLanes == 0);
+  const int64_t first = panel * kCols, cols = least(kCols, a.out_features - first);
+  vfloat gate_scales[kVectors], scales[kVectors], bias[kVectors];
   for (int v = 0; v < kVectors && v * kLanes < cols; ++v) {
-    if (a.scales) scales[v] = some(a.scales + first + v * kLanes, cols - v * kLanes);
-    if (a.bias) bias[v] = some(static_cast<const T*>(a.bias) + first + v * kLanes, cols - v * kLanes);
+    const int64_t at = first + v * kLanes, count = cols - v * kLanes;
+    if (a.scales) scales[v] = some(a.scales + at + (kGated ? a.out_features : 0), count);
+    if (a.scales && kGated) gate_scales[v] = some(a.scales + at, count);
+    if (a.bias) bias[v] = some(static_cast<const T*>(a.bias) + at, count);
   }
   Out* out = static_cast<Out*>(a.out) + row * a.out_features + first;
   for (int64_t r = 0; r < rows; ++r, out += a.out_features, c += kFeatures)
     for (int v = 0; v < kVectors && v * kLanes < cols; ++v) {
-      vfloat x = load(c + v * kLanes);
+      vfloat x = load(c + kBehind + v * kLanes);
       if (a.scales) x = x * scales[v];
       if (a.bias) x = x + bias[v];
-      const int64_t count = cols - v * kLanes;
-      count >= kLanes ? store(out + v * kLanes, x) : store_partial(out + v * kLanes, x, count & (kLanes - 1));
-    }
-}
-
-// The same of a gated panel: silu of the gate's sums, times the others.
-template <typename Out>
-inline void finish_gated(const Linear& a, int64_t panel, int64_t row, int64_t rows, const float* c) {
-  constexpr int kHalf = kFeatures / 2, kVectors = kHalf / kLanes;
-  static_assert(kHalf % kLanes == 0);
-  const int64_t first = panel * kHalf, cols = least(kHalf, a.out_features - first);
-  vfloat gate_scales[kVectors], scales[kVectors];
-  for (int v = 0; v < kVectors && v * kLanes < cols && a.scales; ++v) {
-    gate_scales[v] = some(a.scales + first + v * kLanes, cols - v * kLanes);
-    scales[v] = some(a.scales + a.out_features + first + v * kLanes, cols - v * kLanes);
-  }
-  Out* out = static_cast<Out*>(a.out) + row * a.out_features + first;
-  for (int64_t r = 0; r < rows; ++r, out += a.out_features, c += kFeatures)
-    for (int v = 0; v < kVectors && v * kLanes < cols; ++v) {
-      vfloat gate = load(c + v * kLanes), x = load(c + kHalf + v * kLanes);
-      if (a.scales) gate = gate * gate_scales[v], x = x * scales[v];
-      x = gate * sigmoid(gate) * x;
+      if constexpr (kGated) {
+        vfloat gate = load(c + v * kLanes);
+        if (a.scales) gate = gate * gate_scales[v];
+        x = gate * sigmoid(gate) * x;
+      }
       const int64_t count = cols - v * kLanes;
       count >= kLanes ? store(out + v * kLanes, x) : store_partial(out + v * kLanes, x, count & (kLanes - 1));
     }
@@ -243,8 +230,8 @@ void product(const Linear& a) {
           multiply(some_rows, rows + from * lda, lda, b + p * panel_size, depth, sums, ahead);
           const auto finish_as = [&](auto out) {
             using Out = decltype(out);
-            a.gated ? finish_gated<Out>(a, first + p, from, some_rows, sums)
-                    : finish<T, Out>(a, first + p, from, some_rows, sums);
+            a.gated ? finish<T, Out, true>(a, first + p, from, some_rows, sums)
+                    : finish<T, Out, false>(a, first + p, from, some_rows, sums);
           };
           a.wide ? finish_as(float{}) : finish_as(T{});
           ++ahead.part;
