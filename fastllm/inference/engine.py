@@ -341,12 +341,17 @@ def _params(params: SamplingParams | None, options: Mapping[str, Any]) -> Sampli
 
 def _pool_pages(model: GPT, max_batch: int, max_seq_len: int, kv_tokens: int | None, page_size: int) -> int:
     """Pages of the pool: as many as are asked for, else as max_batch whole sequences need and memory holds."""
-    if kv_tokens is not None:
-        if kv_tokens < page_size:
-            raise UserError(f"kv_tokens must be at least a page of {page_size} tokens, it is {kv_tokens}")
-        return kv_tokens // page_size
+    if kv_tokens is not None and kv_tokens < page_size:
+        raise UserError(f"kv_tokens must be at least a page of {page_size} tokens, it is {kv_tokens}")
     config, weight = model.config, model.head_weight
     bytes_of_token = 2 * config.layers * config.kv_heads * config.head_dim * weight.element_size()
-    memory = torch.cuda.mem_get_info(weight.device)[0] // 2 if weight.is_cuda else host_memory() // 4
+    memory = torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else host_memory()
+    if kv_tokens is not None:
+        if kv_tokens * bytes_of_token > memory:
+            raise UserError(
+                f"kv_tokens is {kv_tokens:,}, of {bytes_of_token:,} bytes each; there are {memory:,} bytes of memory"
+            )
+        return kv_tokens // page_size
     wanted = max_batch * -(-max_seq_len // page_size)
-    return max(1, min(wanted, memory // (bytes_of_token * page_size)))
+    share = memory // 2 if weight.is_cuda else memory // 4
+    return max(1, min(wanted, share // (bytes_of_token * page_size)))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from ..errors import UserError
 from ..kernels import (
     PackedWeight,
     flash_attention,
@@ -85,21 +82,6 @@ def _weight(norm: torch.nn.Module) -> Tensor:
     return weight.detach()
 
 
-def _pool(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Memory for keys or values, in which nothing is written yet."""
-    size = math.prod(shape) * like.element_size()
-    try:
-        if like.device.type != "cpu" or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return like.new_empty(shape)
-        # in pages of 2 MiB: those of 4 KiB, each fetched when it is first written, took a tenth of a prompt's time
-        memory = mmap.mmap(-1, size)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
-    except (RuntimeError, OSError, OverflowError) as error:
-        message = f"no memory for keys and values: {size:,} bytes, and as many again; take fewer kv_tokens or max_batch"
-        raise UserError(message) from error
-
-
 class PagedGPT:
     """A GPT's weights, packed, and the pool of keys and values.
 
@@ -120,7 +102,7 @@ class PagedGPT:
         self.norm = _weight(model.model.norm)
         self.cos, self.sin = (t.to(self.embedding.device) for t in rotary_tables(config, max_seq_len))
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
-        self.keys, self.values = _pool(shape, self.embedding), _pool(shape, self.embedding)
+        self.keys, self.values = self.embedding.new_empty(shape), self.embedding.new_empty(shape)
         self.pools = [*zip(self.keys, self.values, strict=True)]
         self.device = self.embedding.device
 

@@ -222,18 +222,22 @@ def _compete(x: Tensor, rows: Sequence[Row]) -> Tensor:
     the rest compete. The probabilities are the same (Maddison et al. 2014, A* sampling).
     """
     vocab_size = x.shape[-1]
-    every = torch.arange(vocab_size, device=x.device)
     if x.is_cuda or vocab_size <= 4 * FEW:  # on a GPU noise is cheap, and to know the winner a wait
-        return (x + _noise(rows, every)).argmax(-1)
+        return _likeliest(x, rows)
     few, ids = x.topk(FEW)
     others = x.scatter(-1, ids, float("-inf"))
     _, rest = cross_entropy(others, ids[:, 0], reduction="none", return_lse=True)
     noise = _noise(rows, torch.cat([ids, torch.full_like(ids[:, :1], vocab_size)], -1))
     chosen = (torch.cat([few, rest[:, None]], -1) + noise).argmax(-1, keepdim=True)
     tokens = ids.gather(-1, chosen.clamp(max=FEW - 1))[:, 0]
-    for i in (chosen[:, 0] == FEW).nonzero()[:, 0].tolist():
-        tokens[i] = (others[i] + _noise(rows[i : i + 1], every)[0]).argmax()
+    if late := (chosen[:, 0] == FEW).nonzero()[:, 0].tolist():
+        tokens[late] = _likeliest(others[late], [rows[i] for i in late])
     return tokens
+
+
+def _likeliest(x: Tensor, rows: Sequence[Row]) -> Tensor:
+    """The token of each row that is the likeliest with its noise."""
+    return (x + _noise(rows, torch.arange(x.shape[-1], device=x.device))).argmax(-1)
 
 
 def _noise(rows: Sequence[Row], tokens: Tensor) -> Tensor:

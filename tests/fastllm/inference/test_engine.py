@@ -268,6 +268,8 @@ def test_wrong_calls(engine, prompts, tokenizer, gpt):
         Engine(gpt, tokenizer, kv_tokens=3)
     with pytest.raises(UserError, match="the draft has"):
         Engine(gpt, tokenizer, speculate=2, draft=random_gpt(290))
+    with pytest.raises(UserError, match="kv_tokens is 10,000,000,000,000, of"):
+        Engine(gpt, tokenizer, kv_tokens=10**13)
     assert not engine.busy
     assert engine.generate([]) == []
     assert engine.generate([""], max_tokens=1)[0].prompt_tokens == 1
