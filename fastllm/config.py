@@ -16,21 +16,22 @@ from .input_files import MAX_SIZE, one_line, read_bytes, shown
 T = TypeVar("T")
 
 
-def _check(ok: bool, message: str) -> None:
+def check(ok: bool, message: str) -> None:
+    """Raise UserError with ``message`` unless ``ok``."""
     if not ok:
         raise UserError(message)
 
 
-def _check_positive(section: str, config: Any, *names: str) -> None:
+def check_positive(section: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _check(value > 0, f"{section}.{name} must be greater than 0, it is {value}")
+        check(value > 0, f"{section}.{name} must be greater than 0, it is {value}")
 
 
-def _check_choice(section: str, config: Any, name: str, choices: Any) -> None:
+def check_choice(section: str, config: Any, name: str, choices: Any) -> None:
     value = getattr(config, name)
     names = get_args(choices)
-    _check(value in names, f"{section}.{name} must be one of {', '.join(names)}, it is {value!r}")
+    check(value in names, f"{section}.{name} must be one of {', '.join(names)}, it is {value!r}")
 
 
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
@@ -60,37 +61,37 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "max_seq_len", "dim", "layers", "heads", "kv_heads", "ffn_dim")
-        _check_positive("model", self, *sizes, "rope_theta")
+        check_positive("model", self, *sizes, "rope_theta")
         for name in (*sizes, "attention_dim", "window", "rope_original_max_seq_len"):
             value = getattr(self, name)
-            _check(value <= MAX_SIZE, f"model.{name} must be at most {MAX_SIZE:,}, it is {shown(value)}")
+            check(value <= MAX_SIZE, f"model.{name} must be at most {MAX_SIZE:,}, it is {shown(value)}")
         for name in ("rope_theta", "rope_factor", "norm_eps"):
             value = getattr(self, name)
-            _check(math.isfinite(value), f"model.{name} must be finite, it is {value}")
-        _check(0 <= self.norm_eps <= 1, f"model.norm_eps must be between 0 and 1, it is {self.norm_eps}")
-        _check(
+            check(math.isfinite(value), f"model.{name} must be finite, it is {value}")
+        check(0 <= self.norm_eps <= 1, f"model.norm_eps must be between 0 and 1, it is {self.norm_eps}")
+        check(
             self.heads % self.kv_heads == 0,
             f"model.heads ({self.heads}) must be a multiple of model.kv_heads ({self.kv_heads})",
         )
         for name in ("attention_dim", "window"):
-            _check(getattr(self, name) >= 0, f"model.{name} must not be negative, it is {getattr(self, name)}")
+            check(getattr(self, name) >= 0, f"model.{name} must not be negative, it is {getattr(self, name)}")
         name, width = ("attention_dim", self.attention_dim) if self.attention_dim else ("dim", self.dim)
-        _check(
+        check(
             width % (2 * self.heads) == 0,
             f"model.{name} ({width}) must be a multiple of 2 * model.heads ({self.heads}): rotary pairs",
         )
-        _check(self.head_dim <= 256, f"model.{name} / model.heads ({self.head_dim}) must be at most 256")
-        _check_choice("model", self, "rope_scaling", RopeScaling)
-        _check(self.rope_factor >= 1, f"model.rope_factor must be at least 1, it is {self.rope_factor}")
-        _check(
+        check(self.head_dim <= 256, f"model.{name} / model.heads ({self.head_dim}) must be at most 256")
+        check_choice("model", self, "rope_scaling", RopeScaling)
+        check(self.rope_factor >= 1, f"model.rope_factor must be at least 1, it is {self.rope_factor}")
+        check(
             self.rope_scaling != "none" or self.rope_factor == 1, "model.rope_scaling 'none' has no model.rope_factor"
         )
-        _check(self.rope_theta >= 1, f"model.rope_theta must be at least 1, it is {self.rope_theta}")
-        _check(
+        check(self.rope_theta >= 1, f"model.rope_theta must be at least 1, it is {self.rope_theta}")
+        check(
             self.rope_scaling != "yarn" or self.rope_theta > 1, "model.rope_scaling 'yarn' needs a rope_theta above 1"
         )
         stretched = self.rope_scaling in ("llama3", "yarn")
-        _check(
+        check(
             self.rope_original_max_seq_len > 0 if stretched else self.rope_original_max_seq_len == 0,
             f"model.rope_scaling {self.rope_scaling!r} {'needs' if stretched else 'has no'} "
             "model.rope_original_max_seq_len",
@@ -117,10 +118,10 @@ class DataConfig:
     anneal_from: float = 0.8  # share of the run from which the weights move there, linearly
 
     def __post_init__(self) -> None:
-        _check(0 < self.validation < 1, f"data.validation must be between 0 and 1, it is {self.validation}")
-        _check_choice("data", self, "packing", PackingMethod)
-        _check(bool(self.weights) or not self.anneal_weights, "data.anneal_weights needs data.weights to begin with")
-        _check(0 <= self.anneal_from < 1, f"data.anneal_from must be at least 0 and below 1, it is {self.anneal_from}")
+        check(0 < self.validation < 1, f"data.validation must be between 0 and 1, it is {self.validation}")
+        check_choice("data", self, "packing", PackingMethod)
+        check(bool(self.weights) or not self.anneal_weights, "data.anneal_weights needs data.weights to begin with")
+        check(0 <= self.anneal_from < 1, f"data.anneal_from must be at least 0 and below 1, it is {self.anneal_from}")
 
 
 Optimizer = Literal["adamw", "muon"]
@@ -143,15 +144,15 @@ class OptimConfig:
     max_grad_norm: float = 1.0  # larger gradients are clipped to this norm
 
     def __post_init__(self) -> None:
-        _check_positive("optim", self, "lr", "max_grad_norm")
+        check_positive("optim", self, "lr", "max_grad_norm")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _check(0 <= value < 1, f"optim.{name} must be at least 0 and less than 1, it is {value}")
-        _check_choice("optim", self, "optimizer", Optimizer)
-        _check_choice("optim", self, "schedule", Schedule)
-        _check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio must be between 0 and 1, it is {self.min_lr_ratio}")
-        _check(self.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {self.weight_decay}")
-        _check(
+            check(0 <= value < 1, f"optim.{name} must be at least 0 and less than 1, it is {value}")
+        check_choice("optim", self, "optimizer", Optimizer)
+        check_choice("optim", self, "schedule", Schedule)
+        check(0 <= self.min_lr_ratio <= 1, f"optim.min_lr_ratio must be between 0 and 1, it is {self.min_lr_ratio}")
+        check(self.weight_decay >= 0, f"optim.weight_decay must not be negative, it is {self.weight_decay}")
+        check(
             self.warmup_ratio >= 0 and self.decay_ratio >= 0 and self.warmup_ratio + self.decay_ratio <= 1,
             f"optim.warmup_ratio ({self.warmup_ratio}) and optim.decay_ratio ({self.decay_ratio}) are shares of the "
             "run: at most 1 together",
@@ -172,8 +173,8 @@ class ParallelConfig:
     compile: bool = False  # torch.compile each block
 
     def __post_init__(self) -> None:
-        _check_positive("parallel", self, "dp_replicate", "tensor_parallel")
-        _check_choice("parallel", self, "activation_checkpointing", ActivationCheckpointing)
+        check_positive("parallel", self, "dp_replicate", "tensor_parallel")
+        check_choice("parallel", self, "activation_checkpointing", ActivationCheckpointing)
 
 
 SpikePolicy = Literal["skip", "rollback", "stop"]
@@ -189,9 +190,9 @@ class SpikeConfig:
     limit: int = 10  # spikes in a window that end the run
 
     def __post_init__(self) -> None:
-        _check(self.sigma >= 0, f"spikes.sigma must not be negative, it is {self.sigma}")
-        _check_positive("spikes", self, "window", "limit")
-        _check_choice("spikes", self, "policy", SpikePolicy)
+        check(self.sigma >= 0, f"spikes.sigma must not be negative, it is {self.sigma}")
+        check_positive("spikes", self, "window", "limit")
+        check_choice("spikes", self, "policy", SpikePolicy)
 
 
 @dataclass(frozen=True)
@@ -202,35 +203,44 @@ class CheckpointConfig:
     keep: int = 2  # this many latest checkpoints; older ones are deleted
 
     def __post_init__(self) -> None:
-        _check_positive("checkpoint", self, "every", "keep")
+        check_positive("checkpoint", self, "every", "keep")
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """The training loop."""
+class LoopConfig:
+    """The training loop, whatever is trained on."""
 
     steps: int = 1200  # optimizer steps
     seconds: float = 0.0  # end after this time, even if steps are left; 0: no limit
-    global_batch_tokens: int = 1024  # tokens of an optimizer step, over all ranks
     micro_batch: int = 4  # sequences of a forward pass, at most; gradients of the others are accumulated
     precision: Precision = "auto"  # auto: bfloat16 where the device is fast at it
     seed: int = 0  # of the initial weights and the order of the data
     log_every: int = 10  # steps between lines of the log
     eval_every: int = 200  # steps between evaluations
-    eval_tokens: int = 65_536  # tokens of an evaluation, evenly spaced over the validation split
     profile: int = 0  # steps to trace, after the first twelve; 0: none
     tensorboard: bool = False  # log to TensorBoard too
 
     def __post_init__(self) -> None:
-        counts = ("steps", "global_batch_tokens", "micro_batch", "log_every", "eval_every", "eval_tokens")
-        _check_positive("train", self, *counts)
+        check_positive("train", self, "steps", "micro_batch", "log_every", "eval_every")
         for name in ("seconds", "seed", "profile"):
             value = getattr(self, name)
-            _check(value >= 0, f"train.{name} must not be negative, it is {value}")
-        _check_choice("train", self, "precision", Precision)
+            check(value >= 0, f"train.{name} must not be negative, it is {value}")
+        check_choice("train", self, "precision", Precision)
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """The training loop of pre-training."""
+
+    global_batch_tokens: int = 1024  # tokens of an optimizer step, over all ranks
+    eval_tokens: int = 65_536  # tokens of an evaluation, evenly spaced over the validation split
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("train", self, "global_batch_tokens", "eval_tokens")
 
 
 @dataclass(frozen=True)
@@ -247,20 +257,25 @@ class Config:
 
     def __post_init__(self) -> None:
         vocab_size = self.model.vocab_size  # a tokenizer is trained, and all bytes are tokens
-        _check(vocab_size >= 257, f"model.vocab_size must be at least 257 (256 bytes and 1), it is {vocab_size}")
+        check(vocab_size >= 257, f"model.vocab_size must be at least 257 (256 bytes and 1), it is {vocab_size}")
         seq_len, tokens = self.model.max_seq_len, self.train.global_batch_tokens
-        _check(
+        check(
             tokens % seq_len == 0,
             f"train.global_batch_tokens ({tokens}) must be a multiple of model.max_seq_len ({seq_len})",
         )
         for name in ("heads", "kv_heads", "ffn_dim", "max_seq_len"):
             size, ranks = getattr(self.model, name), self.parallel.tensor_parallel
-            _check(size % ranks == 0, f"model.{name} ({size}) must be a multiple of parallel.tensor_parallel ({ranks})")
+            check(size % ranks == 0, f"model.{name} ({size}) must be a multiple of parallel.tensor_parallel ({ranks})")
 
     @property
     def sequences(self) -> int:
         """Sequences of an optimizer step."""
         return self.train.global_batch_tokens // self.model.max_seq_len
+
+    @property
+    def items_per_step(self) -> int:
+        """Items of the data source in an optimizer step, over all ranks: sequences."""
+        return self.sequences
 
 
 # Names of earlier versions, section.key or section, and what they are called now.
@@ -283,7 +298,17 @@ RENAMED_SECTIONS = {"guard": "spikes"}
 
 def load(path: str | Path, base: Config | None = None) -> Config:
     """The configuration in a TOML file; keys that the file does not set come from ``base`` (None: the defaults)."""
-    return _merged(base or Config(), read_toml(path), path)
+    return merged(base or Config(), read_toml(path), path)
+
+
+def load_model(path: str | Path) -> ModelConfig:
+    """The table [model] of the configuration of a run of any kind."""
+    return merged(_ModelOnly(), {"model": read_toml(path).get("model", {})}, path).model
+
+
+@dataclass(frozen=True)
+class _ModelOnly:
+    model: ModelConfig = field(default_factory=ModelConfig)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -298,13 +323,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid TOML: {one_line(error)}") from None
 
 
-def _merged(base: Config, tables: dict[str, Any], path: str | Path) -> Config:
-    sections = {}
+def merged(base: T, tables: dict[str, Any], path: str | Path) -> T:
+    """The configuration ``base``, a dataclass of sections, with the tables of a TOML file."""
+    known, sections = get_type_hints(type(base)), {}
     for section, values in tables.items():
         if section in RENAMED_SECTIONS:
             raise UserError(f"{path}: [{section}] is now called [{RENAMED_SECTIONS[section]}]")
-        if section not in {f.name for f in dataclasses.fields(Config)}:
-            raise UserError(f"{path}: unknown key {shown(section)}{did_you_mean(section, get_type_hints(Config))}")
+        if section not in known:
+            raise UserError(f"{path}: unknown key {shown(section)}{did_you_mean(section, known)}")
         if not isinstance(values, dict):
             raise UserError(f"{path}: {section} must be a table: write [{section}] above its keys")
         for key in values:
@@ -349,8 +375,8 @@ def _typed(value: Any, hint: Any, what: str) -> Any:
     return value
 
 
-def dump(config: Config) -> str:
-    """``config`` as TOML, every key included."""
+def dump(config: Any) -> str:
+    """``config``, a dataclass of sections, as TOML, every key included."""
     lines: list[str] = []
     for section in dataclasses.fields(config):
         lines += ["", f"[{section.name}]"] if lines else [f"[{section.name}]"]

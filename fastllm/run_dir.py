@@ -39,12 +39,12 @@ def load_run(
     if missing:
         why = "its training has not finished" if missing == [WEIGHTS] else "it is not a complete run"
         raise UserError(f"{folder} has no {', '.join(missing)}: {why}")
-    config = configs.load(folder / CONFIG)
+    config = configs.load_model(folder / CONFIG)
     tokenizer = Tokenizer.load(folder / TOKENIZER)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder}: {TOKENIZER} has {tokenizer.vocab_size} tokens, "
-            f"but model.vocab_size in {CONFIG} is {config.model.vocab_size}"
+            f"but model.vocab_size in {CONFIG} is {config.vocab_size}"
         )
     trained_with = read_weights_metadata(folder / WEIGHTS).get("tokenizer")
     check_tokenizer(tokenizer, folder / TOKENIZER, folder / WEIGHTS, trained_with)
@@ -52,7 +52,7 @@ def load_run(
     tokenizer.chat_template = read_chat_template(folder, {"bos_token": eos, "eos_token": eos})
     if tokenizer.chat_template and (end := tokenizer.backend.token_to_id(END_OF_TURN)) is not None:
         tokenizer.eos_ids = (tokenizer.eos_id, end)
-    model = load_weights(config.model, folder / WEIGHTS, dtype=dtype)
+    model = load_weights(config, folder / WEIGHTS, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
 

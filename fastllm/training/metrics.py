@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -161,9 +161,10 @@ class RunLog:
         self.write(record)
         self.progress.update(record, seconds_left)
 
-    def validated(self, step: int, loss: float) -> None:
-        self.write({"step": step, "validation_loss": loss})
-        say("validation", f"step {step}/{self.progress.steps}  loss {loss:.3f}")
+    def validated(self, step: int, loss: float, metrics: Mapping[str, float]) -> None:
+        self.write({"step": step, "validation_loss": loss, **{f"validation_{key}": x for key, x in metrics.items()}})
+        others = "".join(f"  {key.replace('_', ' ')} {x:.3f}" for key, x in metrics.items())
+        say("validation", f"step {step}/{self.progress.steps}  loss {loss:.3f}{others}")
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..data.loader import IGNORE_INDEX, Batch
@@ -15,12 +16,28 @@ from ..data.loader import IGNORE_INDEX, Batch
 class Loss:
     """The loss of a micro-batch on one rank: sums, so that ranks and micro-batches of unequal size add up.
 
-    The trainer divides all of them by the sum of ``count`` over the step's micro-batches and ranks.
+    The trainer divides them by the sum of ``count`` over the step's micro-batches and ranks, or a metric by the sum of
+    its own of ``counts``.
     """
 
     loss_sum: Tensor  # float32, 0-d, differentiable
     count: Tensor  # 0-d: the items that ``loss_sum`` adds up (tokens, pairs, completions)
-    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # more sums over the same items
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)  # more sums
+    counts: Mapping[str, Tensor] = field(default_factory=dict)  # of the metrics that are sums over other items
+    tokens: Tensor | None = None  # 0-d: tokens that were targets; None: ``count``
+
+    def sums(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+        """``[3 + 2 · names]``: loss, count and tokens; the metrics ``names``; their counts. See :func:`means`."""
+        tokens = self.count if self.tokens is None else self.tokens
+        counts = (self.counts.get(name, self.count) for name in names)
+        parts = (self.loss_sum.detach(), self.count, tokens, *(self.metrics[name] for name in names), *counts)
+        return torch.stack([part.to(dtype) for part in parts])
+
+
+def means(sums: Tensor) -> Tensor:
+    """Of metrics and then their counts, added up: the mean of each metric; 0 where it has no items."""
+    totals, counts = sums.chunk(2)
+    return torch.where(counts > 0, totals / counts, 0.0)
 
 
 class Objective(Protocol):
@@ -34,6 +51,16 @@ class Objective(Protocol):
     metric_names: tuple[str, ...]  # the keys of ``Loss.metrics``, which are also their names in the log
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss: ...
+
+
+@runtime_checkable
+class StepObjective(Objective, Protocol):
+    """An objective that needs something of the whole step before its first micro-batch."""
+
+    def begin_step(self, model: nn.Module, step: int, index: int, batches: list[Batch]) -> list[Batch]:
+        """What ``batches``, this rank's micro-batches of the items from ``index`` on, become. All ranks call this
+        together, and return equally many."""
+        ...
 
 
 class NextTokenPrediction:

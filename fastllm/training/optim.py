@@ -13,12 +13,12 @@ from .muon import Muon
 
 
 def make_optimizers(model: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """The optimizers of a GPT, sharded or not; each parameter belongs to one.
+    """The optimizers of a GPT, sharded or not; each parameter that requires a gradient belongs to one.
 
     - "adamw": AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), fused, with weight decay on matrices only.
     - "muon": :class:`Muon` for the matrices of the blocks; AdamW for the embedding, the head and vectors.
     """
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     by_muon = {n for n, p in named if p.dim() == 2 and ".layers." in n} if config.optimizer == "muon" else set()
     groups: dict[tuple[bool, Any], dict[str, Any]] = {}  # fused kernels take DTensors of one mesh
     for p in (p for n, p in named if n not in by_muon):
@@ -62,7 +62,7 @@ def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> 
     """
     if not all(optimizer.state for optimizer in optimizers):
         for p in model.parameters():
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
         one = torch.ones((), device=next(model.parameters()).device)
         step(optimizers, 0.0, grad_scale=one, found_inf=one)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}

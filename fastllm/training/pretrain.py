@@ -39,7 +39,7 @@ from ..inference import Engine, SamplingParams
 from ..model.flops import count_parameters
 from ..run_lock import LOCK, run_lock
 from . import metrics
-from .evaluation import Evaluator
+from .evaluation import LossEvaluator
 from .final_weights import WeightsRecord, save_final
 from .objectives import NextTokenPrediction
 from .plot import plot
@@ -119,7 +119,7 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
                 build_model(config, dims, precision, device),
                 objective,
                 data.train,
-                Evaluator(objective, data.validation, len(data.validation), config.train.micro_batch),
+                LossEvaluator(objective, data.validation, len(data.validation), config.train.micro_batch),
                 run_dir=run.folder,
                 device=device,
                 precision=precision,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import console
-from ..config import Config
+from ..config import CheckpointConfig, LoopConfig, ModelConfig, OptimConfig, ParallelConfig, SpikeConfig
 from ..data.loader import Batch, DataSource
 from ..distributed.gradients import all_reduce_replicated_grads, local_grad_norm_sq
 from ..distributed.mesh import ParallelDims, abort_all_ranks
@@ -26,7 +26,7 @@ from .checkpoint import Checkpointer, DamagedCheckpoint, rng_state, set_rng_stat
 from .evaluation import Evaluator
 from .metrics import MeanMetrics, RunLog
 from .micro_batches import micro_batches, pinned, to_device
-from .objectives import Objective
+from .objectives import Objective, StepObjective, means
 from .prefetch import Prefetcher
 from .profiler import StepProfiler
 from .signals import StopSignals
@@ -36,13 +36,33 @@ from .state import Stopwatch, TrainState, is_state
 SYNC_EVERY = 2.0  # seconds, about, after which the ranks synchronise: torchrun waits 30 s for what a signal begins
 
 
+class TrainerConfig(Protocol):
+    """What the trainer reads of a run's configuration."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def train(self) -> LoopConfig: ...
+    @property
+    def spikes(self) -> SpikeConfig: ...
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
+    @property
+    def parallel(self) -> ParallelConfig: ...
+    @property
+    def items_per_step(self) -> int: ...
+
+
 class Trainer:
     """Trains a sharded model; the parts that a run is made of are attributes, each with a small interface.
 
     Args:
         config: of the run.
         dims: how the model is sharded.
-        model: as :func:`fastllm.distributed.parallelize.build_model` returns it.
+        model: as :func:`fastllm.distributed.parallelize.build_model` returns it. Parameters that require no gradient
+            stay as they are, and are not in checkpoints.
         objective: what is minimised.
         data: what is trained on.
         evaluator: computes the validation loss every ``train.eval_every`` steps; None: there is none.
@@ -54,7 +74,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        config: TrainerConfig,
         dims: ParallelDims,
         model: GPT,
         objective: Objective,
@@ -77,7 +97,7 @@ class Trainer:
         self.checkpoints = Checkpointer(run_dir / "checkpoints", config.checkpoint.keep)
         self.log = RunLog(run_dir, config.train.steps, config.train.tensorboard, enabled=dist.get_rank() == 0)
         self.profiler = StepProfiler(run_dir, config.train.profile, device)
-        self.batches = Prefetcher(self._read, config.sequences)
+        self.batches = Prefetcher(self._read, config.items_per_step)
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)  # trained on and not yet in state.tokens
         self.stopped_by = 0  # the number of the signal that any rank caught
         self.lr = 0.0
@@ -91,33 +111,35 @@ class Trainer:
         """Forward, backward and update. The host does not wait for the device."""
         state, config, names = self.state, self.config, self.objective.metric_names
         batches = self.batches.get(state.items)
-        sums = torch.zeros(2 + len(names), device=self.device)
+        if isinstance(self.objective, StepObjective):
+            batches = [to_device(batch, self.device) for batch in batches]
+            batches = self.objective.begin_step(self.model, state.step, state.items, batches)
+        sums = torch.zeros(3 + 2 * len(names), device=self.device)
         for i, batch in enumerate(batches):
             begin_micro_batch(self.model, config.parallel, last=i == len(batches) - 1)
             found = self.objective(self.model, to_device(batch, self.device))
             found.loss_sum.backward()
-            parts = (found.loss_sum.detach(), found.count, *(found.metrics[name] for name in names))
-            sums += torch.stack([part.to(sums.dtype) for part in parts])
+            sums += found.sums(names, sums.dtype)
         all_reduce_replicated_grads(self.model, self.dims)
-        norm_sq = local_grad_norm_sq(self.model, self.dims)
-        sums = torch.cat((sums[:1], norm_sq[None], sums[1:]))  # loss, squared norm, count, metrics
+        sums = torch.cat((sums, local_grad_norm_sq(self.model, self.dims)[None]))
         dist.all_reduce(sums)
-        self.tokens += sums[2].to(torch.int64)
+        loss_sum, count, tokens, *_, norm_sq = sums
+        self.tokens += tokens.to(torch.int64)
         # Gradients are those of the sum over all items: the update divides them, together with what clipping asks for.
-        count = sums[2].clamp(min=1.0)
-        loss, grad_norm = sums[0] / count, sums[1].sqrt() / count
+        count = count.clamp(min=1.0)
+        loss, grad_norm = loss_sum / count, norm_sq.sqrt() / count
         found_inf = self.spikes.step(state.step, loss, grad_norm)
         self.lr = optim.learning_rate(config.optim, state.progress + 0.5 / config.train.steps)
         grad_scale = (grad_norm / config.optim.max_grad_norm).clamp(min=1.0) * count
         optim.step(self.optimizers, self.lr, grad_scale=grad_scale, found_inf=found_inf)
-        self.metrics.add(loss, sums[3:] / count, grad_norm)
+        self.metrics.add(loss, means(sums[3:-1]), grad_norm)
         state.step += 1
-        state.items += config.sequences
+        state.items += config.items_per_step
         state.progress = max(state.step / config.train.steps, state.progress + self._progress_per_step)
 
     def _read(self, index: int) -> list[Batch]:
         """The micro-batches of the step that begins with item ``index``."""
-        found = micro_batches(self.data, index, self.config.sequences, self.config.train.micro_batch, self.dims)
+        found = micro_batches(self.data, index, self.config.items_per_step, self.config.train.micro_batch, self.dims)
         if self.device.type != "cuda":
             return list(found)
         torch.cuda.set_device(self.device)  # in each thread
@@ -203,13 +225,13 @@ class Trainer:
         state.logged_tokens, state.logged_seconds = state.tokens, state.seconds
 
     def evaluate(self) -> None:
-        """The validation loss, into the state and the log."""
+        """The validation loss, into the state and, with the objective's metrics, the log."""
         if self.evaluator is None:
             return
         with self.stopwatch.counted_as("seconds_evaluating"):
-            loss = self.evaluator.loss(self.model, self.dims, self.device)
+            loss, metrics = self.evaluator.evaluate(self.model, self.dims, self.device)
         self.state.validation_loss = loss
-        self.log.validated(self.state.step, loss)
+        self.log.validated(self.state.step, loss, metrics)
 
     # ---- spikes ----
 
@@ -256,8 +278,9 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by name: the tensors themselves."""
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
         parts = {
-            "model": self.model.state_dict(),
+            "model": {name: tensor for name, tensor in self.model.state_dict().items() if name in trained},
             "optim": optim.state_tensors(self.model, self.optimizers),
             "spikes": self.spikes.state_dict(),
             "metrics": self.metrics.state_dict(),

@@ -21,7 +21,7 @@ from fastllm.distributed.mesh import ParallelDims
 from fastllm.distributed.parallelize import build_model
 from fastllm.dtensor import to_full
 from fastllm.training import optim
-from fastllm.training.evaluation import Evaluator
+from fastllm.training.evaluation import LossEvaluator
 from fastllm.training.metrics import read_log
 from fastllm.training.objectives import NextTokenPrediction
 from fastllm.training.signals import StopSignals
@@ -122,7 +122,7 @@ def make(config: Config, out: Path, precision: torch.dtype = torch.float32) -> T
         build_model(config, dims, precision, CPU),
         objective,
         RowOfTokens(tokens).packed(config.model.max_seq_len, config.train.seed),
-        Evaluator(objective, Validation(tokens), 6, config.train.micro_batch),
+        LossEvaluator(objective, Validation(tokens), 6, config.train.micro_batch),
         run_dir=out,
         device=CPU,
         precision=precision,

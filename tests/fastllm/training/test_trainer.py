@@ -184,7 +184,7 @@ def test_a_torn_log_is_continued(tmp_path):
     (tmp_path / LOG).write_bytes(b'{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     with RunLog(tmp_path, 5, False, enabled=True) as log:
         log.write({"step": 2, "loss": float("nan")})
-        log.validated(2, 1.5)
+        log.validated(2, 1.5, {})
     assert read_log(tmp_path / LOG) == [
         {"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 2, "validation_loss": 1.5},
     ]  # fmt: skip
