@@ -374,13 +374,15 @@ def test_double_backward_raises(reduction):
 def test_opcheck():
     tensors, target = inputs(10, 6, 20, torch.float32)
     tensors = (*tensors, target, None, None)
-    options = (IGNORE, 0.1, 0.0, 0.0, 0, 20, "cpu")
+    options = (IGNORE, 0.1, 0.0, 0.0, 0.7, 0, 20)
     ops = torch.ops.fastllm
-    torch.library.opcheck(ops.linear_cross_entropy_forward, (*tensors, *options))
+    for with_entropy in (False, True):
+        torch.library.opcheck(ops.linear_cross_entropy_forward, (*tensors, *options, with_entropy, "cpu"))
     wanted = (True, True, False, False)
-    torch.library.opcheck(ops.linear_cross_entropy_with_gradients, (*tensors, torch.ones(()), *wanted, *options))
-    _, lse = ops.linear_cross_entropy_forward(*tensors, *options)
-    args = (*tensors, lse, torch.ones(10), None, *wanted, *options)
+    torch.library.opcheck(ops.linear_cross_entropy_with_gradients, (*tensors, torch.ones(()), *wanted, *options, "cpu"))
+    _, lse, entropy = ops.linear_cross_entropy_forward(*tensors, *options, True, "cpu")
+    upstream = (torch.ones(10), None, torch.ones(10), entropy)
+    args = (*tensors, lse, *upstream, *wanted, *options, "cpu")
     torch.library.opcheck(ops.linear_cross_entropy_backward, args)
 
 
