@@ -206,7 +206,8 @@ def linear_log_prob(
     if chosen == "torch":
         check_range(op, target, options)
         if shard.group is not None:
-            weight, bias = (x if x is None else sharded.gathered(shard._replace(part=x), 0) for x in (weight, bias))
+            weight = sharded.gathered(shard._replace(part=weight), 0)
+            bias = None if bias is None else sharded.gathered(shard._replace(part=bias), 0)
         logits = _logits(hidden, weight, bias)
         given: dict[str, Any] = {"softcap": options.softcap, "temperature": float(temperature)}
         given["ignore_index"] = options.ignore_index
