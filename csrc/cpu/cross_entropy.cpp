@@ -126,16 +126,19 @@ void backward(const CrossEntropyBackward& a) {
   }
 }
 
-// Calls f with the element type, the kind of scores, and whether there is an entropy.
+template <Scores kScores>
+using Kind = std::integral_constant<Scores, kScores>;
+
+// Calls f with the element type, the kind of scores, and whether there is an entropy, which takes longer than a scale.
 template <typename F>
 void visit(const CrossEntropy& a, bool entropy, F&& f) {
-  const auto with_scores = [&](auto tag, auto scores) {
-    return entropy ? f(tag, scores, std::true_type()) : f(tag, scores, std::false_type());
-  };
+  const bool capped = a.softcap != 0.f, scaled = a.scale != 1.f;
   with_type(a.dtype, [&](auto tag) {
-    if (a.softcap != 0.f) return with_scores(tag, std::integral_constant<Scores, Scores::kCapped>());
-    if (a.scale != 1.f) return with_scores(tag, std::integral_constant<Scores, Scores::kScaled>());
-    return with_scores(tag, std::integral_constant<Scores, Scores::kPlain>());
+    if (entropy && capped) return f(tag, Kind<Scores::kCapped>(), std::true_type());
+    if (entropy) return f(tag, Kind<Scores::kScaled>(), std::true_type());
+    if (capped) return f(tag, Kind<Scores::kCapped>(), std::false_type());
+    if (scaled) return f(tag, Kind<Scores::kScaled>(), std::false_type());
+    f(tag, Kind<Scores::kPlain>(), std::false_type());
   });
 }
 
