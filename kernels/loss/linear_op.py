@@ -209,6 +209,8 @@ def linear_log_prob(
             weight = sharded.gathered(shard._replace(part=weight), 0)
             bias = None if bias is None else sharded.gathered(shard._replace(part=bias), 0)
         logits = _logits(hidden, weight, bias)
+        if shard.group is not None:
+            logits = logits.masked_fill(sharded.apart(target, shard.group).unsqueeze(-1), torch.nan)
         given: dict[str, Any] = {"softcap": options.softcap, "temperature": float(temperature)}
         given["ignore_index"] = options.ignore_index
         log_prob = reference.log_prob(logits, target, **given)

@@ -79,20 +79,11 @@ def combine(
 def combine_head(
     linear: Tensor, lse: Tensor, entropy: Tensor | None, target: Tensor, options: Options, group: ProcessGroup
 ) -> tuple[Tensor, ...]:
-    """``(loss, lse)`` of each token, without weights and smoothing, and with an entropy ``(loss, lse, entropy)``.
-
-    The targets go along: where they differ, each process has a batch of its own, as with a parameter of FSDP2, which
-    is a DTensor too. Then the results are NaN, and on a CPU it raises.
-    """
+    """``(loss, lse)`` of each token, without weights and smoothing, and with an entropy ``(loss, lse, entropy)``; NaN
+    where the targets, which go along, are :func:`apart`."""
     more = [] if entropy is None else [entropy]
     shares = _exchanged([lse, linear, target.float(), *more], group)
-    apart = (shares[:, 2] != shares[:1, 2]).any(0)
-    if (target.is_cpu or checks.DEBUG) and has_values() and apart.any():
-        raise ValueError(
-            "linear_log_prob: target differs within the group, whose processes share one batch where they share the "
-            "classes; for a weight that FSDP2 shards, call the op in the forward of the module that fully_shard wraps"
-        )
-    lse, linear = shares[:, 0].logsumexp(0).masked_fill(apart, torch.nan), shares[:, 1].sum(0)
+    lse, linear = shares[:, 0].logsumexp(0).masked_fill(_apart(shares[:, 2]), torch.nan), shares[:, 1].sum(0)
     valid = target != options.ignore_index
     loss = (lse - linear).where(valid, 0.0)
     if entropy is None:
@@ -101,6 +92,22 @@ def combine_head(
     share = log_share.exp()
     entropy = (share * (shares[:, 3] - log_share)).where(share != 0, 0.0).sum(0)
     return loss, lse, entropy.where(valid, 0.0)
+
+
+def apart(target: Tensor, group: ProcessGroup) -> Tensor:
+    """Where the processes' targets differ, which on a CPU raises: each has a batch of its own then, as with a parameter
+    of FSDP2, which is a DTensor too."""
+    return _apart(_exchanged([target.reshape(-1).float()], group)[:, 0]).view(target.shape)
+
+
+def _apart(targets: Tensor) -> Tensor:
+    found = (targets != targets[:1]).any(0)
+    if (targets.is_cpu or checks.DEBUG) and has_values() and found.any():
+        raise ValueError(
+            "linear_log_prob: target differs within the group, whose processes share one batch where they share the "
+            "classes; for a weight that FSDP2 shards, call the op in the forward of the module that fully_shard wraps"
+        )
+    return found
 
 
 def _exchanged(rows: list[Tensor], group: ProcessGroup) -> Tensor:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from fastllm.kernels import LinearCrossEntropyLoss, RMSNorm, cross_entropy, linear_cross_entropy, linear_log_prob
+from fastllm.kernels.loss import sharded
 from tests.numerics import assert_accurate
 
 from . import log_prob_checks as log_prob
@@ -244,8 +245,28 @@ def check_log_prob_errors() -> None:
     with pytest.raises(IndexError, match=r"target holds 80, which is neither in \[0, 80\)"):
         linear_log_prob(hidden, shards, target + (target == 79))
     fully_shard(module := LinearCrossEntropyLoss(12, CLASSES))
-    with pytest.raises(ValueError, match="target differs within the group"):
-        linear_log_prob(hidden, module.linear.weight, target.roll(dist.get_rank()))
+    for backend in ("cpu", "torch"):
+        with pytest.raises(ValueError, match="target differs within the group"):
+            linear_log_prob(hidden, module.linear.weight, target.roll(dist.get_rank()), backend=backend)
+
+
+def check_log_prob_of_other_targets_is_nan() -> None:
+    """Where nobody checks, as on a GPU: that token's results and gradients alone."""
+    hidden, weight, _, target = head()
+    target = target.clamp(min=0)
+    target[3] = dist.get_rank()
+    for backend in ("cpu", "torch"):
+        leaf = hidden.clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharded, "has_values", lambda: False)
+            out = linear_log_prob(
+                leaf, mine(weight), target, return_entropy=True, group=dist.group.WORLD, backend=backend
+            )
+        for x in out:
+            assert x.isnan().nonzero().flatten().tolist() == [3]
+        if backend == "cpu":
+            (out[0] + out[1]).sum().backward()
+            assert leaf.grad.isnan().all(-1).nonzero().flatten().tolist() == [3]
 
 
 class Head(torch.nn.Module):
