@@ -76,11 +76,23 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
                 torch.empty(16),
             )
             weights = (torch.empty(classes), torch.empty(())) if every else (None, None)
-            options = (-100, 0.1, 1e-3, 30.0) if every else (-100, 0.0, 0.0, 0.0)
+            options = (-100, 0.1, 1e-3, 30.0, 1.0) if every else (-100, 0.0, 0.0, 0.0, 1.0)
             rest = (*options, 0, classes, "triton")
             torch.ops.fastllm.cross_entropy_forward(logits, target, *weights, *rest)
-            tensors = (target, *weights, lse, torch.empty(()).expand(16), lse if every else None)
+            tensors = (target, *weights, lse, torch.empty(()).expand(16), lse if every else None, None, None)
             torch.ops.fastllm.cross_entropy_backward(logits, *tensors, *rest)
+
+        return call
+
+    def log_prob(dtype: torch.dtype, scale: float, softcap: float, entropy: bool) -> Callable[[], Any]:
+        def call() -> None:
+            hidden, weight = torch.empty(16, 64, dtype=dtype), torch.empty(32768, 64, dtype=dtype)
+            head, each = (hidden, weight, None, torch.zeros(16, dtype=torch.int64), None, None), torch.empty(16)
+            rest = (-100, 0.0, 0.0, softcap, scale, 0, 32768)
+            torch.ops.fastllm.linear_cross_entropy_forward(*head, *rest, entropy, "triton")
+            upstream = (each, None, *((each, each) if entropy else (None, None)))
+            wanted = (True, True, False, False)
+            torch.ops.fastllm.linear_cross_entropy_backward(*head, each, *upstream, *wanted, *rest, "triton")
 
         return call
 
@@ -185,6 +197,11 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"cross_entropy bfloat16 {classes}", cross_entropy(classes, torch.bfloat16, False)
         yield f"cross_entropy bfloat16 {classes} every argument", cross_entropy(classes, torch.bfloat16, True)
     yield "cross_entropy float32 262144 every argument", cross_entropy(262144, torch.float32, True)
+    yield "log_prob bfloat16 temperature", log_prob(torch.bfloat16, 0.7, 0.0, False)
+    yield "log_prob bfloat16 entropy", log_prob(torch.bfloat16, 1.0, 0.0, True)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = f"log_prob {str(dtype).removeprefix('torch.')} temperature, softcap, entropy"
+        yield name, log_prob(dtype, 0.7, 30.0, True)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def cases(scale: Scale) -> Iterator[Case]:
         for dtype in scale.dtypes:
             yield _head(*size, dtype)
         yield _log_prob(*size, torch.bfloat16)
+        yield _log_prob(*size, torch.bfloat16, entropy=True)
     if not scale.quick:
         features, tokens, classes = scale.pick((4096, 8192, 32768), (256, 1024, 16384), None)
         for n in scale.pick([2**n for n in range(13, 18)], [2**n for n in range(12, 17)], None):
@@ -113,6 +114,11 @@ def eager_log_prob(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return -F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="none")
 
 
+def eager_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = F.linear(hidden, weight).float().log_softmax(-1)
+    return log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
 def chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     """PyTorch's own chunked form, which came with 2.13."""
     return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions())
@@ -150,18 +156,21 @@ def _head(tokens: int, features: int, classes: int, dtype: torch.dtype, sweep: s
     )  # fmt: skip
 
 
-def _log_prob(tokens: int, features: int, classes: int, dtype: torch.dtype) -> Case:
+def _log_prob(tokens: int, features: int, classes: int, dtype: torch.dtype, entropy: bool = False) -> Case:
     """The backward computes the logits again: 8 operations a token, feature and class."""
-    ops = baselines(eager_log_prob, compiled=False) | ours(linear_log_prob)
+    ops = baselines(eager_entropy if entropy else eager_log_prob, compiled=False)
+    ops |= ours(linear_log_prob, return_entropy=True) if entropy else ours(linear_log_prob)
 
     def build() -> dict[str, Call]:
         hidden, weight, target = _inputs(tokens, features, classes, dtype)
         grad = torch.ones((), device=DEVICE)
-        return {
-            name: step_of(lambda h, w, op=op: op(h, w, target).sum(), [hidden, weight], grad)
-            for name, op in ops.items()
-        }
+
+        def added(op: Call, h: Tensor, w: Tensor) -> Tensor:
+            return sum(x.sum() for x in op(h, w, target)) if entropy else op(h, w, target).sum()
+
+        return {name: step_of(partial(added, op), [hidden, weight], grad) for name, op in ops.items()}
 
     work = 8 * tokens * features * classes
     size = f"{tokens}×{features}×{classes}"
-    return Case("linear_log_prob", size, "forward+backward", short(dtype), work, "TFLOP/s", tuple(ops), build)
+    name = "linear_log_prob, entropy" if entropy else "linear_log_prob"
+    return Case(name, size, "forward+backward", short(dtype), work, "TFLOP/s", tuple(ops), build)

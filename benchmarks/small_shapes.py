@@ -43,7 +43,7 @@ from fastllm.kernels.attention.options import bounds
 
 from . import apart
 from .accuracy import Probe, compare, results
-from .losses import eager_head, eager_log_prob
+from .losses import eager_entropy, eager_head, eager_log_prob
 from .pointwise import eager_swiglu
 from .timing import DEVICE
 
@@ -168,13 +168,21 @@ def _cross_entropy() -> Iterator[Shape]:
 
 
 def _heads() -> Iterator[Shape]:
-    def build(op: Callable, eager: Callable) -> Probe:
+    def build(op: Callable, eager: Callable, given: dict[str, Any]) -> Probe:
         target = torch.arange(300, device=DEVICE)
         inputs = {"hidden": _normal(300, 64), "weight": 0.2 * _normal(1000, 64)}
-        return Probe(op, lambda h, w: eager(h, w, target), lambda h, w, **o: op(h, w, target, **o), inputs)
+        call = partial(op, **given)
+        return Probe(op, lambda h, w: eager(h, w, target), lambda h, w, **o: call(h, w, target, **o), inputs)
 
-    for op, eager in ((linear_cross_entropy, eager_head), (linear_log_prob, eager_log_prob)):
-        yield op.__name__, torch.bfloat16, partial(build, op, eager)
+    def hot(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        return eager_entropy(2 * hidden, weight, target)
+
+    for name, op, eager, given in (
+        ("linear_cross_entropy", linear_cross_entropy, eager_head, {}),
+        ("linear_log_prob", linear_log_prob, eager_log_prob, {}),
+        ("linear_log_prob entropy", linear_log_prob, hot, {"temperature": 0.5, "return_entropy": True}),
+    ):
+        yield name, torch.bfloat16, partial(build, op, eager, given)
 
 
 def _packed_linear() -> Iterator[Shape]:

@@ -98,6 +98,15 @@ def groups() -> Iterator[tuple[str, Calls]]:
             target = torch.zeros(tokens, dtype=torch.long)
             yield partial(trained, kernels.linear_cross_entropy, leaf(tokens, 16), leaf(classes, 16), target)
 
+    def entropy() -> Calls:
+        def both(*inputs: torch.Tensor, **options: object) -> torch.Tensor:
+            log_prob, entropy = kernels.linear_log_prob(*inputs, return_entropy=True, **options)
+            return log_prob + entropy
+
+        for tokens, classes, temperature in ((10, 32000, 0.7), (700, 8192, 1.3)):
+            target = torch.zeros(tokens, dtype=torch.long)
+            yield partial(trained, both, leaf(tokens, 16), leaf(classes, 16), target, temperature=temperature)
+
     def rope() -> Calls:
         for batch, seq, heads in ((1, 1, 32), (4, 2048, 32), (3, 77, 32)):
             table = torch.zeros(4096, 64)
@@ -131,6 +140,7 @@ def groups() -> Iterator[tuple[str, Calls]]:
     yield "cross_entropy", cross_entropy()
     yield "cross_entropy, 50257 classes", odd_classes()
     yield "linear_cross_entropy", linear_cross_entropy()
+    yield "linear_log_prob, temperature and entropy", entropy()
     yield "rope", rope()
     yield "rope_append", rope_append()
     yield "swiglu", swiglu()

@@ -174,29 +174,33 @@ SoftmaxBackward softmax_backward(const TensorView& dy, const TensorView& y, floa
   return {dy.rows(), y.rows(), dx.dense(), rows, cols, causal ? dx.sizes()[-2] : 0, scale, y.dtype()};
 }
 
-using CrossEntropyOptions = std::tuple<int64_t, float, float, float, int64_t, int64_t>;  // kernels/loss/options.py
+// kernels/loss/options.py
+using CrossEntropyOptions = std::tuple<int64_t, float, float, float, float, int64_t, int64_t>;
 
 CrossEntropy cross_entropy(const TensorView& logits, const TensorView& target, const TensorView& class_weight,
                            const TensorView& mean_weight, const CrossEntropyOptions& options) {
-  const auto [ignore_index, label_smoothing, z_loss, softcap, first_class, classes] = options;
+  const auto [ignore_index, label_smoothing, z_loss, softcap, scale, first_class, classes] = options;
   return {logits.rows(), target.dense<int64_t>(), class_weight.dense<float>(), mean_weight.dense<float>(),
-          target.numel(), logits.sizes()[-1], ignore_index, label_smoothing, z_loss, softcap, first_class, classes,
-          logits.dtype()};
+          target.numel(), logits.sizes()[-1], ignore_index, label_smoothing, z_loss, softcap, scale, first_class,
+          classes, logits.dtype()};
 }
 
 CrossEntropyForward cross_entropy_forward(const TensorView& logits, const TensorView& target,
                                           const TensorView& class_weight, const TensorView& mean_weight,
                                           const CrossEntropyOptions& options, const TensorView& loss,
-                                          const TensorView& lse) {
-  return {cross_entropy(logits, target, class_weight, mean_weight, options), loss.dense<float>(), lse.dense<float>()};
+                                          const TensorView& lse, const TensorView& entropy) {
+  return {cross_entropy(logits, target, class_weight, mean_weight, options), loss.dense<float>(), lse.dense<float>(),
+          entropy.dense<float>()};
 }
 
 CrossEntropyBackward cross_entropy_backward(const TensorView& logits, const TensorView& target,
                                             const TensorView& class_weight, const TensorView& mean_weight,
                                             const TensorView& lse, const TensorView& dloss, const TensorView& dlse,
+                                            const TensorView& dentropy, const TensorView& entropy,
                                             const CrossEntropyOptions& options, const TensorView& dlogits) {
   return {cross_entropy(logits, target, class_weight, mean_weight, options), lse.dense<float>(), dloss.data<float>(),
-          dloss ? dloss.strides()[0] : 0, dlse.dense<float>(), dlogits.dense()};
+          dloss ? dloss.strides()[0] : 0, dlse.dense<float>(), dentropy.dense<float>(), entropy.dense<float>(),
+          dlogits.dense()};
 }
 
 void check_position(const char* op, int64_t position, int64_t max_seq) {

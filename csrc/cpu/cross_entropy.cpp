@@ -10,21 +10,25 @@ namespace {
 
 const float kNaN = __builtin_nanf("");
 
-// The scores are the logits, or capped ones; slope is what their derivative is.
+// The scores are the logits, scaled, or capped and scaled; scale times slope is their derivative.
 struct Scored {
   vfloat score, slope;
 };
 
-template <bool kCapped>
-struct Cap {
-  float cap, inverse;
+enum class Scores { kPlain, kScaled, kCapped };
 
-  explicit Cap(float softcap) : cap(softcap), inverse(kCapped ? 1.f / softcap : 0.f) {}
+template <Scores kScores>
+struct Scorer {
+  float factor, inverse;
+
+  explicit Scorer(const CrossEntropy& a)
+      : factor(kScores == Scores::kCapped ? a.softcap * a.scale : a.scale), inverse(1.f / a.softcap) {}
 
   Scored operator()(vfloat logit) const {
-    if constexpr (!kCapped) return {logit, broadcast(1.f)};
+    if constexpr (kScores == Scores::kPlain) return {logit, broadcast(1.f)};
+    if constexpr (kScores == Scores::kScaled) return {settled(logit * factor), broadcast(1.f)};
     const vfloat t = tanh(logit * inverse);
-    return {settled(t * cap), 1.f - t * t};
+    return {settled(t * factor), 1.f - t * t};
   }
 };
 
@@ -51,26 +55,27 @@ inline vfloat only(const T* p) {  // one element, in every lane
   return broadcast(load_partial(p, 1)[0]);
 }
 
-template <typename T, bool kCapped>
+template <typename T, Scores kScores, bool kEntropy>
 void forward(const CrossEntropyForward& a) {
-  const Cap<kCapped> capped(a.softcap);
+  const Scorer<kScores> scored(a);
   const float spread = a.label_smoothing / static_cast<float>(a.classes);
   const float* weights = a.class_weight ? a.class_weight + a.first_class : nullptr;
 #pragma omp parallel for schedule(static) if (a.rows * a.cols > kParallelElements)
   for (int64_t r = 0; r < a.rows; ++r) {
     const T* logits = row<T>(a.logits, r);
-    const ExpSum found = exp_sum(a.cols, [&](auto at) { return capped(at(logits)).score; });
-    const float lse = found.shift() + __builtin_logf(found.sum());
+    const auto found = exp_sum<kEntropy>(a.cols, [&](auto at) { return scored(at(logits)).score; });
+    const float sum = found.sum(), log_sum = __builtin_logf(sum), lse = found.shift() + log_sum;
     a.lse[r] = lse;
     const Target target(a, r);
+    if constexpr (kEntropy) a.entropy[r] = target.ignored ? 0.f : log_sum - found.moment() / sum;
     if (target.ignored) {
       a.loss[r] = 0.f;
       continue;
     }
-    float linear = target.here ? target.own * capped(only(logits + target.col)).score[0] : target.own * 0.f;
+    float linear = target.here ? target.own * scored(only(logits + target.col)).score[0] : target.own * 0.f;
     if (spread != 0.f) {
       linear += spread * sum_over(a.cols, [&](auto at, auto) {
-                  const vfloat s = capped(at(logits)).score;
+                  const vfloat s = scored(at(logits)).score;
                   return weights ? s * at(weights) : s;
                 });
     }
@@ -79,9 +84,9 @@ void forward(const CrossEntropyForward& a) {
   }
 }
 
-template <typename T, bool kCapped>
+template <typename T, Scores kScores, bool kEntropy>
 void backward(const CrossEntropyBackward& a) {
-  const Cap<kCapped> capped(a.softcap);
+  const Scorer<kScores> scored(a);
   const float* weights = a.class_weight ? a.class_weight + a.first_class : nullptr;
   T* out = static_cast<T*>(a.dlogits);
   expect_large_write(out, a.rows * a.cols * static_cast<int64_t>(sizeof(T)));
@@ -90,17 +95,23 @@ void backward(const CrossEntropyBackward& a) {
     const T* logits = row<T>(a.logits, r);
     T* dlogits = out + r * a.cols;
     const Target target(a, r);
-    const float lse = a.lse[r], dlse = a.dlse ? a.dlse[r] : 0.f;
-    const float dloss = a.dloss && !target.ignored ? a.dloss[r * a.dloss_stride] : 0.f;
-    const float push = target.ignored ? dlse : dloss * (target.total + 2.f * a.z_loss * lse) + dlse;
+    // the gradients of the results, times the scale
+    const float lse = a.lse[r], dlse = a.dlse ? a.scale * a.dlse[r] : 0.f;
+    const float dloss = a.dloss && !target.ignored ? a.scale * a.dloss[r * a.dloss_stride] : 0.f;
+    const float dentropy = kEntropy && !target.ignored ? a.scale * a.dentropy[r] : 0.f;
+    float push = target.ignored ? dlse : dloss * (target.total + 2.f * a.z_loss * lse) + dlse;
+    if constexpr (kEntropy) push -= dentropy * a.entropy[r];
     const float pull = dloss * a.label_smoothing / static_cast<float>(a.classes);
-    if (push == 0.f && dloss == 0.f) {
+    if (push == 0.f && dloss == 0.f && dentropy == 0.f) {
       std::memset(static_cast<void*>(dlogits), 0, a.cols * sizeof(T));
       continue;
     }
     const auto gradient = [&](vfloat logit, vfloat weight) {
-      const Scored s = capped(logit);
-      return (exp(s.score - lse) * push - weight * pull) * s.slope;
+      const Scored s = scored(logit);
+      const vfloat log_p = s.score - lse;
+      vfloat by = broadcast(push);
+      if constexpr (kEntropy) by -= bounded(log_p) * dentropy;
+      return (exp(log_p) * by - weight * pull) * s.slope;
     };
     const vfloat logit = target.here ? only(logits + target.col) : vfloat{};  // before it is overwritten
     if (weights && pull != 0.f)
@@ -109,26 +120,36 @@ void backward(const CrossEntropyBackward& a) {
       for_each_vector(a.cols, [&](auto at, auto put) { put(dlogits, gradient(at(logits), broadcast(1.f))); });
     if (target.here) {
       const vfloat weight = broadcast(weights ? weights[target.col] : 1.f);
-      const vfloat pulled = gradient(logit, weight) - capped(logit).slope * (dloss * target.own);
+      const vfloat pulled = gradient(logit, weight) - scored(logit).slope * (dloss * target.own);
       store_partial(dlogits + target.col, pulled, 1);
     }
   }
 }
 
-}  // namespace
+template <Scores kScores>
+using Kind = std::integral_constant<Scores, kScores>;
 
-void cross_entropy_forward(const CrossEntropyForward& a) {
+// Calls f with the element type, the kind of scores, and whether there is an entropy, which takes longer than a scale.
+template <typename F>
+void visit(const CrossEntropy& a, bool entropy, F&& f) {
+  const bool capped = a.softcap != 0.f, scaled = a.scale != 1.f;
   with_type(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    return a.softcap == 0.f ? forward<T, false>(a) : forward<T, true>(a);
+    if (entropy && capped) return f(tag, Kind<Scores::kCapped>(), std::true_type());
+    if (entropy) return f(tag, Kind<Scores::kScaled>(), std::true_type());
+    if (capped) return f(tag, Kind<Scores::kCapped>(), std::false_type());
+    if (scaled) return f(tag, Kind<Scores::kScaled>(), std::false_type());
+    f(tag, Kind<Scores::kPlain>(), std::false_type());
   });
 }
 
+}  // namespace
+
+void cross_entropy_forward(const CrossEntropyForward& a) {
+  visit(a, a.entropy, [&](auto tag, auto scores, auto entropy) { forward<decltype(tag), scores, entropy>(a); });
+}
+
 void cross_entropy_backward(const CrossEntropyBackward& a) {
-  with_type(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    return a.softcap == 0.f ? backward<T, false>(a) : backward<T, true>(a);
-  });
+  visit(a, a.dentropy, [&](auto tag, auto scores, auto entropy) { backward<decltype(tag), scores, entropy>(a); });
 }
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

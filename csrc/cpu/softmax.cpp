@@ -67,7 +67,7 @@ void held_row(T* y, int64_t count, float* held, Score&& score) {
 // The same of any length.
 template <typename T, typename Score>
 void long_row(T* y, int64_t count, Score&& score) {
-  const ExpSum found = exp_sum(count, score);
+  const auto found = exp_sum(count, score);
   const float shift = found.shift(), sum = found.sum(), divisor = sum == 0.f ? 1.f : sum;
   for_each_vector(count, [&](auto at, auto put) { put(y, exp(score(at) - shift) / divisor); });
 }

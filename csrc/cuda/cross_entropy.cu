@@ -1,6 +1,6 @@
 // Cross-entropy: bound by memory, one read of the logits forward, one read and one write backward, in 16-byte
 // accesses where rows are aligned to them. A block walks along a row (short rows: several to a block), some
-// vectors ahead. kPlain: neither softcap nor label smoothing, whose registers the common case is spared.
+// vectors ahead. kPlain: no softcap, scale or label smoothing, whose registers the common case is spared.
 
 #include "cross_entropy.h"
 
@@ -20,25 +20,27 @@ constexpr int kAhead = 4;      // vectors that a thread loads before it uses the
 // The arguments, and quotients of them.
 template <typename Args>
 struct Prepared : Args {
-  float inverse_softcap, smoothing_of_class;
+  float inverse_softcap, scaled_softcap, smoothing_of_class;
 
   // At most the largest float, for 0 * inf would be NaN.
   explicit Prepared(const Args& a)
       : Args(a),
         inverse_softcap(std::min(1.0f / a.softcap, std::numeric_limits<float>::max())),
+        scaled_softcap(a.softcap * a.scale),
         smoothing_of_class(a.label_smoothing / a.classes) {}
 };
 
-// A score and its derivative with respect to the logit.
+// A score, and its derivative with respect to the logit but for the scale.
 struct Scored {
   float score, slope;
 };
 
 template <bool kPlain, typename Args>
-__device__ inline Scored capped(float logit, const Args& a) {
-  if (kPlain || a.softcap == 0.0f) return {logit, 1.0f};
+__device__ inline Scored scored(float logit, const Args& a) {
+  if (kPlain) return {logit, 1.0f};
+  if (a.softcap == 0.0f) return {logit * a.scale, 1.0f};
   const float t = tanhf(logit * a.inverse_softcap);
-  return {a.softcap * t, 1.0f - t * t};
+  return {a.scaled_softcap * t, 1.0f - t * t};
 }
 
 // What the target of a row says.
@@ -57,7 +59,7 @@ struct Target {
   }
 };
 
-template <typename T, int V, bool kPlain>
+template <typename T, int V, bool kPlain, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const Prepared<CrossEntropyForward> a) {
   __shared__ float scratch[2][kMaxWarps], spread_scratch[kMaxWarps];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const 
   const T* logits = row_of<T>(a.logits, row);
   const float* weight = a.class_weight ? a.class_weight + a.first_class : nullptr;
 
-  ExpSum mine;
+  ExpSum<kEntropy> mine;
   float spread = 0.0f;  // sum of w_j * s_j
   for (int64_t start = threadIdx.x * V; start < cols; start += kAhead * step) {
     Vec<T, V> read[kAhead];
@@ -80,28 +82,29 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const 
       Floats<V> s = unpack(read[i]);
 #pragma unroll
       for (int j = 0; j < V; ++j) {
-        s.at[j] = capped<kPlain>(s.at[j], a).score;
+        s.at[j] = scored<kPlain>(s.at[j], a).score;
         if (!kPlain && a.label_smoothing != 0.0f) spread += weight ? s.at[j] * weight[col + j] : s.at[j];
       }
       mine.add(s);
     }
   }
-  const ExpSum found = mine.over_row(scratch);
+  const ExpSum<kEntropy> found = mine.over_row(scratch);
   if constexpr (!kPlain) spread = row_sum(spread, spread_scratch);
   if (threadIdx.x != 0 || row >= a.rows) return;
 
-  const float lse = found.shift + logf(found.sum);
+  const float log_sum = logf(found.sum), lse = found.shift + log_sum;
   const Target target(a, row);
   float linear = 0.0f;
-  if (target.col >= 0) linear = capped<kPlain>(to_float(logits[target.col]), a).score;
+  if (target.col >= 0) linear = scored<kPlain>(to_float(logits[target.col]), a).score;
   linear *= target.own;
   if (!kPlain && a.label_smoothing != 0.0f) linear += a.smoothing_of_class * spread;
   const float loss = a.cols == a.classes ? target.total * lse - linear + a.z_loss * lse * lse : linear;
   a.loss[row] = target.ignored ? 0.0f : loss;
   a.lse[row] = lse;
+  if constexpr (kEntropy) a.entropy[row] = target.ignored ? 0.0f : log_sum - found.moment / found.sum;
 }
 
-template <typename T, int V, bool kPlain>
+template <typename T, int V, bool kPlain, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const Prepared<CrossEntropyBackward> a) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
@@ -111,11 +114,15 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const
   const float* weight = a.class_weight ? a.class_weight + a.first_class : nullptr;
 
   const Target target(a, row);
-  const float lse = a.lse[row], dlse = a.dlse ? a.dlse[row] : 0.0f;
-  const float dloss = a.dloss && !target.ignored ? a.dloss[row * a.dloss_stride] : 0.0f;
-  const float push = target.ignored ? dlse : dloss * (target.total + 2.0f * a.z_loss * lse) + dlse;
+  // the gradients of the results, times the scale
+  const float scale = kPlain ? 1.0f : a.scale;
+  const float lse = a.lse[row], dlse = a.dlse ? scale * a.dlse[row] : 0.0f;
+  const float dloss = a.dloss && !target.ignored ? scale * a.dloss[row * a.dloss_stride] : 0.0f;
+  const float dentropy = kEntropy && !target.ignored ? scale * a.dentropy[row] : 0.0f;
+  float push = target.ignored ? dlse : dloss * (target.total + 2.0f * a.z_loss * lse) + dlse;
+  if constexpr (kEntropy) push -= dentropy * a.entropy[row];
   const float pull = kPlain ? 0.0f : dloss * a.smoothing_of_class;
-  const bool nothing = push == 0.0f && dloss == 0.0f;  // whatever the logits hold
+  const bool nothing = push == 0.0f && dloss == 0.0f && dentropy == 0.0f;  // whatever the logits hold
 
   for (int64_t start = threadIdx.x * V; start < a.cols; start += kAhead * step) {
     Vec<T, V> read[kAhead];
@@ -131,8 +138,9 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const
         d = unpack(read[i]);
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-          const Scored s = capped<kPlain>(d.at[j], a);
-          float g = expf(s.score - lse) * push;
+          const Scored s = scored<kPlain>(d.at[j], a);
+          const float log_p = s.score - lse;
+          float g = expf(log_p) * (kEntropy ? push - dentropy * bounded(log_p) : push);
           if (col + j == target.col) g -= dloss * target.own;
           if (!kPlain) g -= weight && pull != 0.0f ? pull * weight[col + j] : pull;
           d.at[j] = g * s.slope;
@@ -143,15 +151,17 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const
   }
 }
 
-// Calls f with the element type and whether the common case will do.
+// Calls f with the element type, whether the common case will do, and whether there is an entropy.
 template <typename F>
-void visit_types(const CrossEntropy& a, F f) {
-  const bool plain = a.softcap == 0.0f && a.label_smoothing == 0.0f;
+void visit_types(const CrossEntropy& a, bool entropy, F f) {
+  const bool plain = a.softcap == 0.0f && a.scale == 1.0f && a.label_smoothing == 0.0f;
   visit(a.dtype, [&](auto element) {
-    if (plain)
-      f(element, std::true_type());
+    if (entropy)
+      f(element, std::false_type(), std::true_type());
+    else if (plain)
+      f(element, std::true_type(), std::false_type());
     else
-      f(element, std::false_type());
+      f(element, std::false_type(), std::false_type());
   });
 }
 
@@ -170,9 +180,10 @@ void cross_entropy_forward(const CrossEntropyForward& a, int device, cudaStream_
   using namespace cross_entropy;
   if (a.rows == 0) return;
   DeviceGuard guard(device);
-  visit_types(a, [&](auto element, auto plain) {
+  visit_types(a, a.entropy != nullptr, [&](auto element, auto plain, auto entropy) {
     using T = decltype(element);
-    run<T>(cross_entropy_forward_rows<T, kVector<T>, plain>, cross_entropy_forward_rows<T, 1, plain>, a, true, stream);
+    run<T>(cross_entropy_forward_rows<T, kVector<T>, plain, entropy>,
+           cross_entropy_forward_rows<T, 1, plain, entropy>, a, true, stream);
   });
 }
 
@@ -180,10 +191,10 @@ void cross_entropy_backward(const CrossEntropyBackward& a, int device, cudaStrea
   using namespace cross_entropy;
   if (a.rows == 0) return;
   DeviceGuard guard(device);
-  visit_types(a, [&](auto element, auto plain) {
+  visit_types(a, a.dentropy != nullptr, [&](auto element, auto plain, auto entropy) {
     using T = decltype(element);
-    run<T>(cross_entropy_backward_rows<T, kVector<T>, plain>, cross_entropy_backward_rows<T, 1, plain>, a,
-           aligned(a.dlogits), stream);
+    run<T>(cross_entropy_backward_rows<T, kVector<T>, plain, entropy>,
+           cross_entropy_backward_rows<T, 1, plain, entropy>, a, aligned(a.dlogits), stream);
   });
 }
 

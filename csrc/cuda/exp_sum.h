@@ -7,28 +7,44 @@
 
 namespace fastllm::cuda {
 
+// A logarithm to multiply its exponential with: below -200 that is 0, and 0 * -inf would be NaN.
+__device__ inline float bounded(float log) { return fmaxf(log, -200.0f); }
+
+// kMoment: also the sum of exp(score - shift) * (score - shift), which entropy takes.
+template <bool kMoment = false>
 struct ExpSum {
   float shift = -3.40282347e38f;  // the lowest number: less -inf would be NaN
-  float sum = 0.0f;
+  float sum = 0.0f, moment = 0.0f;
 
   template <int V>
   __device__ void add(const Floats<V>& scores) {
     float most = scores.at[0];
 #pragma unroll
     for (int j = 1; j < V; ++j) most = fmaxf(most, scores.at[j]);
-    if (most > shift) {
-      sum *= expf(shift - most);
-      shift = most;
-    }
+    if (most > shift) *this = moved(most);
 #pragma unroll
-    for (int j = 0; j < V; ++j) sum += expf(scores.at[j] - shift);
+    for (int j = 0; j < V; ++j) {
+      const float log = scores.at[j] - shift, e = expf(log);
+      sum += e;
+      if constexpr (kMoment) moment += e * bounded(log);
+    }
+  }
+
+  // The same with another shift.
+  __device__ ExpSum moved(float to) const {
+    ExpSum other;
+    const float by = expf(shift - to);
+    other.shift = to;
+    other.sum = sum * by;
+    if constexpr (kMoment) other.moment = (moment + sum * bounded(shift - to)) * by;
+    return other;
   }
 
   // Over the threads of a row; each gets the row's. The sum is 0 where every score is -inf.
   __device__ ExpSum over_row(float (&scratch)[2][kMaxWarps]) const {
-    ExpSum row;
-    row.shift = row_max(shift, scratch[0]);
-    row.sum = row_sum(sum * expf(shift - row.shift), scratch[1]);
+    ExpSum row = moved(row_max(shift, scratch[0]));
+    row.sum = row_sum(row.sum, scratch[1]);
+    if constexpr (kMoment) row.moment = row_sum(row.moment, scratch[0]);
     return row;
   }
 };

@@ -75,7 +75,7 @@ __device__ inline Floats<V> scores(const Vec<T, V>& x, float scale, const MaskRo
 
 // exp(s - shift) / sum; `inverse` is 1 / sum. In float32 a step of Newton's method makes up for its rounding.
 template <typename T, int V>
-__device__ inline Vec<T, V> probabilities(Floats<V> s, const ExpSum& row, float inverse) {
+__device__ inline Vec<T, V> probabilities(Floats<V> s, const ExpSum<>& row, float inverse) {
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     const float e = expf(s.at[j] - row.shift);
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(kBlock, 1) softmax_forward_registers(const Sof
     x[i] = first + i * step < seen ? load_readonly<V>(x_row + first + i * step) : zeros<T, V>();
 
   const MaskRow<T, kMasked> mask(a.mask, inside ? row : 0);
-  ExpSum mine;
+  ExpSum<> mine;
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (first + i * step < seen) mine.add(scores(x[i], a.scale, mask, first + i * step, seen));
-  const ExpSum found = mine.over_row(scratch);
+  const ExpSum<> found = mine.over_row(scratch);
   const float inverse = inverse_of(found.sum);
 
   T* y = static_cast<T*>(a.y) + row * a.cols;
@@ -129,10 +129,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1) softmax_forward_loop(const Sof
   const int64_t first = threadIdx.x * V, step = blockDim.x * V;
   const T* x = row_by_call<T>(a.x, row);
   const MaskRow<T, kMasked> mask(a.mask, inside ? row : 0);
-  ExpSum mine;
+  ExpSum<> mine;
   for (int64_t col = first; col < seen; col += step)
     mine.add(scores(load_readonly<V>(x + col), a.scale, mask, col, seen));
-  const ExpSum found = mine.over_row(scratch);
+  const ExpSum<> found = mine.over_row(scratch);
   const float inverse = inverse_of(found.sum);
 
   T* y = static_cast<T*>(a.y) + row * a.cols;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -90,8 +91,8 @@ def cross_entropy(
         TypeError: a dtype or type that it does not take. ValueError: a wrong shape, device or reduction, or
             a ``backend`` that can't run this call. IndexError: a target out of range.
     """
-    shard = sharded.shard_of(logits, group)
-    logits = shard.logits
+    shard = sharded.shard_of("cross_entropy", "logits", logits, -1, group)
+    logits = shard.part
     checks.floating("cross_entropy", "logits", logits)
     check_target("cross_entropy", "logits", logits, target, shard.classes)
     check_classes("cross_entropy", shard.classes)
@@ -107,7 +108,7 @@ def cross_entropy(
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
-        whole = logits if shard.group is None else sharded.gathered(shard)
+        whole = logits if shard.group is None else sharded.gathered(shard, -1)
         return torch_loss("cross_entropy", whole, target, weight, options, reduction, return_lse)
     targets, options, z = Targets.of(target, weight, label_smoothing), *z_apart(options, weight, reduction)
     with_lse = return_lse or z != 0
@@ -234,7 +235,7 @@ def torch_loss(
     op: str, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options, reduction: str, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The torch backend: PyTorch's own cross_entropy for what that can express, else the specification."""
-    ignore_index, label_smoothing, z_loss, softcap, *_ = options
+    ignore_index, label_smoothing, z_loss, softcap, *_ = options  # scale is 1
     given: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if target.is_floating_point():
         loss, lse = reference.cross_entropy_of_probabilities(
@@ -305,7 +306,14 @@ def check_reduction(op: str, reduction: str) -> None:
 
 
 def check_options(
-    op: str, ignore_index: int, label_smoothing: float, z_loss: float, softcap: float, first_class: int, classes: int
+    op: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    first_class: int,
+    classes: int,
+    temperature: float = 1.0,
 ) -> Options:
     smoothing = checks.number(op, "label_smoothing", label_smoothing)
     if not 0.0 <= smoothing <= 1.0:
@@ -314,4 +322,7 @@ def check_options(
     ignore_index = checks.integer(op, "ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"{op}: ignore_index must fit in 64 bits, as target does, it is {ignore_index}")
-    return Options(ignore_index, smoothing, z_loss, softcap, first_class, classes)
+    temperature = checks.number(op, "temperature", temperature)
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature must be a finite number above 0, not {temperature}")
+    return Options(ignore_index, smoothing, z_loss, softcap, 1.0 / temperature, first_class, classes)

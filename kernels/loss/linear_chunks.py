@@ -53,12 +53,13 @@ def run_chunks(
     *,
     lse: Tensor,
     loss: Tensor | None = None,
+    entropy: Tensor | None = None,
     upstream: Upstream | None = None,
     grads: tuple[Tensor, ...] = (),
     accumulate_float32: bool = False,
 ) -> None:
-    """Chunk by chunk: the logits; the forward into ``loss`` and ``lse``, where a loss is given; the backward of
-    ``upstream`` into ``grads``, where they are given."""
+    """Chunk by chunk: the logits; the forward into ``loss``, ``lse`` and ``entropy``, where a loss is given (an entropy
+    too or not); the backward of ``upstream`` into ``grads``, where they are given."""
     check_range("linear_cross_entropy", targets.target, options)
     kernels = launchers(__package__, backend)
     hidden, features, dtype = linear.hidden, linear.hidden.shape[-1], _product_dtype(linear.hidden)
@@ -71,14 +72,15 @@ def run_chunks(
     weight_sum = _Sum(dweight, torch.float32 if accumulate_float32 else dtype)
     bias_sum = torch.zeros_like(dbias, dtype=torch.float32)
     step = chunk_size(tokens)
-    buffer = hidden.new_empty(step, options.classes, dtype=dtype)
+    buffer = hidden.new_empty(step, len(head), dtype=dtype)
     for start in range(0, tokens, step):
         chunk = slice(start, min(start + step, tokens))
         h, logits = rows[chunk], buffer[: chunk.stop - start]
         here = targets._replace(target=targets.target[chunk])
         _product(h, head, bias, logits)
         if loss is not None:
-            kernels.cross_entropy_forward(logits, here, options, backend, loss[chunk], lse[chunk])
+            spread = None if entropy is None else entropy[chunk]
+            kernels.cross_entropy_forward(logits, here, options, backend, loss[chunk], lse[chunk], spread)
         if not grads:
             continue
         above = Upstream(*(None if g is None else g[chunk] for g in upstream))

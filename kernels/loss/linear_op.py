@@ -8,7 +8,7 @@ computes each chunk of logits a second time.
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from ..library import differentiable_once, function, operator
-from . import reference
+from . import reference, sharded
 from .cross_entropy_op import (
     PROBABILITIES,
     check_class_weight,
@@ -31,6 +31,9 @@ from .cross_entropy_op import (
 )
 from .linear_chunks import Linear, Wanted, run_chunks
 from .options import Options, Targets, Upstream
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 # fmt: off
@@ -114,7 +117,7 @@ def linear_cross_entropy(
     targets, options, z = Targets.of(target, class_weight, label_smoothing), *z_apart(options, class_weight, reduction)
     # float16 gradients without the caller's loss scale would underflow: it must be known first
     if reduction == "none" or return_lse or z or hidden.dtype == torch.float16:
-        loss, lse = _per_token(hidden, weight, bias, targets, options, accumulate_float32, chosen)
+        loss, lse = _per_token(hidden, weight, bias, targets, options, accumulate_float32, False, None, chosen)
         loss = reduce(loss, lse, z, targets, options, reduction)
         loss = loss.view(target.shape) if reduction == "none" else loss
         return (loss, lse.view(target.shape)) if return_lse else loss
@@ -125,6 +128,26 @@ def linear_cross_entropy(
     return _reduced(hidden, weight, bias, targets, factor, options, wanted, chosen)[0]
 
 
+# fmt: off
+@overload
+def linear_log_prob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100,
+    softcap: float = 0.0, temperature: float = 1.0, return_entropy: Literal[False] = False,
+    group: ProcessGroup | None = None, backend: str | None = None,
+) -> Tensor: ...
+@overload
+def linear_log_prob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100,
+    softcap: float = 0.0, temperature: float = 1.0, return_entropy: Literal[True],
+    group: ProcessGroup | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_log_prob(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, ignore_index: int = -100,
+    softcap: float = 0.0, temperature: float = 1.0, return_entropy: bool = False,
+    group: ProcessGroup | None = None, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+# fmt: on
 @backends.op("cuda", "triton", "cpu")
 def linear_log_prob(
     hidden: Tensor,
@@ -134,12 +157,15 @@ def linear_log_prob(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float = 0.0,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    group: ProcessGroup | None = None,
     backend: str | None = None,
-) -> Tensor:
-    """``log_softmax(hidden @ weightᵀ + bias)`` at the target: the log-probability of each token.
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``log_softmax((hidden @ weightᵀ + bias) / temperature)`` at the target: the log-probability of each token.
 
-    For preference losses and evaluation. The logits are never held whole: the memory is that of
-    :func:`linear_cross_entropy`, and the backward computes each chunk of logits again.
+    For preference losses, reinforcement learning and evaluation. The logits are never held whole: the memory is that
+    of :func:`linear_cross_entropy`, and the backward computes each chunk of logits again.
 
     Args:
         hidden: ``[..., features]``, float32, float16 or bfloat16. Under autocast it is cast as for a linear layer.
@@ -148,29 +174,53 @@ def linear_log_prob(
         target: ``[...]`` int64 or int32, in ``[0, classes)`` or ``ignore_index``.
         bias: ``[classes]`` or None, in the dtype of hidden or float32.
         ignore_index: tokens with this target give 0, without a gradient.
-        softcap: c > 0 replaces each logit l by ``c·tanh(l/c)``.
+        softcap: c > 0 replaces each logit l by ``c·tanh(l/c)``, before the division by the temperature.
+        temperature: above 0. That of sampling: 1 leaves the distribution as it is, less sharpens it.
+        return_entropy: also return the entropy of each token's distribution, in nats, which may be differentiated
+            too: with scores s and p = softmax(s), ``H = -Σ pⱼ·log pⱼ`` and ``∂H/∂sⱼ = -pⱼ·(log pⱼ + H)``.
+        group: weight and bias are this process's share of the classes, all shares equally large and in the order of
+            the group's ranks; hidden and target (a class of all) are the same everywhere. The result is that of
+            the whole head: one exchange of three numbers a token (four with the entropy). The backward adds up
+            the gradient of hidden over the group, in its dtype; that of weight is this process's own. A weight that is
+            a DTensor sharded over its first dimension (evenly or not) needs no group. The torch backend gathers the
+            weight.
         backend: see ``explain``.
 
     Returns:
-        ``[...]`` float32.
+        ``[...]`` float32; with return_entropy ``(log_prob, entropy)``, both so.
 
     Raises:
-        TypeError: a dtype or type that it does not take. ValueError: a wrong shape or device. IndexError: a
-            target out of range (on a GPU: NaN, see :func:`cross_entropy`).
+        TypeError: a dtype or type that it does not take. ValueError: a wrong shape, device or temperature, a DTensor
+            sharded otherwise, or targets that differ within the group (on a GPU: NaN, as :func:`cross_entropy` has it
+            for a target out of range). IndexError: a target out of range.
     """
-    hidden, weight, bias = _linear("linear_log_prob", hidden, weight, target, bias)
-    check_classes("linear_log_prob", weight.shape[0])
-    options = check_options("linear_log_prob", ignore_index, 0.0, 0.0, softcap, 0, weight.shape[0])
-    chosen = backends.select("linear_log_prob", hidden, backend)
+    op = "linear_log_prob"
+    shard = sharded.shard_of(op, "weight", weight, 0, group)
+    bias = None if bias is None else sharded.shard_of(op, "bias", bias, 0, group).part
+    hidden, weight, bias = _linear(op, hidden, shard.part, target, bias)
+    check_classes(op, shard.classes)
+    options = check_options(op, ignore_index, 0.0, 0.0, softcap, shard.first_class, shard.classes, temperature)
+    chosen = backends.select(op, hidden, backend)
     if not isinstance(chosen, str):  # an Explanation
         return chosen
     if chosen == "torch":
-        check_range("linear_log_prob", target, options)
-        return reference.log_prob(
-            _logits(hidden, weight, bias), target, softcap=options.softcap, ignore_index=options.ignore_index
-        )
-    loss, _ = _per_token(hidden, weight, bias, Targets.of(target, None, 0.0), options, False, chosen)
-    return -loss.view(target.shape)
+        check_range(op, target, options)
+        if shard.group is not None:
+            weight = sharded.gathered(shard._replace(part=weight), 0)
+            bias = None if bias is None else sharded.gathered(shard._replace(part=bias), 0)
+        logits = _logits(hidden, weight, bias)
+        if shard.group is not None:
+            logits = logits.masked_fill(sharded.apart(target, shard.group).unsqueeze(-1), torch.nan)
+        given: dict[str, Any] = {"softcap": options.softcap, "temperature": float(temperature)}
+        given["ignore_index"] = options.ignore_index
+        log_prob = reference.log_prob(logits, target, **given)
+        return (log_prob, reference.entropy(logits, target, **given)) if return_entropy else log_prob
+    targets = Targets.of(target, None, 0.0)
+    loss, _, *entropy = _per_token(
+        hidden, weight, bias, targets, options, False, bool(return_entropy), shard.group, chosen
+    )
+    log_prob = -loss.view(target.shape)
+    return (log_prob, entropy[0].view(target.shape)) if return_entropy else log_prob
 
 
 class _Reduced(torch.autograd.Function):
@@ -191,7 +241,7 @@ class _Reduced(torch.autograd.Function):
         if any(wanted[:3]):
             loss, *grads = linear_cross_entropy_with_gradients(linear, targets, factor, wanted, options, backend)
         else:
-            loss, _ = linear_cross_entropy_forward(linear, targets, options, backend)
+            loss, *_ = linear_cross_entropy_forward(linear, targets, options, False, backend)
         return loss.sum() * factor, *grads
 
     @staticmethod
@@ -212,7 +262,7 @@ class _Reduced(torch.autograd.Function):
 
 
 class _PerToken(torch.autograd.Function):
-    """(loss, lse) of each token; the backward computes the logits again."""
+    """(loss, lse) of each token, or (loss, lse, entropy); the backward computes the logits again."""
 
     @staticmethod
     def forward(
@@ -222,31 +272,45 @@ class _PerToken(torch.autograd.Function):
         targets: Targets,
         options: Options,
         accumulate_float32: bool,
+        with_entropy: bool,
+        group: ProcessGroup | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return linear_cross_entropy_forward(Linear(hidden, weight, bias), targets, options, backend)
+    ) -> tuple[Tensor, ...]:
+        linear = Linear(hidden, weight, bias)
+        loss, lse, entropy = linear_cross_entropy_forward(linear, targets, options, with_entropy, backend)
+        if group is not None:
+            entropy = entropy if with_entropy else None  # torch.compile has it empty
+            return sharded.combine_head(loss, lse, entropy, targets.target, options, group)
+        return (loss, lse, entropy) if with_entropy else (loss, lse)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        hidden, weight, bias, targets, ctx.options, ctx.accumulate_float32, ctx.backend = inputs
-        ctx.save_for_backward(hidden, weight, bias, *targets, output[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        hidden, weight, bias, targets, ctx.options, ctx.accumulate_float32, _, ctx.group, ctx.backend = inputs
+        ctx.save_for_backward(hidden, weight, bias, *targets, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dloss is None and dlse is None:
-            return (None,) * 7
-        *saved, lse = ctx.saved_tensors
-        linear, targets, needed = Linear(*saved[:3]), Targets(*saved[3:]), ctx.needs_input_grad[:3]
+    def backward(
+        ctx: Any, dloss: Tensor | None, dlse: Tensor | None, dentropy: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        if dloss is None and dlse is None and dentropy is None:
+            return (None,) * 9
+        hidden, weight, bias, *targets, lse = ctx.saved_tensors[:7]
+        linear, needed = Linear(hidden, weight, bias), ctx.needs_input_grad[:3]
+        upstream = Upstream(dloss, dlse)
+        if dentropy is not None:
+            upstream = Upstream(dloss, dlse, dentropy, ctx.saved_tensors[7])
         wanted = Wanted._make((*needed, ctx.accumulate_float32))
-        grads = linear_cross_entropy_backward(
-            linear, targets, lse, Upstream(dloss, dlse), wanted, ctx.options, ctx.backend
+        dhidden, *grads = linear_cross_entropy_backward(
+            linear, Targets(*targets), lse, upstream, wanted, ctx.options, ctx.backend
         )
+        if ctx.group is not None and needed[0]:
+            dhidden = sharded.summed(dhidden, ctx.group)
         grads = [
-            differentiable_once("linear_cross_entropy", linear.hidden, g) if need else None
-            for g, need in zip(grads, needed, strict=True)
+            differentiable_once("linear_cross_entropy", hidden, g) if need else None
+            for g, need in zip((dhidden, *grads), needed, strict=True)
         ]
-        return *grads, *(None,) * 4
+        return *grads, *(None,) * 6
 
 
 _reduced, _per_token = function(_Reduced), function(_PerToken)
@@ -269,17 +333,26 @@ def _gradients(linear: Linear, wanted: Wanted) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _launch_forward(
-    linear: Linear, targets: Targets, options: Options, backend: str, loss: Tensor, lse: Tensor
+    linear: Linear,
+    targets: Targets,
+    options: Options,
+    with_entropy: bool,
+    backend: str,
+    loss: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
 ) -> None:
-    run_chunks(linear, targets, options, backend, loss=loss, lse=lse)
+    run_chunks(linear, targets, options, backend, loss=loss, lse=lse, entropy=entropy)
 
 
 @operator(strided="hidden weight bias", launch=_launch_forward)
 def linear_cross_entropy_forward(
-    linear: Linear, targets: Targets, options: Options, backend: str
-) -> tuple[Tensor, Tensor]:
-    """The loss and the log-sum-exp of each token."""
-    return _of_each_token(targets), _of_each_token(targets)
+    linear: Linear, targets: Targets, options: Options, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, the log-sum-exp and, where wanted, the entropy of each token; of a share of the classes, its share of
+    each (csrc/cross_entropy.h)."""
+    entropy = _of_each_token(targets) if with_entropy else None
+    return _of_each_token(targets), _of_each_token(targets), entropy
 
 
 def _launch_with_gradients(

@@ -43,9 +43,15 @@ def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend:
 
 
 def cross_entropy_forward(
-    logits: Tensor, targets: Targets, options: Options, backend: str, loss: Tensor, lse: Tensor
+    logits: Tensor,
+    targets: Targets,
+    options: Options,
+    backend: str,
+    loss: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None = None,
 ) -> None:
-    KERNELS[backend].cross_entropy_forward(as_rows(logits), *targets, options, loss, lse, *place(logits))
+    KERNELS[backend].cross_entropy_forward(as_rows(logits), *targets, options, loss, lse, entropy, *place(logits))
 
 
 def cross_entropy_backward(

@@ -10,12 +10,14 @@ from ..library import Size
 
 
 class Options(NamedTuple):
-    """The logits are columns ``first_class`` and on of ``classes`` in all (csrc/cross_entropy.h)."""
+    """The logits are columns ``first_class`` and on of ``classes`` in all; ``scale`` multiplies capped logits
+    (csrc/cross_entropy.h)."""
 
     ignore_index: int
     label_smoothing: float
     z_loss: float
     softcap: float
+    scale: float
     first_class: Size
     classes: Size
 
@@ -39,7 +41,10 @@ class Targets(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The gradients of the loss and the log-sum-exp of each row, float32; None counts 0."""
+    """The gradients of the loss, the log-sum-exp and the entropy of each row, float32; None counts 0. With the last
+    one goes the entropy."""
 
     dloss: Tensor | None
     dlse: Tensor | None
+    dentropy: Tensor | None = None
+    entropy: Tensor | None = None

@@ -80,8 +80,28 @@ def normaliser(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: 
     return torch.where(norm == 0, 1.0, norm)
 
 
-def log_prob(logits: Tensor, target: Tensor, *, softcap: float = 0.0, ignore_index: int = -100) -> Tensor:
-    return -cross_entropy(logits, target, softcap=softcap, ignore_index=ignore_index, reduction="none")[0]
+def log_prob(
+    logits: Tensor, target: Tensor, *, softcap: float = 0.0, temperature: float = 1.0, ignore_index: int = -100
+) -> Tensor:
+    scores = _at_temperature(logits, target, softcap, temperature, ignore_index)
+    return -cross_entropy(scores, target, ignore_index=ignore_index, reduction="none")[0]
+
+
+def entropy(
+    logits: Tensor, target: Tensor, *, softcap: float = 0.0, temperature: float = 1.0, ignore_index: int = -100
+) -> Tensor:
+    """In nats, of the distribution of which :func:`log_prob` is a logarithm."""
+    scores = _at_temperature(logits, target, softcap, temperature, ignore_index)
+    log_p = torch.log_softmax(scores, -1)
+    p = log_p.exp()
+    terms = p * log_p.masked_fill(p == 0, 0.0)  # 0 * -inf counts 0
+    return torch.where(target != ignore_index, -terms.sum(-1), 0.0)
+
+
+def _at_temperature(logits: Tensor, target: Tensor, softcap: float, temperature: float, ignore_index: int) -> Tensor:
+    known = logits.masked_fill((target == ignore_index).unsqueeze(-1), 0.0)  # an ignored row may hold inf or NaN
+    scores = _capped(known, softcap)
+    return scores if temperature == 1 else scores / temperature
 
 
 def _capped(logits: Tensor, softcap: float) -> Tensor:

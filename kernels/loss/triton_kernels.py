@@ -203,10 +203,21 @@ def softmax_backward(dy: Tensor, y: Tensor, scale: float, causal: bool, backend:
 
 
 @triton.jit
-def _capped(logit, softcap, CAPPED: tl.constexpr):
+def _bounded(log):
+    """A logarithm to multiply its exponential with: below -200 that is 0, and 0 * -inf would be NaN."""
+    return tl.maximum(log, -200.0)
+
+
+@triton.jit
+def _scored(logit, softcap, scale, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+    """The score, and its derivative with respect to the logit but for the scale."""
+    slope = 1.0
     if CAPPED:
-        logit = softcap * tanh(logit / softcap)
-    return logit
+        t = tanh(logit / softcap)
+        logit, slope = softcap * t, 1.0 - t * t
+    if SCALED:
+        logit *= scale
+    return logit, slope
 
 
 @triton.jit
@@ -226,11 +237,11 @@ def _target(TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, firs
 
 @Kernel
 def cross_entropy_forward_kernel(
-    LOGITS, TARGET, WEIGHT, MEAN, LOSS, LSE,
+    LOGITS, TARGET, WEIGHT, MEAN, LOSS, LSE, ENTROPY,
     cols, logits_inner, logits_outer, logits_step,
-    ignore_index: tl.int64, label_smoothing, z_loss, softcap, first_class, classes,
-    ALIGNED: tl.constexpr, NESTED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, WHOLE: tl.constexpr,
-    COLS: tl.constexpr,
+    ignore_index: tl.int64, label_smoothing, z_loss, softcap, scale, first_class, classes,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    WHOLE: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     cols = multiple(cols, ALIGNED)
     row = tl.program_id(0).to(tl.int64)
@@ -238,9 +249,11 @@ def cross_entropy_forward_kernel(
     row_max = tl.full([1], float("-inf"), tl.float32)
     row_sum = tl.zeros([COLS], tl.float32)
     weighted_sum = tl.zeros([COLS], tl.float32)
+    moment = tl.zeros([COLS], tl.float32)  # sum of exp(s - shift) * (s - shift)
     for start in tl.range(0, cols, COLS, num_stages=2):  # the next block is on its way
         offsets = start + tl.arange(0, COLS)
-        s = _capped(tl.load(logits + offsets, offsets < cols, other=0.0).to(tl.float32), softcap, CAPPED)
+        logit = tl.load(logits + offsets, offsets < cols, other=0.0).to(tl.float32)
+        s, _ = _scored(logit, softcap, scale, CAPPED, SCALED)
         if SMOOTHED:
             weighted = s
             if WEIGHT is not None:
@@ -249,29 +262,37 @@ def cross_entropy_forward_kernel(
         s = tl.where(offsets < cols, s, float("-inf"))
         next_max = tl.maximum(row_max, tl.max(s, 0))
         shift = _shift(next_max)
-        row_sum = row_sum * tl.exp(row_max - shift) + tl.exp(s - shift)
+        by, e = tl.exp(row_max - shift), tl.exp(s - shift)
+        if ENTROPY is not None:
+            moment = (moment + row_sum * _bounded(row_max - shift)) * by + e * _bounded(s - shift)
+        row_sum = row_sum * by + e
         row_max = next_max
-    lse = tl.sum(_shift(row_max)) + tl.log(tl.sum(row_sum))
+    row_sum = tl.sum(row_sum)
+    lse = tl.sum(_shift(row_max)) + tl.log(row_sum)
 
     ignored, col, target_weight, total_weight = _target(
         TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes
     )
-    target_logit = _capped(tl.load(logits + col, col >= 0, other=0.0).to(tl.float32), softcap, CAPPED)
-    loss = target_weight * tl.where(col >= 0, target_logit, 0.0)
+    target_logit = tl.load(logits + col, col >= 0, other=0.0).to(tl.float32)
+    target_score, _ = _scored(target_logit, softcap, scale, CAPPED, SCALED)
+    loss = target_weight * tl.where(col >= 0, target_score, 0.0)
     if SMOOTHED:
         loss += label_smoothing / classes * tl.sum(weighted_sum)
     if WHOLE:
         loss = total_weight * lse - loss + z_loss * lse * lse
     tl.store(LOSS + row, tl.where(ignored, 0.0, loss))
     tl.store(LSE + row, lse)
+    if ENTROPY is not None:
+        tl.store(ENTROPY + row, tl.where(ignored, 0.0, tl.log(row_sum) - tl.sum(moment) / row_sum))
 
 
 @Kernel
 def cross_entropy_backward_kernel(
-    LOGITS, TARGET, WEIGHT, MEAN, LSE, DLOSS, DLSE, DLOGITS,
+    LOGITS, TARGET, WEIGHT, MEAN, LSE, DLOSS, DLSE, DENTROPY, ENTROPY, DLOGITS,
     cols, logits_inner, logits_outer, logits_step, dloss_stride,
-    ignore_index: tl.int64, label_smoothing, z_loss, softcap, first_class, classes,
-    ALIGNED: tl.constexpr, NESTED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, COLS: tl.constexpr,
+    ignore_index: tl.int64, label_smoothing, z_loss, softcap, scale, first_class, classes,
+    ALIGNED: tl.constexpr, NESTED: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, SCALED: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
     """A program takes a block of a row. It reads the block before it writes it: DLOGITS may be LOGITS."""
     cols = multiple(cols, ALIGNED)
@@ -282,20 +303,26 @@ def cross_entropy_backward_kernel(
         TARGET, WEIGHT, MEAN, row, cols, ignore_index, label_smoothing, first_class, classes
     )
     lse = tl.load(LSE + row)
-    dlse, dloss = 0.0, 0.0  # dlse: the whole gradient of the log-sum-exp, also through the loss
+    # dlse: the whole gradient of the log-sum-exp, also through the loss and the entropy
+    dlse, dloss, dentropy = 0.0, 0.0, 0.0
     if DLOSS is not None:
         dloss = tl.where(ignored, 0.0, tl.load(DLOSS + row * dloss_stride))
         dlse = tl.where(ignored, 0.0, dloss * (total_weight + 2.0 * z_loss * lse))
     if DLSE is not None:
         dlse += tl.load(DLSE + row)
-    active = (dlse != 0.0) | (dloss != 0.0)  # else 0, whatever the logits hold
+    if DENTROPY is not None:
+        dentropy = tl.where(ignored, 0.0, tl.load(DENTROPY + row))
+        dlse -= tl.where(ignored, 0.0, dentropy * tl.load(ENTROPY + row))
+    active = (dlse != 0.0) | (dloss != 0.0) | (dentropy != 0.0)  # else 0, whatever the logits hold
+    if SCALED:
+        dlse, dloss, dentropy = dlse * scale, dloss * scale, dentropy * scale
     logits = LOGITS + row_offsets(row, logits_inner, logits_outer, logits_step, ALIGNED, NESTED)
     logit = tl.load(logits + offsets, offsets < tl.where(active, cols, 0), other=0.0).to(tl.float32)
-    slope = 1.0
-    if CAPPED:
-        t = tanh(logit / softcap)
-        logit, slope = softcap * t, 1.0 - t * t
-    gradient = tl.exp(logit - lse) * dlse - tl.where(offsets == col, dloss * target_weight, 0.0)
+    score, slope = _scored(logit, softcap, scale, CAPPED, SCALED)
+    log_p = score - lse
+    if DENTROPY is not None:
+        dlse -= dentropy * _bounded(log_p)
+    gradient = tl.exp(log_p) * dlse - tl.where(offsets == col, dloss * target_weight, 0.0)
     if SMOOTHED:
         smooth = dloss * label_smoothing / classes
         if WEIGHT is not None:
@@ -313,7 +340,13 @@ def _block(cols: int) -> tuple[int, int]:
 
 
 def cross_entropy_forward(
-    logits: Tensor, targets: Targets, options: Options, backend: str, loss: Tensor, lse: Tensor
+    logits: Tensor,
+    targets: Targets,
+    options: Options,
+    backend: str,
+    loss: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None = None,
 ) -> None:
     logits = as_rows(logits)
     cols = logits.shape[-1]
@@ -321,12 +354,13 @@ def cross_entropy_forward(
     block, warps = _block(cols)
     cross_entropy_forward_kernel(
         (loss.numel(), 1, 1),
-        (logits, *targets, loss, lse),
+        (logits, *targets, loss, lse, entropy),
         (cols, *at, *options),
         (
             *layout,
             options.label_smoothing != 0,
             options.softcap != 0,
+            options.scale != 1,
             cols == options.classes,
             block,
         ),
@@ -345,6 +379,6 @@ def cross_entropy_backward(
         (lse.numel() * cdiv(cols, block), 1, 1),
         (logits, *targets, lse, *upstream, dlogits),
         (cols, *at, 0 if upstream.dloss is None else upstream.dloss.stride(0), *options),
-        (*layout, options.label_smoothing != 0, options.softcap != 0, block),
+        (*layout, options.label_smoothing != 0, options.softcap != 0, options.scale != 1, block),
         warps,
     )

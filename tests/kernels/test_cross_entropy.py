@@ -416,10 +416,10 @@ def test_opcheck(backend):
     logits, target = inputs(6, 16, torch.float32)
     weight = torch.rand(16)
     for weights in ((None, None), (weight, weight.mean())):
-        options = (IGNORE, 0.1, 1e-3, 5.0, 0, 16, backend)
+        options = (IGNORE, 0.1, 1e-3, 5.0, 0.7, 0, 16, backend)
         torch.library.opcheck(torch.ops.fastllm.cross_entropy_forward, (logits, target, *weights, *options))
         _, lse = torch.ops.fastllm.cross_entropy_forward(logits, target, *weights, *options)
-        tensors = (target, *weights, lse, torch.randn(6), None)
+        tensors = (target, *weights, lse, torch.randn(6), None, torch.randn(6), torch.rand(6))
         torch.library.opcheck(torch.ops.fastllm.cross_entropy_backward, (logits, *tensors, *options))
         torch.library.opcheck(torch.ops.fastllm.cross_entropy_backward_, (logits.clone(), *tensors, *options))
 

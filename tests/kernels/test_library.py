@@ -81,11 +81,11 @@ def test_launchers_are_found_by_family_and_backend():
 def test_the_binding_refuses_what_it_would_misread():
     """Launchers prepare their arguments; one that forgets must not make a kernel read elsewhere."""
     x, index, loss = torch.randn(2, 8), torch.zeros(4, dtype=torch.int64), torch.empty(2)
-    options = (-100, 0.0, 0.0, 0.0, 0, 8)
+    options = (-100, 0.0, 0.0, 0.0, 1.0, 0, 8)
 
     def call(logits=x, target=index[:2], loss=loss):
         native.KERNELS["cpu"].cross_entropy_forward(
-            logits, target, None, None, options, loss, torch.empty(2), *native.place(x)
+            logits, target, None, None, options, loss, torch.empty(2), None, *native.place(x)
         )
 
     call()

@@ -151,39 +151,6 @@ def test_weights_in_float32(backend):
         torch.testing.assert_close(a.to(b.dtype), b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_log_prob(backend, dtype):
-    (hidden, weight, bias), target = inputs(21, 12, 60, dtype, ignored=0.0)
-    options = {"softcap": 5.0, "bias": bias}
-    upstream = [torch.randn(21)]
-
-    def run(b, cast=lambda t: t):
-        return with_gradients(
-            lambda h, w, c: linear_log_prob(h, w, target, bias=c, softcap=5.0, backend=b),
-            [hidden, weight, options["bias"]], upstream, cast,
-        )  # fmt: skip
-
-    known = terms([hidden, weight, bias], upstream, False, target=target, softcap=5.0, reduction="none")
-    for name, a, b, c in zip(
-        ("loss", "dhidden", "dweight", "dbias"), run(backend), run("torch"), run("torch", Tensor.double), strict=True
-    ):
-        assert_accurate(a, b, c, name, known[name])
-
-
-def test_log_prob_of_ignored_tokens_is_0_without_a_gradient(backend):
-    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(9, 8)
-    target = torch.tensor([1, -100, 8, -100])
-    valid = target != -100
-    out = linear_log_prob(hidden, weight, target, backend=backend)
-    expected = linear_log_prob(hidden[valid], weight, target[valid], backend=backend)
-    torch.testing.assert_close(out[valid], expected)
-    assert bool((out[~valid] == 0).all())
-    (grad,) = torch.autograd.grad(out.sum(), hidden)
-    assert bool((grad[~valid] == 0).all()) and bool((grad[valid] != 0).any())
-    same = linear_log_prob(hidden, weight, target.masked_fill(~valid, 7), ignore_index=7, backend=backend)
-    assert torch.equal(same, out)
-
-
 def test_no_features_give_the_bias(backend):
     hidden, weight = torch.randn(4, 0, requires_grad=True), torch.randn(9, 0, requires_grad=True)
     bias, target = torch.randn(9, requires_grad=True), torch.arange(4)
@@ -374,13 +341,15 @@ def test_double_backward_raises(reduction):
 def test_opcheck():
     tensors, target = inputs(10, 6, 20, torch.float32)
     tensors = (*tensors, target, None, None)
-    options = (IGNORE, 0.1, 0.0, 0.0, 0, 20, "cpu")
+    options = (IGNORE, 0.1, 0.0, 0.0, 0.7, 0, 20)
     ops = torch.ops.fastllm
-    torch.library.opcheck(ops.linear_cross_entropy_forward, (*tensors, *options))
+    for with_entropy in (False, True):
+        torch.library.opcheck(ops.linear_cross_entropy_forward, (*tensors, *options, with_entropy, "cpu"))
     wanted = (True, True, False, False)
-    torch.library.opcheck(ops.linear_cross_entropy_with_gradients, (*tensors, torch.ones(()), *wanted, *options))
-    _, lse = ops.linear_cross_entropy_forward(*tensors, *options)
-    args = (*tensors, lse, torch.ones(10), None, *wanted, *options)
+    torch.library.opcheck(ops.linear_cross_entropy_with_gradients, (*tensors, torch.ones(()), *wanted, *options, "cpu"))
+    _, lse, entropy = ops.linear_cross_entropy_forward(*tensors, *options, True, "cpu")
+    upstream = (torch.ones(10), None, torch.ones(10), entropy)
+    args = (*tensors, lse, *upstream, *wanted, *options, "cpu")
     torch.library.opcheck(ops.linear_cross_entropy_backward, args)
 
 

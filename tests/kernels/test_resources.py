@@ -27,15 +27,15 @@ def kernels(dtype, seq, cols, dim=64):
     weight, dweight, rows = torch.zeros(cols, dtype=dtype), torch.zeros(cols, dtype=dtype), torch.zeros(4)
     work = torch.zeros(cpu.rms_norm_partials(x, 0), cols)
     mask, targets, loss = torch.zeros(1, 1, 4, cols), torch.zeros(4, dtype=torch.int64), torch.zeros(4)
-    options = -100, 0.1, 1e-3, 5.0, 0, cols
+    options = -100, 0.1, 1e-3, 5.0, 0.5, 0, cols
     cos, heads = torch.zeros(4, cols // 2), (4, cols)
     yield "rms_norm", lambda: cpu.rms_norm_forward(x, weight, y, 1e-6, 1.0, z, dx, rows, 0, 0)
     yield "rms_norm backward", lambda: cpu.rms_norm_backward(y, x, weight, rows, z, 1.0, dx, dweight, work, 0, 0)
     yield "softmax", lambda: cpu.softmax_forward(x, mask, 3, 0.5, False, y, 0, 0)
     yield "softmax backward", lambda: cpu.softmax_backward(z, y, 0.5, False, dx, 0, 0)
-    yield "cross_entropy", lambda: cpu.cross_entropy_forward(x, targets, None, None, options, loss, rows, 0, 0)
+    yield "cross_entropy", lambda: cpu.cross_entropy_forward(x, targets, None, None, options, loss, rows, rows, 0, 0)
     yield "cross_entropy backward", lambda: cpu.cross_entropy_backward(
-        x, targets, None, None, rows, loss, rows, options, dx, 0, 0)
+        x, targets, None, None, rows, loss, rows, loss, rows, options, dx, 0, 0)
     yield "swiglu", lambda: cpu.swiglu_forward(x, y, z, 0, 0)
     yield "swiglu backward", lambda: cpu.swiglu_backward(z, x, y, dx, z, 0, 0)
     yield "rope", lambda: cpu.rope(x, cos, cos, None, True, False, y, 4, 1, 0, 0)

@@ -67,10 +67,12 @@ for name in cpu.instruction_sets():
         cpu.swiglu_backward(dy, x, y, dx, h, 0, 0)
         targets = index(np.arange(r) % (n + 2) - 1)  # -1 and n: out of range; 1: ignored
         loss, lse, dlse, weights, mean = (zeros(size, dtype=0) for size in (r, r, r, n, 1))
-        for softcap, given in ((0.0, None), (5.0, weights)):
-            options = (1, 0.1 * (given is not None), 1e-3, softcap, 0, n)
-            cpu.cross_entropy_forward(x, targets, given, mean, options, loss, lse, 0, 0)
-            cpu.cross_entropy_backward(x, targets, given, mean, lse, loss, dlse if extra else None, options, dx, 0, 0)
+        entropy = zeros(r, dtype=0) if extra else None
+        for softcap, scale, given in ((0.0, 1.0, None), (0.0, 0.5, None), (5.0, 0.5, weights)):
+            options = (1, 0.1 * (given is not None), 1e-3, softcap, scale, 0, n)
+            cpu.cross_entropy_forward(x, targets, given, mean, options, loss, lse, entropy, 0, 0)
+            above = (loss, dlse if extra else None, entropy, entropy)
+            cpu.cross_entropy_backward(x, targets, given, mean, lse, *above, options, dx, 0, 0)
         masks = ((0, None), (1, Tensor(np.zeros((1, 1, max(1, r), n), np.uint8), 0)),
                  (2, zeros(1, 1, max(1, r), n, dtype=dtype)), (3, zeros(1, 1, max(1, r), n, dtype=0)))
         causal = extra and r > 0

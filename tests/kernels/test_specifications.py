@@ -189,7 +189,8 @@ def test_linear_losses():
     )
     options = {"z_loss": 0.1, "softcap": 3.0, "label_smoothing": 0.1, "return_lse": True}
     assert gradcheck(lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, **options), (hidden, weight, bias))
-    assert gradcheck(lambda h, w, b: linear_log_prob(h, w, target, bias=b, softcap=3.0), (hidden, weight, bias))
+    options = {"softcap": 3.0, "temperature": 0.7, "return_entropy": True}
+    assert gradcheck(lambda h, w, b: linear_log_prob(h, w, target, bias=b, **options), (hidden, weight, bias))
 
 
 # ---- rope and swiglu ----

@@ -57,6 +57,7 @@ def arguments() -> list[tuple[str, str, dict[str, Tensor], dict[str, Any]]]:
         ("linear_cross_entropy", "each", linear, {"reduction": "none", "return_lse": True}),
         ("linear_cross_entropy", "one token each", tokens, {}),
         ("linear_log_prob", "", rows | {"bias": randn(CLASSES)}, {}),
+        ("linear_log_prob", "entropy", rows | {"bias": randn(CLASSES)}, {"temperature": 0.7, "return_entropy": True}),
         ("flash_attention", "", attention() | {"sinks": randn(HEADS)}, {"return_lse": True}),
         (
             "flash_attention",

@@ -57,6 +57,7 @@ FUNCTIONS = {
     "cross_entropy in place": lambda x, **o: cross_entropy(x * 1, torch.arange(SEQ), inplace_backward=True, **o),
     "linear_cross_entropy": partial(linear, linear_cross_entropy),
     "linear_log_prob": partial(linear, linear_log_prob),
+    "entropy": lambda x, **o: linear(lambda *a, **o: linear_log_prob(*a, return_entropy=True, **o)[1], x, **o),
 }
 TRANSFORMS = {
     "grad": grad,

@@ -60,7 +60,9 @@ def ops(x: Tensor, weight: Tensor, target: Tensor, maybe: Tensor | None, flag: b
     assert_type(linear_cross_entropy(x, weight, target, bias=maybe), Tensor)
     assert_type(linear_cross_entropy(x, weight, target, return_lse=True), tuple[Tensor, Tensor])
     assert_type(linear_cross_entropy(x, weight, target, return_lse=flag), Tensor | tuple[Tensor, Tensor])
-    assert_type(linear_log_prob(x, weight, target, ignore_index=0, softcap=30.0), Tensor)
+    assert_type(linear_log_prob(x, weight, target, ignore_index=0, softcap=30.0, temperature=0.7), Tensor)
+    assert_type(linear_log_prob(x, weight, target, return_entropy=True), tuple[Tensor, Tensor])
+    assert_type(linear_log_prob(x, weight, target, return_entropy=flag), Tensor | tuple[Tensor, Tensor])
 
     assert_type(softmax(x, scale=0.5, causal=True, mask=maybe), Tensor)
     assert_type(rope(x, x, weight, weight, interleaved=True, positions=target), tuple[Tensor, Tensor])
