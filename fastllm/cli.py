@@ -18,6 +18,7 @@ from . import config as configs
 from .errors import UserError, did_you_mean, pip_install
 from .files import silence_stdout
 from .info import EXTRAS
+from .options import asks_for_help, value_of
 from .planning.presets import preset
 
 # Options that most people need; --help-all shows the others.
@@ -40,18 +41,18 @@ def train(argv: list[str]) -> int:
     file = argv[0] if argv and not argv[0].startswith("-") else None
     options = ["--data.paths" if word == "--data" else word for word in (argv[1:] if file else argv)]
     arguments.check_renamed(options, arguments.renamed_options())
-    resumed = _value_of("--resume", options)
+    resumed = value_of("--resume", options)
     if resumed:
-        if file or _value_of("--preset", options) or _value_of("--out", options):
+        if file or value_of("--preset", options) or value_of("--out", options):
             raise UserError("--resume has the settings and the folder of the run: leave out the file, --preset, --out")
         base = configs.load(Path(resumed, "config.toml"))
     else:
-        base = preset(_value_of("--preset", options) or "default")
+        base = preset(value_of("--preset", options) or "default")
     if file:
         base = configs.load(file, base)
     default = arguments.TrainArguments(**_fields(base))
     usage = "fastllm train [CONFIG.toml] [OPTIONS]"
-    if _asks_for_help(options):
+    if asks_for_help(options):
         fields = list(arguments.fields_of(arguments.TrainArguments, default))
         footer = "--data PATH ... is short for --data.paths."
         if "--help-all" not in options:
@@ -74,19 +75,6 @@ def _fields(config: configs.Config) -> dict[str, Any]:
     return {f.name: getattr(config, f.name) for f in fields(configs.Config)}
 
 
-def _value_of(option: str, argv: list[str]) -> str | None:
-    for word, following in zip(argv, [*argv[1:], None], strict=False):
-        if word == option:
-            return following
-        if word.startswith(option + "="):
-            return word.removeprefix(option + "=")
-    return None
-
-
-def _asks_for_help(argv: list[str]) -> bool:
-    return any(word in ("-h", "--help", "--help-all") for word in argv)
-
-
 def _examples(command: str) -> str:
     return "\n".join(f"  {example}" for example in COMMANDS[command].examples)
 
@@ -100,6 +88,18 @@ def _print_help(command: str, usage: str, cls: type) -> int:
     return 0
 
 
+def sft(argv: list[str]) -> int:
+    from .posttraining_commands import sft
+
+    return sft(argv)
+
+
+def align(argv: list[str]) -> int:
+    from .posttraining_commands import align
+
+    return align(argv)
+
+
 def _command(module: str, command: str, usage: str) -> Callable[[list[str]], int]:
     """A command of a module such as data_commands, by the name of its function."""
     name = command.replace(" ", "_").removeprefix("data_")
@@ -107,7 +107,7 @@ def _command(module: str, command: str, usage: str) -> Callable[[list[str]], int
     def run(argv: list[str]) -> int:
         commands = importlib.import_module(f".{module}", __package__)
 
-        if _asks_for_help(argv):
+        if asks_for_help(argv):
             return _print_help(command, usage, commands.ARGUMENTS[name])
         return getattr(commands, name)(argv)
 
@@ -117,7 +117,7 @@ def _command(module: str, command: str, usage: str) -> Callable[[list[str]], int
 def export(argv: list[str]) -> int:
     from . import arguments
 
-    if _asks_for_help(argv):
+    if asks_for_help(argv):
         return _print_help("export", "RUN OUT", arguments.ExportArguments)
     chosen = arguments.parse(arguments.ExportArguments, "fastllm export", argv)
 
@@ -143,7 +143,7 @@ def plan(argv: list[str]) -> int:
     from . import arguments
     from .planning.plan import PlanArguments, plan
 
-    if _asks_for_help(argv):
+    if asks_for_help(argv):
         return _print_help("plan", "[PRESET | CONFIG.toml]", PlanArguments)
     arguments.check_renamed(argv, RENAMED_PLAN_OPTIONS)
     return plan(arguments.parse(PlanArguments, "fastllm plan [PRESET | CONFIG.toml]", argv))
@@ -158,7 +158,7 @@ def bench(argv: list[str]) -> int:
 def info(argv: list[str]) -> int:
     from .info import info
 
-    if _asks_for_help(argv):
+    if asks_for_help(argv):
         print("usage: fastllm info\n\nShow what this install has, what it lacks and how to get it.")
         return 0
     if argv:
@@ -221,6 +221,22 @@ COMMANDS = {
             "fastllm train --preset 124m --out runs/gpt2    a larger model, into a named folder",
             "fastllm train --resume runs/gpt2               continue from its last checkpoint",
             "torchrun --nproc-per-node 8 -m fastllm train   on eight GPUs",
+        ),
+    ),
+    "sft": Command(
+        sft,
+        "teach a model to chat, on conversations",
+        (
+            "fastllm sft runs/gpt2 --data chats.jsonl --out runs/chat",
+            "fastllm sft model.gguf --data chats.jsonl --lora.rank 16",
+        ),
+    ),
+    "align": Command(
+        align,
+        "align a model with preferences (dpo …) or rewards (grpo)",
+        (
+            "fastllm align runs/chat --method dpo --data pairs.jsonl",
+            "fastllm align runs/chat --method grpo --data q.jsonl --grpo.reward rewards.py:right",
         ),
     ),
     "generate": Command(

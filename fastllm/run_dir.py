@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from datetime import datetime
 from pathlib import Path
@@ -15,11 +16,12 @@ from .data.chat_template import read_chat_template
 from .data.tokenizer import END_OF_TURN, Tokenizer
 from .errors import UserError
 from .files import write_atomic
-from .input_files import read_json
+from .input_files import read_json, shown
 from .model.gpt import GPT
 from .model.weights import load_weights, read_weights_metadata
 
 CONFIG, TOKENIZER, WEIGHTS, METADATA = "config.toml", "tokenizer.json", "model.safetensors", "run.json"
+GENERATION = "generation_config.json"  # of a model that was trained to chat: the tokens that end generation
 
 
 def save_metadata(folder: Path, metadata: dict[str, Any]) -> None:
@@ -40,8 +42,10 @@ def load_run(
         why = "its training has not finished" if missing == [WEIGHTS] else "it is not a complete run"
         raise UserError(f"{folder} has no {', '.join(missing)}: {why}")
     config = configs.load_model(folder / CONFIG)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
-    if tokenizer.vocab_size != config.vocab_size:
+    eos_ids = read_eos_ids(config.vocab_size, folder / GENERATION)
+    tokenizer = Tokenizer.load(folder / TOKENIZER, eos_ids)
+    # Of a model that was tuned: models of others round their vocabulary up.
+    if tokenizer.vocab_size != config.vocab_size and not (eos_ids and tokenizer.vocab_size < config.vocab_size):
         raise UserError(
             f"{folder}: {TOKENIZER} has {tokenizer.vocab_size} tokens, "
             f"but model.vocab_size in {CONFIG} is {config.vocab_size}"
@@ -50,10 +54,23 @@ def load_run(
     check_tokenizer(tokenizer, folder / TOKENIZER, folder / WEIGHTS, trained_with)
     eos = tokenizer.backend.id_to_token(tokenizer.eos_id) or ""
     tokenizer.chat_template = read_chat_template(folder, {"bos_token": eos, "eos_token": eos})
-    if tokenizer.chat_template and (end := tokenizer.backend.token_to_id(END_OF_TURN)) is not None:
+    if not eos_ids and tokenizer.chat_template and (end := tokenizer.backend.token_to_id(END_OF_TURN)) is not None:
         tokenizer.eos_ids = (tokenizer.eos_id, end)
     model = load_weights(config, folder / WEIGHTS, dtype=dtype)
     return model.to(device).eval(), tokenizer
+
+
+def read_eos_ids(vocab_size: int, *files: Path) -> tuple[int, ...]:
+    """The tokens that end a text, ``eos_token_id`` of the first file that names any; none where no file does."""
+    for file in files:
+        value = read_json(file).get("eos_token_id") if os.path.lexists(file) else None
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
+            wanted = f"tokens from 0 to {vocab_size - 1}"
+            raise UserError(f"{file}: eos_token_id must be one or several {wanted}, it is {shown(value)}")
+        if ids:
+            return tuple(ids)
+    return ()
 
 
 def check_tokenizer(tokenizer: Tokenizer, path: Path, weights: Path, fingerprint: Any) -> None:

@@ -78,18 +78,51 @@ class ChatTemplate:
         variable is encoded as text, also where the template joins it of several. A template that looks for such a text
         in a message does not find it. Added tokens that are not special (Qwen's ``<think>``) are part of the texts.
         """
+        return self.marked(tokenizer, messages, tools=tools, **variables).encode(add_generation_prompt)
+
+    def marked(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> MarkedChat:
+        """The chat with what tells the template's control tokens from the texts of messages; see :meth:`encode`."""
         given = _given(messages, tools, variables)
         mark = next(c for c in _unused() if all(c not in text for text in (self.source, *_strings(given))))
-        marked = _Marker(tokenizer, mark)
-        text = self._render(_mapped(given, marked), add_generation_prompt)
-        ids: list[int] = []
-        for part in tokenizer.split_special(text):
-            ids += [part] if isinstance(part, int) else _as_text(tokenizer, part, mark)
-        return ids
+        return MarkedChat(self, tokenizer, mark, _mapped(given, _Marker(tokenizer, mark)))
 
     def _render(self, given: dict[str, Any], add_generation_prompt: bool) -> str:
         fixed = {"add_generation_prompt": add_generation_prompt, "documents": None}
         return render(self.source, {**fixed, **self.variables, **given})
+
+
+class MarkedChat:
+    """A chat whose texts are marked: a special token that is whole in what the template makes of it is its own."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, mark: str, given: dict[str, Any]) -> None:
+        self.template, self.tokenizer, self.mark, self.given = template, tokenizer, mark, given
+
+    def render(self, messages: int | None = None, *, add_generation_prompt: bool = False) -> str:
+        """The marked text of the first ``messages`` (None: all)."""
+        given = {**self.given, "messages": self.given["messages"][:messages]}
+        return self.template._render(given, add_generation_prompt)
+
+    def plain(self, text: str) -> str:
+        """A marked text without its marks."""
+        return text.replace(self.mark, "")
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of a marked text."""
+        ids: list[int] = []
+        for part in self.tokenizer.split_special(text):
+            ids += [part] if isinstance(part, int) else _as_text(self.tokenizer, part, self.mark)
+        return ids
+
+    def encode(self, add_generation_prompt: bool) -> list[int]:
+        """The tokens of the whole chat."""
+        return self.ids(self.render(add_generation_prompt=add_generation_prompt))
 
 
 def _given(messages: Any, tools: Any, variables: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from ..data.chat_template import TEMPLATE
 from ..errors import UserError
 from ..files import atomic_folder
 from ..gguf import load as gguf
-from ..run_dir import load_run
-from .load import CONFIG, GENERATION, TOKENIZER
+from ..run_dir import GENERATION, load_run
+from .load import CONFIG, TOKENIZER
 from .model_config import ROPE_FIXED
 
 

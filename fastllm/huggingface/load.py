@@ -17,13 +17,13 @@ import torch
 from ..data.chat_template import read_chat_template
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..input_files import Keys, read_json, shown
+from ..input_files import Keys, read_json
 from ..model.gpt import GPT
 from ..model.weights import load_weights, read_weights_metadata
-from ..run_dir import check_tokenizer
+from ..run_dir import GENERATION, check_tokenizer, read_eos_ids
 from .model_config import model_config
 
-CONFIG, GENERATION, INDEX = "config.json", "generation_config.json", "model.safetensors.index.json"
+CONFIG, INDEX = "config.json", "model.safetensors.index.json"
 TOKENIZER, WEIGHTS = "tokenizer.json", "model.safetensors"
 
 
@@ -63,7 +63,7 @@ def load(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | No
     if not os.path.lexists(path / TOKENIZER):
         raise UserError(f"{path} has no {TOKENIZER}")
     vocab_size = model_config(path / CONFIG).vocab_size
-    tokenizer = Tokenizer.load(path / TOKENIZER, eos_ids=_eos_ids(path, vocab_size))
+    tokenizer = Tokenizer.load(path / TOKENIZER, eos_ids=read_eos_ids(vocab_size, path / GENERATION, path / CONFIG))
     if tokenizer.vocab_size > vocab_size:  # fewer is fine: models round their vocabulary up
         raise UserError(
             f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens, but vocab_size in {CONFIG} is {vocab_size}"
@@ -72,19 +72,6 @@ def load(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | No
         check_tokenizer(tokenizer, path / TOKENIZER, file, metadata.get("tokenizer"))
     tokenizer.chat_template = read_chat_template(path)
     return from_pretrained(path, dtype=dtype, device=device), tokenizer
-
-
-def _eos_ids(path: Path, vocab_size: int) -> tuple[int, ...]:
-    """The tokens that end a text, of the first file that names any."""
-    for file in (path / GENERATION, path / CONFIG):
-        value = read_json(file).get("eos_token_id") if os.path.lexists(file) else None
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and 0 <= token < vocab_size for token in ids):
-            wanted = f"tokens from 0 to {vocab_size - 1}"
-            raise UserError(f"{file}: eos_token_id must be one or several {wanted}, it is {shown(value)}")
-        if ids:
-            return tuple(ids)
-    return ()
 
 
 def _weight_files(path: Path) -> list[Path]:

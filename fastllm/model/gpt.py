@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +70,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """``tokens`` ``[batch, seq]`` to hidden states ``[batch, seq, dim]``; the others: see :class:`GPT`."""
         length, max_seq_len = (tokens if positions is None else positions).shape[1], self.config.max_seq_len
-        if length > max_seq_len:
+        if length > max_seq_len and cu_seqlens is None:
             raise ValueError(f"GPT: {length} tokens are more than max_seq_len ({max_seq_len})")
-        if length > self.cos.shape[0]:
+        if min(length, max_seq_len) > self.cos.shape[0]:
             self._grow_tables(length)
         x, residual = self.embed_tokens(tokens), None
         for layer in self.layers:
@@ -130,7 +131,8 @@ class GPT(nn.Module):
         reduction: Literal["mean", "sum"] = "mean",
         positions: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+        head: Callable[[Tensor, Tensor], Any] | None = None,
+    ) -> Any:
         """``tokens`` ``[batch, seq]``; with ``targets`` ``[batch, seq]`` the loss in nats per token, else logits.
 
         Targets of -100 are ignored. ``reduction="sum"`` adds up the nats of all targets. To generate text see
@@ -138,9 +140,15 @@ class GPT(nn.Module):
 
         Packed documents, which don't see each other: ``positions`` ``[batch, seq]`` are those of the tokens in their
         documents, and ``cu_seqlens`` int32 ``[documents + 1]`` where these start and end in the ``batch · seq`` tokens;
-        empty ones may stand at the end. With tensor parallelism both are of the whole sequences, on each rank.
+        empty ones may stand at the end. With tensor parallelism both are of the whole sequences, on each rank. A row
+        may then be longer than ``max_seq_len``, but no document.
+
+        ``head``: what is returned instead, computed from the hidden states ``[batch, seq, dim]`` and the head's weight,
+        which a sharded model has whole only here.
         """
         hidden = self.model(tokens, positions, cu_seqlens)
+        if head is not None:
+            return head(hidden, self.head_weight)
         if targets is not None:
             return linear_cross_entropy(hidden, self.head_weight, targets, reduction=reduction)
         return nn.functional.linear(hidden, self.head_weight)

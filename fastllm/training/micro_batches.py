@@ -21,7 +21,8 @@ def micro_batches(source: BatchSource, index: int, n: int, size: int, dims: Para
         part = local[first : first + size]
         batch = source.batch(index + part.start, len(part)) if part else source.padding()
         sharded = {
-            name: tensor if name == "positions" else dims.shard_sequence(tensor) for name, tensor in batch.items()
+            name: tensor if name.endswith("positions") else dims.shard_sequence(tensor)
+            for name, tensor in batch.items()
         }
         yield sharded | ({"cu_seqlens": cu_seqlens_of(batch["positions"])} if "positions" in batch else {})
 

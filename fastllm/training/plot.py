@@ -1,39 +1,54 @@
-"""The plot of a run: loss, gradient norm and speed."""
+"""The plot of a run: loss, gradient norm, speed, and what else its log holds."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..files import atomic
 from .metrics import read_log
 
 
-def plot(log: Path, path: Path, unigram_loss: float) -> None:
-    """Plot the curves of ``log`` to ``path``: loss (and a unigram model's), gradient norm and speed."""
+class Panel(NamedTuple):
+    """Curves that share axes: their keys in the log, with labels and styles."""
+
+    ylabel: str
+    curves: tuple[tuple[str, str, str], ...]
+
+
+LOSS = Panel("loss", (("loss", "training", "-"), ("validation_loss", "validation", "o-")))
+NORM = Panel("gradient norm", (("grad_norm", "gradient norm", "-"),))
+SPEED = Panel("tokens/s", (("tokens_per_second", "tokens/s", "-"),))
+LOGARITHMIC = (NORM,)
+
+
+def plot(log: Path, path: Path, panels: Sequence[Panel] = (), *, unigram_loss: float | None = None) -> None:
+    """Plot the curves of ``log`` to ``path``: loss (and a unigram model's), ``panels``, gradient norm and speed."""
     from matplotlib.figure import Figure  # slow to import, and needed once
 
     records = read_log(log)
-    figure = Figure(figsize=(8, 8), dpi=120, layout="constrained")
-    loss, norm, speed = figure.subplots(3, sharex=True, height_ratios=(3, 1, 1))
-    curves = (
-        (loss, "loss", "training", "-"),
-        (loss, "validation_loss", "validation", "o-"),
-        (norm, "grad_norm", "gradient norm", "-"),
-        (speed, "tokens_per_second", "tokens/s", "-"),
-    )
-    for axes, key, label, style in curves:
-        points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.5)
-    spikes = [r["step"] for r in records if "spikes" in r]
-    for step in spikes:
-        norm.axvline(step, color="red", linewidth=0.8)
-    loss.axhline(unigram_loss, color="gray", linestyle="--", linewidth=1, label="unigram model, validation")
-    loss.set(ylabel="loss (nats per token)", title="Training")
-    norm.set(ylabel="gradient norm", yscale="log")
-    speed.set(ylabel="tokens/s", xlabel="step", ylim=(0, None))
-    for axes in (loss, norm, speed):
+    shown = (LOSS, *panels, NORM, SPEED)
+    figure = Figure(figsize=(8, 8 + 2 * len(panels)), dpi=120, layout="constrained")
+    all_axes = figure.subplots(len(shown), sharex=True, height_ratios=(3, *(2 for _ in panels), 1, 1))
+    for axes, panel in zip(all_axes, shown, strict=True):
+        for key, label, style in panel.curves:
+            points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.5)
+        axes.set(ylabel=panel.ylabel)
         axes.grid(alpha=0.3)
-    loss.legend()
+        if panel in LOGARITHMIC:
+            axes.set(yscale="log")
+        elif len(panel.curves) > 1 and axes.lines:
+            axes.legend()
+    loss, norm, speed = all_axes[0], all_axes[-2], all_axes[-1]
+    for step in (r["step"] for r in records if "spikes" in r):
+        norm.axvline(step, color="red", linewidth=0.8)
+    if unigram_loss is not None:
+        loss.axhline(unigram_loss, color="gray", linestyle="--", linewidth=1, label="unigram model, validation")
+        loss.legend()
+    loss.set(ylabel="loss (nats per token)" if unigram_loss is not None else "loss", title="Training")
+    speed.set(xlabel="step", ylim=(0, None))
     with atomic(path) as part:
         figure.savefig(part, format="png")

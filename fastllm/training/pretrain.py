@@ -257,7 +257,7 @@ def results(state: TrainState, interrupted: bool) -> dict[str, Any]:
 def conclude(run: Run, device: torch.device) -> None:
     """The plot of the run, a sample, and a summary for the person who started it."""
     folder, config, metadata = run
-    plot(folder / metrics.LOG, folder / "loss.png", metadata["unigram_loss"])
+    plot(folder / metrics.LOG, folder / "loss.png", unigram_loss=metadata["unigram_loss"])
     prompt = "" if config.data.paths else "def "
     if metadata["status"] == "interrupted":
         console.say("interrupted", f"after step {metadata['step']} of {metadata['steps']}; everything is saved")

@@ -1,0 +1,1 @@
+"""Post-training: instruction tuning, preferences, and reinforcement learning."""

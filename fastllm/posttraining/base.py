@@ -1,0 +1,148 @@
+"""The model that post-training begins with: its vocabulary, its adapters, and what is written at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+
+from .. import run_dir
+from ..data.chat_template import CONFIG as TOKENIZER_CONFIG
+from ..data.chat_template import TEMPLATE
+from ..data.tokenizer import Tokenizer
+from ..errors import UserError, require_packages
+from ..files import write_atomic
+from ..model.gpt import GPT
+from ..model.weights import assembled
+from .config import LoraConfig
+
+ADAPTER = "adapter"  # in a run folder: the adapters as peft writes them
+PEFT_INSTALL = "pip install peft"
+
+
+def grow_vocabulary(model: GPT, tokenizer: Tokenizer, tokens: Sequence[str]) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer with the special ``tokens``; the same ones where all are there.
+
+    The new rows of the embedding, and of a head of its own, are the mean of those of the tokens that were there: then
+    a new token is about as likely as any other, and takes little from those that were likely (Hewitt 2021,
+    "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    before = tokenizer.vocab_size
+    new = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    if any(not token for token in tokens):
+        raise UserError("a new token must not be empty")
+    tokenizer.backend.add_special_tokens([token for token in new if token.content not in tokenizer.special_tokens])
+    grown = Tokenizer(tokenizer.backend, tokenizer.eos_ids)
+    grown.chat_template = tokenizer.chat_template
+    if grown.vocab_size == before:
+        return model, tokenizer
+    # Rows beyond the tokenizer's size, which models round up, were never trained.
+    rows = max(model.config.vocab_size, grown.vocab_size)
+    state = dict(model.state_dict())
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in state:
+            known = state[name][:before]
+            mean = known.float().mean(0).to(known.dtype)
+            state[name] = torch.cat((known, mean.expand(rows - before, -1)))
+    return assembled(replace(model.config, vocab_size=rows), state), grown
+
+
+# ---- adapters ----
+
+
+def add_adapters(model: GPT, config: LoraConfig, seed: int) -> None:
+    """Put low-rank adapters into the layers of ``config.targets``, in place; all other parameters are frozen.
+
+    At first they add nothing: one of the two matrices is 0.
+    """
+    require_packages("lora.rank", "peft", install=PEFT_INSTALL)
+    from peft import inject_adapter_in_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(_peft_config(config), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def _peft_config(config: LoraConfig, base: str | None = None) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha or 2 * config.rank, lora_dropout=config.dropout, use_dora=config.dora,
+        target_modules=list(config.targets), task_type="CAUSAL_LM", base_model_name_or_path=base,
+    )  # fmt: skip
+
+
+def adapter_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters in a state of the model, by the names that they have in peft's files."""
+    found = {}
+    for name, tensor in state.items():
+        if "lora_" in name:
+            name = name.replace(".default.weight", ".weight").replace(".default", "")
+            found[f"base_model.model.{name}"] = tensor
+    return found
+
+
+@torch.no_grad()
+def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """The state of a model with adapters as that of a plain one: each adapter is added to the weight of its layer.
+
+    Of DoRA, the sum's rows are scaled to the magnitudes that were learnt.
+    """
+    scale = (config.alpha or 2 * config.rank) / config.rank
+    merged = {}
+    for name, tensor in state.items():
+        if "lora_" in name:
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        if layer != name:
+            a, b = (state[f"{layer}.lora_{side}.default.weight"].float() for side in "AB")
+            weight = tensor.float() + scale * (b @ a)
+            if config.dora:
+                magnitude = state[f"{layer}.lora_magnitude_vector.default.weight"].float()
+                weight *= (magnitude / weight.norm(dim=1))[:, None]
+            tensor = weight.to(tensor.dtype)
+        merged[name.replace(".base_layer.", ".")] = tensor
+    return merged
+
+
+def save_adapter(folder: Path, state: Mapping[str, Tensor], config: LoraConfig, base: str) -> None:
+    """Write the adapters as peft does: ``PeftModel.from_pretrained(transformers_model, folder)`` loads them."""
+    from safetensors.torch import save
+
+    path = folder / ADAPTER
+    path.mkdir(exist_ok=True)
+    tensors = {name: t.contiguous() for name, t in adapter_tensors(state).items()}
+    write_atomic(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    values = _peft_config(config, base).to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    write_atomic(path / "adapter_config.json", (json.dumps(plain, indent=2, default=str) + "\n").encode())
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters are trained, and how many there are."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+# ---- the tokenizer's files ----
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write tokenizer, chat template, and the tokens that end generation."""
+    assert tokenizer.chat_template is not None
+    tokenizer.save(folder / run_dir.TOKENIZER)
+    write_atomic(folder / TEMPLATE, tokenizer.chat_template.source.encode())
+    files = {
+        TOKENIZER_CONFIG: tokenizer.chat_template.variables,
+        run_dir.GENERATION: {"eos_token_id": list(tokenizer.eos_ids)},
+    }
+    for name, content in files.items():
+        write_atomic(folder / name, (json.dumps(content, indent=2) + "\n").encode())
