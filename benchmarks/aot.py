@@ -84,6 +84,17 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
+    def jsd(classes: int, dtype: torch.dtype, beta: float, backward: bool) -> Callable[[], Any]:
+        def call() -> None:
+            from fastllm.kernels.loss import triton_kernels
+
+            logits, loss = torch.empty(16, classes, dtype=dtype), torch.empty(16)
+            above = (torch.empty(()).expand(16), logits) if backward else (None, None)
+            divergence = beta, 1 - beta, 1.0
+            triton_kernels.jsd(logits, logits, torch.ones(16).bool(), above[0], divergence, "triton", loss, above[1])
+
+        return call
+
     def attention(dim: int, dtype: torch.dtype, every: bool = False, softcap: float = 0.0) -> Callable[[], Any]:
         from fastllm.kernels.attention.options import UNBOUNDED
 
@@ -185,6 +196,11 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"cross_entropy bfloat16 {classes}", cross_entropy(classes, torch.bfloat16, False)
         yield f"cross_entropy bfloat16 {classes} every argument", cross_entropy(classes, torch.bfloat16, True)
     yield "cross_entropy float32 262144 every argument", cross_entropy(262144, torch.float32, True)
+    for name, beta in (("forward KL", 0.0), ("JSD", 0.5), ("reverse KL", 1.0)):
+        for classes in (128, 262144):
+            yield f"linear_jsd bfloat16 {classes} {name}", jsd(classes, torch.bfloat16, beta, True)
+        yield f"linear_jsd bfloat16 262144 {name}, loss alone", jsd(262144, torch.bfloat16, beta, False)
+    yield "linear_jsd float32 262144 JSD", jsd(262144, torch.float32, 0.5, True)
 
 
 @dataclass(frozen=True)

@@ -206,10 +206,9 @@ using Divergence = std::tuple<float, float, float>;  // kernels/loss/options.py
 Jsd jsd(const TensorView& student, const TensorView& teacher, const TensorView& mask, const TensorView& dloss,
         const Divergence& divergence, const TensorView& loss, const TensorView& dlogits) {
   const auto [rows, cols] = Matrix(student);
-  const auto [teacher_share, student_share, temperature] = divergence;
+  const auto [teacher_share, student_share, scale] = divergence;
   return {student.dense(), teacher.dense(), static_cast<const uint8_t*>(mask.dense()), dloss.data<float>(), dloss ? dloss.strides()[0] : 0,
-          loss.dense<float>(), dlogits.dense(), rows, cols, teacher_share, student_share, temperature,
-          student.dtype()};
+          loss.dense<float>(), dlogits.dense(), rows, cols, teacher_share, student_share, scale, student.dtype()};
 }
 
 void check_position(const char* op, int64_t position, int64_t max_seq) {

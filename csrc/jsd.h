@@ -1,6 +1,6 @@
 // The generalised Jensen-Shannon divergence of two models' logits, with its gradient (Agarwal et al. 2023,
-// arXiv:2306.13649): what the CPU and CUDA kernels share. Of a row, with the scores logits / temperature, and of the
-// scores of each model
+// arXiv:2306.13649): what the CPU and CUDA kernels share. Of a row, with the scores logits * scale, scale = 1 / temperature,
+// and of the scores of each model
 //
 //   log q = student's - lse,  log p = teacher's - lse,  d = log p - log q,  m = b p + a q
 //   b = teacher_share (beta),  a = student_share (1 - beta)
@@ -10,7 +10,7 @@
 //   else                 loss = b sum_j p_j log(p_j / m_j) + a K                         dscore_j = a q_j (log(q_j / m_j) - K)
 //                        K = sum_j q_j log(q_j / m_j)
 //
-//   dlogits_j = dloss / temperature * dscore_j
+//   dlogits_j = dloss * scale * dscore_j
 //
 // The logarithms are taken of ratios, and of the smaller probability by the larger one, so that nothing overflows and
 // a probability that underflows still has one. With u = -|d| and w the share of the smaller one,
@@ -33,7 +33,7 @@ struct Jsd {
   float* loss;    // [rows]
   void* dlogits;  // contiguous [rows, cols], and may be `student`; with dloss
   int64_t rows, cols;
-  float teacher_share, student_share, temperature;
+  float teacher_share, student_share, scale;
   DType dtype;
 };
 

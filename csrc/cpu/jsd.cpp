@@ -87,7 +87,6 @@ inline __attribute__((always_inline)) void for_each_pair(const T* student, const
 
 template <typename T>
 void jsd_rows(const Jsd& a) {
-  const float scale = 1.f / a.temperature;
   const bool forward = a.teacher_share == 0.f, reverse = a.student_share == 0.f;
   const Mixture mixture{a.teacher_share, a.student_share};
 #pragma omp parallel for schedule(static) if (a.rows * a.cols > kParallelElements / 4)
@@ -96,12 +95,12 @@ void jsd_rows(const Jsd& a) {
     const T* teacher = static_cast<const T*>(a.teacher) + r * a.cols;
     T* dlogits = a.dlogits ? static_cast<T*>(a.dlogits) + r * a.cols : nullptr;
     const bool counts = !a.mask || a.mask[r];
-    const float dscore = counts && a.dloss ? a.dloss[r * a.dloss_stride] * scale : 0.f;
+    const float dscore = counts && a.dloss ? a.dloss[r * a.dloss_stride] * a.scale : 0.f;
     const bool written = dlogits && dscore != 0.f;
     if (!counts) {
       a.loss[r] = 0.f;
     } else {
-      const LogProbability log_q(student, a.cols, scale), log_p(teacher, a.cols, scale);
+      const LogProbability log_q(student, a.cols, a.scale), log_p(teacher, a.cols, a.scale);
       LongSum of_student, of_teacher;
       if (forward) {
         for_each_pair(student, teacher, a.cols, [&](vfloat s, vfloat t, auto put) {

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, 2) jsd_kernel(const Jsd a) {
   const T* student = static_cast<const T*>(a.student) + row * a.cols;
   const T* teacher = static_cast<const T*>(a.teacher) + row * a.cols;
   T* dlogits = static_cast<T*>(a.dlogits) + row * a.cols;
-  const float scale = 1.0f / a.temperature;
+  const float scale = a.scale;
   const float dscore = counts && a.dloss ? a.dloss[row * a.dloss_stride] * scale : 0.0f;
 
   ExpSum mine, theirs;

@@ -103,7 +103,7 @@ def linear_jsd(
         return chosen
     if chosen == "torch":
         return reference.jsd(
-            _logits(*student), _logits(*teacher), mask=mask, beta=float(beta), temperature=divergence.temperature,
+            _logits(*student), _logits(*teacher), mask=mask, beta=float(beta), temperature=float(temperature),
             reduction=reduction,
         )  # fmt: skip
     tokens, flat = hidden.shape[:-1].numel(), None if mask is None else mask.reshape(-1)
@@ -296,6 +296,6 @@ def _divergence(beta: float, temperature: float) -> Divergence:
     beta, temperature = (checks.number("linear_jsd", n, x) for n, x in (("beta", beta), ("temperature", temperature)))
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"linear_jsd: beta must be between 0 and 1, not {beta}")
-    if not 0.0 < temperature < math.inf:
+    if not 1e-30 < temperature < math.inf:
         raise ValueError(f"linear_jsd: temperature must be positive, not {temperature}")
-    return Divergence(max(beta, 1e-30) if beta else 0.0, 1.0 - beta, temperature)
+    return Divergence(max(beta, 1e-30) if beta else 0.0, 1.0 - beta, 1.0 / temperature)

@@ -116,7 +116,6 @@ class Products:
         self.dbias.copy_(self.bias_sum)
 
 
-
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     """float32 on a CPU that can't multiply matrices in a narrower dtype: PyTorch would imitate it at a fifth of the
     speed."""

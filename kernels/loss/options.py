@@ -39,12 +39,12 @@ class Targets(NamedTuple):
 
 
 class Divergence(NamedTuple):
-    """Which Jensen-Shannon divergence (csrc/jsd.h): beta, 1 - beta, neither of them 0 for want of digits, and what
-    logits are divided by."""
+    """Which Jensen-Shannon divergence (csrc/jsd.h): beta, 1 - beta, neither of them 0 for want of digits, and 1 /
+    temperature."""
 
     teacher_share: float
     student_share: float
-    temperature: float
+    scale: float
 
 
 class Upstream(NamedTuple):

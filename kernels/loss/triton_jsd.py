@@ -156,12 +156,12 @@ def jsd(
     loss: Tensor, dlogits: Tensor | None,
 ) -> None:  # fmt: skip
     rows, cols = student.shape
-    teacher_share, student_share, temperature = divergence
+    teacher_share, student_share, scale = divergence
     block, warps = _block(cols)
     jsd_kernel(
         (rows, 1, 1),
         (student, teacher, None if mask is None else mask.view(torch.uint8), dloss, loss, dlogits),
-        (cols, 0 if dloss is None else dloss.stride(0), teacher_share, student_share, 1.0 / temperature),
+        (cols, 0 if dloss is None else dloss.stride(0), teacher_share, student_share, scale),
         (cols % 8 == 0, teacher_share == 0, student_share == 0, block),
         warps,
     )

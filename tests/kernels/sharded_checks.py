@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fastllm.kernels import LinearCrossEntropyLoss, RMSNorm, cross_entropy, linear_cross_entropy
+from fastllm.kernels import LinearCrossEntropyLoss, RMSNorm, cross_entropy, linear_cross_entropy, linear_jsd
 
 CLASSES = 80
 OPTIONS = [
@@ -119,6 +119,8 @@ def check_errors() -> None:
     weight = distribute_tensor(torch.randn(CLASSES, 8), mesh, [Shard(0)])
     with pytest.raises(TypeError, match="call the op in the forward of the module that fully_shard wraps"):
         linear_cross_entropy(torch.randn(4, 5, 8), weight, target)
+    with pytest.raises(TypeError, match="teacher_weight is a DTensor"):
+        linear_jsd(torch.randn(4, 8), torch.randn(CLASSES, 8), torch.randn(4, 8), weight)
 
 
 class Head(torch.nn.Module):
