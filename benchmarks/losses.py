@@ -3,7 +3,8 @@
 Bytes that must move, in tensors of [rows, columns]: softmax forward 2 (read x, write y), forward and backward 5 (and
 read y and dy, write dx); causal softmax 1.5 (half is read); cross_entropy forward and backward 3 (read twice, write the
 gradient once). linear_cross_entropy is bound by its three matrix products, 6 · tokens · features · classes operations;
-"products" times these alone. linear_jsd has a fourth one, the teacher's logits. Its memory is what a call holds at its peak beyond its inputs, gradients included.
+"products" times these alone. Its memory is what a call holds at its peak beyond its inputs, gradients included.
+linear_jsd has a fourth product, the teacher's logits.
 """
 
 from __future__ import annotations

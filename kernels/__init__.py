@@ -4,8 +4,8 @@
 >>> y = rms_norm(x, weight)
 
 Ops: flash_attention, flash_decode, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob,
-linear_jsd, packed_linear (of a weight that pack_weight made), rope, rope_append, swiglu. ``explain(op, ...)`` tells which backend a
-call runs on and why; ``use_backend`` and the environment variable FASTLLM_BACKEND prefer one.
+linear_jsd, packed_linear (of a weight that pack_weight made), rope, rope_append, swiglu. ``explain(op, ...)`` tells
+which backend a call runs on and why; ``use_backend`` and the environment variable FASTLLM_BACKEND prefer one.
 """
 
 if __name__ == "kernels":

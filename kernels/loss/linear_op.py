@@ -367,8 +367,8 @@ def _parameter(
         (x,) = checks.autocast(x)
     if x.dtype not in (hidden.dtype, torch.float32):
         raise TypeError(
-            f"{op}: {name} is {checks.short(x.dtype)} but {hidden_name} is {checks.short(hidden.dtype)}; cast one to the "
-            "other's dtype, or call it under torch.autocast, which casts both, but for float64"
+            f"{op}: {name} is {checks.short(x.dtype)} but {hidden_name} is {checks.short(hidden.dtype)}; cast one to "
+            "the other's dtype, or call it under torch.autocast, which casts both, but for float64"
         )
     return x
 

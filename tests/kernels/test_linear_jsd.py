@@ -186,7 +186,7 @@ def test_a_small_divergence_is_not_lost(backend, beta):
 
 
 def at_logits(student: Tensor, teacher: Tensor, upstream: Tensor, **options) -> tuple[Tensor, Tensor]:
-    """Loss and the gradient of given logits: of a layer without features, one row after the other, they are the bias."""
+    """Loss and the gradient of given logits: row by row the bias of a layer without features."""
     losses, grads = [], []
     for s, t, g in zip(student, teacher, upstream, strict=True):
         nothing = [s.new_zeros(1, 0), s.new_zeros(len(s), 0)]
@@ -298,8 +298,8 @@ def test_leading_dimensions_and_strides(backend):
     options = {"bias": bias, "teacher_bias": teacher[2], "beta": 0.3}
     for reduction in ("mean", "none"):
         got = linear_jsd(
-            hidden.view(4, 6, 12).transpose(0, 1), weight.t().contiguous().t(), teacher[0].view(4, 6, 7).transpose(0, 1),
-            teacher[1].t().contiguous().t(), mask=mask[:, 0].view(4, 6).t(), reduction=reduction, backend=backend,
+            hidden.view(4, 6, 12).transpose(0, 1), weight.t().contiguous().t(),
+            teacher[0].view(4, 6, 7).transpose(0, 1), teacher[1].t().contiguous().t(), mask=mask[:, 0].view(4, 6).t(), reduction=reduction, backend=backend,
             **options,
         )  # fmt: skip
         expected = linear_jsd(
@@ -429,7 +429,8 @@ BAD = {
     "integers": (lambda h, w, t, u: linear_jsd(h, w, t.int(), u), TypeError, "teacher_hidden must be float32"),
     "weight's shape": (lambda h, w, t, u: linear_jsd(h, w.t(), t, u), ValueError, "weight must have shape"),
     "weight's dims": (
-        lambda h, w, t, u: linear_jsd(h, w, t, u[0]), ValueError, r"teacher_weight must be \[classes, teacher_features\]",
+        lambda h, w, t, u: linear_jsd(h, w, t, u[0]), ValueError,
+        r"teacher_weight must be \[classes, teacher_features\]",
     ),
     "weight's dtype": (
         lambda h, w, t, u: linear_jsd(h, w, t, u.half()), TypeError,
@@ -444,7 +445,8 @@ BAD = {
         lambda h, w, t, u: linear_jsd(h, w, t[:2], u), ValueError, r"teacher_hidden must have shape \[4, 5\]",
     ),
     "other dtype": (
-        lambda h, w, t, u: linear_jsd(h, w, t.bfloat16(), u), TypeError, "teacher_hidden is bfloat16 but hidden is float32",
+        lambda h, w, t, u: linear_jsd(h, w, t.bfloat16(), u.bfloat16()), TypeError,
+        "teacher_hidden is bfloat16 but hidden is float32",
     ),
     "bias": (lambda h, w, t, u: linear_jsd(h, w, t, u, bias=w[0]), ValueError, "bias must have shape"),
     "teacher's bias": (
@@ -461,7 +463,9 @@ BAD = {
         lambda h, w, t, u: linear_jsd(h, w, t, u, beta=torch.ones((), requires_grad=True)), TypeError,
         "beta gets no gradient",
     ),
-    "temperature": (lambda h, w, t, u: linear_jsd(h, w, t, u, temperature=0), ValueError, "temperature must be positive"),
+    "temperature": (
+        lambda h, w, t, u: linear_jsd(h, w, t, u, temperature=0), ValueError, "temperature must be positive",
+    ),
     "reduction": (lambda h, w, t, u: linear_jsd(h, w, t, u, reduction="batchmean"), ValueError, "reduction must be"),
 }  # fmt: skip
 
