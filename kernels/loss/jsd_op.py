@@ -86,8 +86,7 @@ def linear_jsd(
             temperature or reduction, or a ``backend`` that can't run this call.
     """
     student = _layer("", hidden, weight, bias)
-    teacher = _layer("teacher_", teacher_hidden, teacher_weight, teacher_bias)
-    teacher = Linear(*(None if t is None else t.detach() for t in teacher))
+    teacher = _layer("teacher_", teacher_hidden, teacher_weight, teacher_bias).detach()
     hidden, weight, bias = student
     checks.like(
         "linear_jsd", "teacher_hidden", teacher.hidden, "hidden", hidden,
@@ -246,9 +245,9 @@ def _run_chunks(
     grads: tuple[Tensor, ...] = (),
 ) -> None:
     kernels, tokens = launchers(__package__, backend), len(loss)
-    *layer, mask = teacher
+    mask = teacher.mask
     students = Products(linear, tokens, grads, accumulate_float32)
-    teachers = Products(Linear(*layer), tokens, (), False)
+    teachers = Products(Linear(*teacher[:3]), tokens, (), False)
     for chunk in students.chunks:
         logits = students.logits(chunk)
         kernels.jsd(

@@ -20,6 +20,9 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def detach(self) -> Linear:
+        return Linear(self.hidden.detach(), self.weight.detach(), None if self.bias is None else self.bias.detach())
+
 
 class Wanted(NamedTuple):
     """Which gradients of a :class:`Linear` are computed, and whether weight's is added up in float32."""
