@@ -23,12 +23,13 @@ inline vfloat log1p_near(vfloat x) {
   return p * x * square - 0.5f * square + x;
 }
 
-// log x of positive normal numbers up to 1.
-inline vfloat log_far(vfloat x) {
+// log x of positive normal numbers up to 1, of which `less` is x - 1 with all its digits.
+inline vfloat log_below(vfloat x, vfloat less) {
   const vuint32 bits = (vuint32)x + (0x3f800000u - 0x3f3504f3u);  // the exponent grows from sqrt(1/2) on
-  const vfloat n = __builtin_convertvector((vint32)(bits >> 23) - 127, vfloat);
   const vfloat fraction = (vfloat)((bits & 0x007fffffu) + 0x3f3504f3u);
-  return log1p_near(fraction - 1.f) - n * 2.12194440e-4f + n * 0.693359375f;
+  const vfloat exponent = __builtin_convertvector((vint32)(bits >> 23) - 127, vfloat);
+  const vfloat n = less > -0.29f ? vfloat{} : exponent;
+  return log1p_near(less > -0.29f ? less : fraction - 1.f) - n * 2.12194440e-4f + n * 0.693359375f;
 }
 
 // The score of a model at a place, less the row's log-sum-exp: in two parts, of which the first may be large. The score
@@ -60,7 +61,7 @@ struct Mixture {
     const vfloat larger = d <= 0.f ? none + student_share : none + teacher_share;
     const vfloat e = exp(u);
     const vfloat less = smaller * (u > -0.34f ? expm1_polynomial(u) : e - 1.f);
-    const vfloat r = less > -0.29f ? log1p_near(less) : log_far(larger + smaller * e);
+    const vfloat r = log_below(larger + smaller * e, less);
     return {d <= 0.f ? -r : -d - r, d <= 0.f ? d - r : -r};
   }
 };

@@ -10,7 +10,7 @@
 namespace fastllm::cuda {
 namespace jsd_rows {
 
-constexpr int kThreads = 512;  // at most, of a block
+constexpr int kThreads = 256;  // at most, of a block: three of them fit, with the registers that logarithms take
 constexpr int kShort = 128;    // of a block, where rows are short
 constexpr int kAhead = 2;      // vectors of each model that a thread loads before it uses them
 
@@ -40,6 +40,15 @@ __device__ inline float log1p_near(float x) {
   return p * x * square - 0.5f * square + x;
 }
 
+// log x of positive normal numbers up to 1, of which `less` is x - 1 with all its digits.
+__device__ inline float log_below(float x, float less) {
+  const bool near = less > -0.29f;
+  const uint32_t bits = __float_as_uint(x) + (0x3f800000u - 0x3f3504f3u);  // the exponent grows from sqrt(1/2) on
+  const float fraction = __uint_as_float((bits & 0x007fffffu) + 0x3f3504f3u);
+  const float n = near ? 0.0f : float(int(bits >> 23) - 127);
+  return log1p_near(near ? less : fraction - 1.0f) - n * 2.12194440e-4f + n * 0.693359375f;
+}
+
 // The score, rounded as where the log-sum-exp adds it up, less that: in two parts, of which the first may be large.
 struct LogProbability {
   float scale, shift, log_sum;
@@ -58,7 +67,7 @@ struct Ratios {
     const float smaller = below ? a.teacher_share : a.student_share, larger = below ? a.student_share : a.teacher_share;
     const float e = expf(u);
     const float less = smaller * (u > -0.34f ? expm1_near(u) : e - 1.0f);
-    const float r = less > -0.29f ? log1p_near(less) : logf(larger + smaller * e);
+    const float r = log_below(larger + smaller * e, less);
     student = below ? -r : -d - r;
     teacher = below ? d - r : -r;
   }
@@ -88,7 +97,7 @@ __device__ inline void for_each_pair(const T* student, const T* teacher, int64_t
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 2) jsd_kernel(const Jsd a) {
+__global__ void __launch_bounds__(kThreads, 3) jsd_kernel(const Jsd a) {
   __shared__ float scratch[2][kMaxWarps];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool counts = row < a.rows && (!a.mask || a.mask[row]);

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..triton_launch import Kernel, multiple, power_of_two
 from .options import Divergence
 
-LONGEST = 2048  # columns of a program's tile
+LONGEST = 1024  # columns of a program's tile: more of the logarithms at a time would spill
 
 
 @triton.jit
@@ -45,6 +45,16 @@ def _log1p_near(x):
 
 
 @triton.jit
+def _log_below(x, less):
+    """log x of positive normal numbers up to 1, of which ``less`` is x - 1 with all its digits."""
+    near = less > -0.29
+    bits = x.to(tl.int32, bitcast=True) + 0x4AFB0D  # the exponent grows from sqrt(1/2) on
+    fraction = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    n = tl.where(near, 0.0, ((bits >> 23) - 127).to(tl.float32))
+    return _log1p_near(tl.where(near, less, fraction - 1.0)) - n * 2.12194440e-4 + n * 0.693359375
+
+
+@triton.jit
 def _ratios(d, teacher_share, student_share):
     """log(q / m) and log(p / m), by d = log(p / q)."""
     below = d <= 0.0
@@ -53,7 +63,7 @@ def _ratios(d, teacher_share, student_share):
     larger = tl.where(below, student_share, teacher_share)
     e = tl.exp(u)
     less = smaller * tl.where(u > -0.34, _expm1_near(u), e - 1.0)
-    r = tl.where(less > -0.29, _log1p_near(less), tl.log(larger + smaller * e))
+    r = _log_below(larger + smaller * e, less)
     return tl.where(below, -r, -d - r), tl.where(below, d - r, -r)
 
 
