@@ -303,8 +303,8 @@ def test_leading_dimensions_and_strides(backend):
     for reduction in ("mean", "none"):
         got = linear_jsd(
             hidden.view(4, 6, 12).transpose(0, 1), weight.t().contiguous().t(),
-            teacher[0].view(4, 6, 7).transpose(0, 1), teacher[1].t().contiguous().t(), mask=mask[:, 0].view(4, 6).t(), reduction=reduction, backend=backend,
-            **options,
+            teacher[0].view(4, 6, 7).transpose(0, 1), teacher[1].t().contiguous().t(),
+            mask=mask[:, 0].view(4, 6).t(), reduction=reduction, backend=backend, **options,
         )  # fmt: skip
         expected = linear_jsd(
             hidden, weight, *teacher[:2], mask=mask[:, 0].contiguous(), reduction=reduction, backend="torch", **options
