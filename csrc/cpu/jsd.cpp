@@ -55,14 +55,14 @@ struct Mixture {
     vfloat student, teacher;
   };
   Ratios operator()(vfloat d) const {
-    const vfloat none{};
-    const vfloat u = d <= 0.f ? d : -d;
-    const vfloat smaller = d <= 0.f ? none + teacher_share : none + student_share;
-    const vfloat larger = d <= 0.f ? none + student_share : none + teacher_share;
+    const vfloat none{}, above = maximum(none, d), below = maximum(none, -d);
+    const vfloat u = -maximum(above, below);
+    const vfloat smaller = d <= 0.f ? broadcast(teacher_share) : broadcast(student_share);
+    const vfloat larger = d <= 0.f ? broadcast(student_share) : broadcast(teacher_share);
     const vfloat e = exp(u);
     const vfloat less = smaller * (u > -0.34f ? expm1_polynomial(u) : e - 1.f);
     const vfloat r = log_below(larger + smaller * e, less);
-    return {d <= 0.f ? -r : -d - r, d <= 0.f ? d - r : -r};
+    return {-above - r, -below - r};
   }
 };
 

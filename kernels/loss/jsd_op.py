@@ -67,7 +67,7 @@ def linear_jsd(
         teacher_weight: ``[classes, teacher_features]``, in the dtype of hidden or float32.
         bias, teacher_bias: ``[classes]`` or None, in the dtype of hidden or float32.
         mask: ``[...]`` boolean, which tokens count; None: all. The others' loss and gradient are 0, whatever their
-            logits are.
+            logits are; their hidden must be finite for the gradient of weight.
         beta: from 0 to 1, the teacher's share of the mixture.
         temperature: positive; what the logits are divided by. The loss is not multiplied by its square, which makes up
             for gradients that fall with it (Hinton et al. 2015): do that yourself where it is wanted.
