@@ -20,6 +20,7 @@ from fastllm.kernels import (
     flash_attention,
     flash_decode,
     linear_cross_entropy,
+    linear_jsd,
     linear_log_prob,
     rms_norm,
     rope,
@@ -30,7 +31,7 @@ from fastllm.kernels import (
 from . import norm
 from .attention import sdpa
 from .cases import short
-from .losses import eager_head, eager_log_prob
+from .losses import eager_head, eager_jsd, eager_log_prob
 from .pointwise import eager_rope, eager_swiglu
 from .record import Error
 from .runner import one_line
@@ -138,6 +139,11 @@ def _probes() -> Iterator[Probe]:
     yield Probe(
         linear_log_prob, lambda h, w: eager_log_prob(h, w, target),
         lambda h, w, **o: linear_log_prob(h, w, target, **o), head,
+    )  # fmt: skip
+    taught = normal(97, 33).to(DEVICE), (0.3 * normal(1003, 33)).to(DEVICE)
+    yield Probe(
+        linear_jsd, lambda h, w: eager_jsd(h, w, *(t.to(h.dtype) for t in taught)),
+        lambda h, w, **o: linear_jsd(h, w, *(t.to(h.dtype) for t in taught), **o), head,
     )  # fmt: skip
     yield Probe(flash_attention, lambda *a: sdpa(*a, is_causal=True, enable_gqa=True), flash_attention, heads)
     yield Probe(flash_decode, lambda *a: sdpa(*a, enable_gqa=True), flash_decode, latest, backward=False)

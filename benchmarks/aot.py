@@ -96,6 +96,17 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
+    def jsd(classes: int, dtype: torch.dtype, beta: float, backward: bool) -> Callable[[], Any]:
+        def call() -> None:
+            from fastllm.kernels.loss import triton_kernels
+
+            logits, loss = torch.empty(16, classes, dtype=dtype), torch.empty(16)
+            above = (torch.empty(()).expand(16), logits) if backward else (None, None)
+            divergence = beta, 1 - beta, 1.0
+            triton_kernels.jsd(logits, logits, torch.ones(16).bool(), above[0], divergence, "triton", loss, above[1])
+
+        return call
+
     def attention(dim: int, dtype: torch.dtype, every: bool = False, softcap: float = 0.0) -> Callable[[], Any]:
         from fastllm.kernels.attention.options import UNBOUNDED
 
@@ -202,6 +213,11 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     for dtype in (torch.bfloat16, torch.float32):
         name = f"log_prob {str(dtype).removeprefix('torch.')} temperature, softcap, entropy"
         yield name, log_prob(dtype, 0.7, 30.0, True)
+    for name, beta in (("forward KL", 0.0), ("JSD", 0.5), ("reverse KL", 1.0)):
+        for classes in (128, 262144):
+            yield f"linear_jsd bfloat16 {classes} {name}", jsd(classes, torch.bfloat16, beta, True)
+        yield f"linear_jsd bfloat16 262144 {name}, loss alone", jsd(262144, torch.bfloat16, beta, False)
+    yield "linear_jsd float32 262144 JSD", jsd(262144, torch.float32, 0.5, True)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ Bytes that must move, in tensors of [rows, columns]: softmax forward 2 (read x, 
 read y and dy, write dx); causal softmax 1.5 (half is read); cross_entropy forward and backward 3 (read twice, write the
 gradient once). linear_cross_entropy is bound by its three matrix products, 6 · tokens · features · classes operations;
 "products" times these alone. Its memory is what a call holds at its peak beyond its inputs, gradients included.
+linear_jsd has a fourth product, the teacher's logits.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -15,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastllm.kernels import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
+from fastllm.kernels import cross_entropy, linear_cross_entropy, linear_jsd, linear_log_prob, softmax
 
 from . import peers
 from .cases import COPY, OURS, PRODUCTS, PYTORCH, Call, Case, Scale, baselines, ours, short, step_of
@@ -38,6 +40,7 @@ def cases(scale: Scale) -> Iterator[Case]:
             yield _head(*size, dtype)
         yield _log_prob(*size, torch.bfloat16)
         yield _log_prob(*size, torch.bfloat16, entropy=True)
+        yield _distillation(*size, torch.bfloat16)
     if not scale.quick:
         features, tokens, classes = scale.pick((4096, 8192, 32768), (256, 1024, 16384), None)
         for n in scale.pick([2**n for n in range(13, 18)], [2**n for n in range(12, 17)], None):
@@ -174,3 +177,30 @@ def _log_prob(tokens: int, features: int, classes: int, dtype: torch.dtype, entr
     size = f"{tokens}×{features}×{classes}"
     name = "linear_log_prob, entropy" if entropy else "linear_log_prob"
     return Case(name, size, "forward+backward", short(dtype), work, "TFLOP/s", tuple(ops), build)
+
+
+def eager_jsd(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+    """With beta 1/2, as TRL computes it."""
+    with torch.no_grad():
+        log_p = F.linear(teacher_hidden, teacher_weight).float().log_softmax(-1)
+    log_q = F.linear(hidden, weight).float().log_softmax(-1)
+    log_m = torch.logaddexp(log_q, log_p) - math.log(2)
+    both = sum(F.kl_div(log_m, log_x, reduction="none", log_target=True).sum(-1) for log_x in (log_p, log_q))
+    return both.mean() / 2
+
+
+def _distillation(tokens: int, features: int, classes: int, dtype: torch.dtype) -> Case:
+    """Of a teacher of the student's size: 8 operations a token, feature and class."""
+    ops = baselines(eager_jsd) | ours(linear_jsd)
+
+    def build() -> dict[str, Call]:
+        models = [_inputs(tokens, features, classes, dtype)[:2] for _ in range(2)]
+        (hidden, weight), teacher = models
+        grad = torch.ones((), device=DEVICE)
+        return {
+            name: step_of(lambda h, w, op=op: op(h, w, *teacher), [hidden, weight], grad) for name, op in ops.items()
+        }
+
+    work = 8 * tokens * features * classes
+    size = f"{tokens}×{features}×{classes}"
+    return Case("linear_jsd", size, "forward+backward", short(dtype), work, "TFLOP/s", tuple(ops), build)

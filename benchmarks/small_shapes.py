@@ -29,6 +29,7 @@ from fastllm.kernels import (
     flash_attention,
     flash_decode,
     linear_cross_entropy,
+    linear_jsd,
     linear_log_prob,
     pack_weight,
     packed_linear,
@@ -66,7 +67,7 @@ def jobs(kernels: Sequence[str] = GPU_BACKENDS, *, check: bool = True) -> dict[s
     # First: compute-sanitizer, whose time ends before the shapes do, should meet what is hardest to get right.
     add(_attention_dims(), [backend for backend in kernels if backend != "triton"])  # which compiles each for a second
     add(_attention(), kernels)
-    for family in (_rms_norm, _softmax, _cross_entropy, _heads, _packed_linear, _rope, _rope_append, _swiglu):
+    for family in (_rms_norm, _softmax, _cross_entropy, _heads, _jsd, _packed_linear, _rope, _rope_append, _swiglu):
         add(family(), kernels)
     add(_paged(), [backend for backend in kernels if backend != "cuda"])  # which reads no pages
     for backend in kernels:
@@ -183,6 +184,22 @@ def _heads() -> Iterator[Shape]:
         ("linear_log_prob entropy", linear_log_prob, hot, {"temperature": 0.5, "return_entropy": True}),
     ):
         yield name, torch.bfloat16, partial(build, op, eager, given)
+
+
+def _jsd() -> Iterator[Shape]:
+    def build(classes: int, beta: float) -> Probe:
+        mask, temperature = torch.arange(9, device=DEVICE) % 3 > 0, 1.5
+        teacher = _normal(9, 8), _normal(classes, 8)
+
+        def call(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
+            given = {"mask": mask, "beta": beta, "temperature": temperature}
+            return linear_jsd(hidden, weight, *(t.to(hidden.dtype) for t in teacher), **given, **options)
+
+        inputs = {"hidden": _normal(9, 16), "weight": 0.5 * _normal(classes, 16)}
+        return Probe(linear_jsd, partial(call, backend="torch"), call, inputs)
+
+    for classes, beta in itertools.product((1, 64, 100, 32000, 131073), (0.0, 0.3, 1.0)):
+        yield f"linear_jsd {classes} beta {beta}", torch.bfloat16, partial(build, classes, beta)
 
 
 def _packed_linear() -> Iterator[Shape]:

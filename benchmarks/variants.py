@@ -107,6 +107,11 @@ def groups() -> Iterator[tuple[str, Calls]]:
             target = torch.zeros(tokens, dtype=torch.long)
             yield partial(trained, both, leaf(tokens, 16), leaf(classes, 16), target, temperature=temperature)
 
+    def linear_jsd() -> Calls:
+        for tokens, classes, beta in ((10, 32000, 0.5), (700, 8192, 0.1), (300, 5000, 0.9)):
+            teacher = empty(tokens, 32), empty(classes, 32)
+            yield partial(trained, kernels.linear_jsd, leaf(tokens, 16), leaf(classes, 16), *teacher, beta=beta)
+
     def rope() -> Calls:
         for batch, seq, heads in ((1, 1, 32), (4, 2048, 32), (3, 77, 32)):
             table = torch.zeros(4096, 64)
@@ -141,6 +146,7 @@ def groups() -> Iterator[tuple[str, Calls]]:
     yield "cross_entropy, 50257 classes", odd_classes()
     yield "linear_cross_entropy", linear_cross_entropy()
     yield "linear_log_prob, temperature and entropy", entropy()
+    yield "linear_jsd", linear_jsd()
     yield "rope", rope()
     yield "rope_append", rope_append()
     yield "swiglu", swiglu()

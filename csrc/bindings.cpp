@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "cross_entropy.h"
+#include "jsd.h"
 #include "linear.h"
 #include "rms_norm.h"
 #include "rope.h"
@@ -28,6 +29,7 @@
 #ifdef FASTLLM_CUDA
 #include "cuda/attention.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/jsd.h"
 #include "cuda/rms_norm.h"
 #include "cuda/rope.h"
 #include "cuda/softmax.h"
@@ -203,6 +205,16 @@ CrossEntropyBackward cross_entropy_backward(const TensorView& logits, const Tens
           dlogits.dense()};
 }
 
+using Divergence = std::tuple<float, float, float>;  // kernels/loss/options.py
+
+Jsd jsd(const TensorView& student, const TensorView& teacher, const TensorView& mask, const TensorView& dloss,
+        const Divergence& divergence, const TensorView& loss, const TensorView& dlogits) {
+  const auto [rows, cols] = Matrix(student);
+  const auto [teacher_share, student_share, scale] = divergence;
+  return {student.dense(), teacher.dense(), static_cast<const uint8_t*>(mask.dense()), dloss.data<float>(), dloss ? dloss.strides()[0] : 0,
+          loss.dense<float>(), dlogits.dense(), rows, cols, teacher_share, student_share, scale, student.dtype()};
+}
+
 void check_position(const char* op, int64_t position, int64_t max_seq) {
   if (position >= 0 && position < max_seq) return;
   throw std::out_of_range(std::string(op) + ": positions holds " + std::to_string(position) + ", cos and sin hold " +
@@ -329,6 +341,7 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   def_cpu(on_cpu, "softmax_backward", softmax_backward, &cpu::Kernels::softmax_backward);
   def_cpu(on_cpu, "cross_entropy_forward", cross_entropy_forward, &cpu::Kernels::cross_entropy_forward);
   def_cpu(on_cpu, "cross_entropy_backward", cross_entropy_backward, &cpu::Kernels::cross_entropy_backward);
+  def_cpu(on_cpu, "jsd", jsd, &cpu::Kernels::jsd);
   def_cpu(on_cpu, "attention_forward", attention_forward, &cpu::Kernels::attention_forward);
   def_cpu(on_cpu, "attention_backward", attention_backward, &cpu::Kernels::attention_backward);
   def_launch(on_cpu, "attention_decode", attention_decode, [](const AttentionDecode& a, int, uintptr_t) {
@@ -368,6 +381,7 @@ PYBIND11_MODULE(FASTLLM_MODULE_NAME, m) {
   def_cuda(on_cuda, "softmax_backward", softmax_backward, cuda::softmax_backward);
   def_cuda(on_cuda, "cross_entropy_forward", cross_entropy_forward, cuda::cross_entropy_forward);
   def_cuda(on_cuda, "cross_entropy_backward", cross_entropy_backward, cuda::cross_entropy_backward);
+  def_cuda(on_cuda, "jsd", jsd, cuda::jsd);
   def_cuda(on_cuda, "swiglu_forward", swiglu_forward, cuda::swiglu_forward);
   def_cuda(on_cuda, "swiglu_backward", swiglu_backward, cuda::swiglu_backward);
   def_cuda(on_cuda, "rope", rope, cuda::rope);

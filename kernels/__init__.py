@@ -4,8 +4,8 @@
 >>> y = rms_norm(x, weight)
 
 Ops: flash_attention, flash_decode, rms_norm, softmax, cross_entropy, linear_cross_entropy, linear_log_prob,
-packed_linear (of a weight that pack_weight made), rope, rope_append, swiglu. ``explain(op, ...)`` tells which backend a
-call runs on and why; ``use_backend`` and the environment variable FASTLLM_BACKEND prefer one.
+linear_jsd, packed_linear (of a weight that pack_weight made), rope, rope_append, swiglu. ``explain(op, ...)`` tells
+which backend a call runs on and why; ``use_backend`` and the environment variable FASTLLM_BACKEND prefer one.
 """
 
 if __name__ == "kernels":
@@ -23,7 +23,7 @@ else:
     from .attention import flash_attention, flash_decode
     from .backends import BACKENDS, Explanation, explain, use_backend
     from .linear import PackedWeight, pack_weight, packed_linear
-    from .loss import cross_entropy, linear_cross_entropy, linear_log_prob, softmax
+    from .loss import cross_entropy, linear_cross_entropy, linear_jsd, linear_log_prob, softmax
     from .modules import CausalSelfAttention, CrossEntropyLoss, LinearCrossEntropyLoss, RMSNorm, SwiGLU
     from .norm import rms_norm
     from .rotary import rope, rope_append
@@ -42,6 +42,7 @@ else:
         "flash_attention",
         "flash_decode",
         "linear_cross_entropy",
+        "linear_jsd",
         "linear_log_prob",
         "pack_weight",
         "packed_linear",

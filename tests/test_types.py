@@ -16,7 +16,7 @@ PUBLIC = (
     "fastllm/huggingface/export.py", "fastllm/run_dir.py", "fastllm/arguments.py", "fastllm/info.py",
     "fastllm/kernels/__init__.py", "fastllm/kernels/modules.py", "fastllm/kernels/backends.py",
     "fastllm/kernels/activation/op.py", "fastllm/kernels/attention/op.py", "fastllm/kernels/attention/decode_op.py",
-    "fastllm/kernels/loss/cross_entropy_op.py",
+    "fastllm/kernels/loss/cross_entropy_op.py", "fastllm/kernels/loss/jsd_op.py",
     "fastllm/kernels/loss/linear_op.py", "fastllm/kernels/loss/softmax_op.py", "fastllm/kernels/norm/op.py",
     "fastllm/kernels/rotary/op.py",
 )  # fmt: skip

@@ -6,6 +6,7 @@
 
 #include "../attention.h"
 #include "../cross_entropy.h"
+#include "../jsd.h"
 #include "../linear.h"
 #include "../rms_norm.h"
 #include "../rope.h"
@@ -29,6 +30,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackward&);
   void (*attention_decode)(const AttentionDecode&);
   void (*linear)(const Linear&);
+  void (*jsd)(const Jsd&);
 };
 
 namespace base { extern const Kernels kernels; }

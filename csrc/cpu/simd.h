@@ -224,15 +224,16 @@ inline vfloat settled(vfloat v) {
 // e^x to about one unit in the last place: 2^n * p(r) with x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial
 // of degree 6 that minimises the relative error there. Above 88.7 it is infinity; below -87.3 it is 0, or
 // with AVX-512 subnormal and 0 from -104 on.
-inline vfloat exp_polynomial(vfloat r) {
+inline vfloat expm1_polynomial(vfloat r) {
   vfloat p = broadcast(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return p * r * r + r + 1.f;
+  return p * r * r + r;
 }
+inline vfloat exp_polynomial(vfloat r) { return expm1_polynomial(r) + 1.f; }
 
 inline vfloat exp(vfloat x) {
 #if defined(__AVX512F__)

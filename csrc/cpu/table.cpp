@@ -18,11 +18,12 @@ void attention_forward(const AttentionForward&);
 void attention_backward(const AttentionBackward&);
 void attention_decode(const AttentionDecode&);
 void linear(const Linear&);
+void jsd(const Jsd&);
 
 const Kernels kernels = {rms_norm_forward,      rms_norm_backward,      softmax_forward,
                          softmax_backward,      cross_entropy_forward,  cross_entropy_backward,
                          rope,                  rope_append,            swiglu_forward,
                          swiglu_backward,       attention_forward,      attention_backward,
-                         attention_decode,      linear};
+                         attention_decode,      linear,                 jsd};
 
 }  // namespace fastllm::cpu::FASTLLM_ISA

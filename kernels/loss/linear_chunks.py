@@ -20,6 +20,9 @@ class Linear(NamedTuple):
     weight: Tensor
     bias: Tensor | None
 
+    def detach(self) -> Linear:
+        return Linear(self.hidden.detach(), self.weight.detach(), None if self.bias is None else self.bias.detach())
+
 
 class Wanted(NamedTuple):
     """Which gradients of a :class:`Linear` are computed, and whether weight's is added up in float32."""
@@ -62,39 +65,60 @@ def run_chunks(
     too or not); the backward of ``upstream`` into ``grads``, where they are given."""
     check_range("linear_cross_entropy", targets.target, options)
     kernels = launchers(__package__, backend)
-    hidden, features, dtype = linear.hidden, linear.hidden.shape[-1], _product_dtype(linear.hidden)
-    tokens = len(targets.target)
-    rows, head = hidden.reshape(tokens, features).to(dtype), linear.weight.to(hidden.dtype).to(dtype)
-    if dtype == torch.bfloat16 and hidden.device.type == "cpu":
-        rows, head = _close_together(rows), _close_together(head)
-    bias = None if linear.bias is None else linear.bias.to(hidden.dtype).to(dtype)
-    dhidden, dweight, dbias = grads or (hidden.new_empty(0),) * 3
-    weight_sum = _Sum(dweight, torch.float32 if accumulate_float32 else dtype)
-    bias_sum = torch.zeros_like(dbias, dtype=torch.float32)
-    step = chunk_size(tokens)
-    buffer = hidden.new_empty(step, len(head), dtype=dtype)
-    for start in range(0, tokens, step):
-        chunk = slice(start, min(start + step, tokens))
-        h, logits = rows[chunk], buffer[: chunk.stop - start]
-        here = targets._replace(target=targets.target[chunk])
-        _product(h, head, bias, logits)
+    products = Products(linear, len(targets.target), grads, accumulate_float32)
+    for chunk in products.chunks:
+        logits, here = products.logits(chunk), targets._replace(target=targets.target[chunk])
         if loss is not None:
             spread = None if entropy is None else entropy[chunk]
             kernels.cross_entropy_forward(logits, here, options, backend, loss[chunk], lse[chunk], spread)
-        if not grads:
-            continue
-        above = Upstream(*(None if g is None else g[chunk] for g in upstream))
-        kernels.cross_entropy_backward(logits, here, lse[chunk], above, options, backend, logits)
-        if dhidden.numel():
-            out = dhidden.view(tokens, features)[chunk]
-            wide = out if out.dtype == dtype else out.new_empty(out.shape, dtype=dtype)
-            out.copy_(torch.mm(logits, head, out=wide))  # onto itself: nothing; without out= autocast would narrow it
-        if dweight.numel():
-            weight_sum.add(logits, h)
-        if dbias.numel():
-            bias_sum += logits.sum(0, dtype=torch.float32)
-    weight_sum.finish()
-    dbias.copy_(bias_sum)
+        if grads:
+            above = Upstream(*(None if g is None else g[chunk] for g in upstream))
+            kernels.cross_entropy_backward(logits, here, lse[chunk], above, options, backend, logits)
+            products.backward(chunk, logits)
+    products.finish()
+
+
+class Products:
+    """The matrix products of a layer with its logits, and with their gradients, chunk by chunk.
+
+    ``grads``: memory for the gradients of hidden, weight and bias; empty where one is not wanted. :meth:`finish` ends
+    the sums in it."""
+
+    def __init__(self, linear: Linear, tokens: int, grads: tuple[Tensor, ...], accumulate_float32: bool) -> None:
+        hidden, features, self.dtype = linear.hidden, linear.hidden.shape[-1], _product_dtype(linear.hidden)
+        rows, head = (t.to(hidden.dtype).to(self.dtype) for t in (hidden.reshape(tokens, features), linear.weight))
+        if self.dtype == torch.bfloat16 and hidden.device.type == "cpu":
+            rows, head = _close_together(rows), _close_together(head)
+        self.rows, self.head = rows, head
+        self.bias = None if linear.bias is None else linear.bias.to(hidden.dtype).to(self.dtype)
+        dhidden, dweight, self.dbias = grads or (hidden.new_empty(0),) * 3
+        self.dhidden = dhidden.view(tokens, features) if dhidden.numel() else None
+        self.weight_sum = _Sum(dweight, torch.float32 if accumulate_float32 else self.dtype)
+        self.bias_sum = torch.zeros_like(self.dbias, dtype=torch.float32)
+        step = chunk_size(tokens)
+        self.chunks = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+        self.buffer = hidden.new_empty(step, len(head), dtype=self.dtype)
+
+    def logits(self, chunk: slice) -> Tensor:
+        """In the memory of the chunk before."""
+        logits = self.buffer[: chunk.stop - chunk.start]
+        _product(self.rows[chunk], self.head, self.bias, logits)
+        return logits
+
+    def backward(self, chunk: slice, dlogits: Tensor) -> None:
+        """The gradients that are wanted, of those of a chunk's logits."""
+        if self.dhidden is not None:
+            out = self.dhidden[chunk]
+            wide = out if out.dtype == self.dtype else out.new_empty(out.shape, dtype=self.dtype)
+            out.copy_(torch.mm(dlogits, self.head, out=wide))  # onto itself: nothing; without out= autocast narrows it
+        if self.weight_sum.out.numel():
+            self.weight_sum.add(dlogits, self.rows[chunk])
+        if self.dbias.numel():
+            self.bias_sum += dlogits.sum(0, dtype=torch.float32)
+
+    def finish(self) -> None:
+        self.weight_sum.finish()
+        self.dbias.copy_(self.bias_sum)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

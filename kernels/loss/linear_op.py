@@ -431,15 +431,17 @@ def _linear(
     )
 
 
-def _parameter(op: str, name: str, x: Tensor, hidden: Tensor, shape: tuple[int, ...]) -> Tensor:
-    checks.on(op, name, x, "hidden", hidden)
+def _parameter(
+    op: str, name: str, x: Tensor, hidden: Tensor, shape: tuple[int, ...], hidden_name: str = "hidden"
+) -> Tensor:
+    checks.on(op, name, x, hidden_name, hidden)
     checks.sized(op, name, x, shape)
     if x.dtype not in (hidden.dtype, torch.float32):
         (x,) = checks.autocast(x)
     if x.dtype not in (hidden.dtype, torch.float32):
         raise TypeError(
-            f"{op}: {name} is {checks.short(x.dtype)} but hidden is {checks.short(hidden.dtype)}; cast one to the "
-            "other's dtype, or call it under torch.autocast, which casts both, but for float64"
+            f"{op}: {name} is {checks.short(x.dtype)} but {hidden_name} is {checks.short(hidden.dtype)}; cast one to "
+            "the other's dtype, or call it under torch.autocast, which casts both, but for float64"
         )
     return x
 

@@ -1,4 +1,4 @@
-"""Softmax and cross-entropy in the native module: C++ on CPUs, CUDA C++ on NVIDIA GPUs."""
+"""Softmax and the losses on it in the native module: C++ on CPUs, CUDA C++ on NVIDIA GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..native import KERNELS, as_rows, merged_dims, place
-from .options import Options, Targets, Upstream
+from .options import Divergence, Options, Targets, Upstream
 
 NO_MASK, BOOLEAN, ADDITIVE, ADDITIVE_FLOAT32 = range(4)  # csrc/softmax.h's MaskKind
 
@@ -59,3 +59,10 @@ def cross_entropy_backward(
 ) -> None:
     inputs = as_rows(logits), *targets, lse, *upstream
     KERNELS[backend].cross_entropy_backward(*inputs, options, dlogits, *place(logits))
+
+
+def jsd(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, dloss: Tensor | None, divergence: Divergence, backend: str,
+    loss: Tensor, dlogits: Tensor | None,
+) -> None:  # fmt: skip
+    KERNELS[backend].jsd(student, teacher, mask, dloss, divergence, loss, dlogits, *place(student))

@@ -1,4 +1,4 @@
-"""What the cross-entropy kernels are told beside the logits."""
+"""What the kernels are told beside the logits."""
 
 from __future__ import annotations
 
@@ -38,6 +38,15 @@ class Targets(NamedTuple):
             return cls(index, None, None)
         class_weight = class_weight.float()
         return cls(index, class_weight, class_weight.mean() if label_smoothing else class_weight.new_zeros(()))
+
+
+class Divergence(NamedTuple):
+    """Which Jensen-Shannon divergence (csrc/jsd.h): beta, 1 - beta, neither of them 0 for want of digits, and 1 /
+    temperature."""
+
+    teacher_share: float
+    student_share: float
+    scale: float
 
 
 class Upstream(NamedTuple):

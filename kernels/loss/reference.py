@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,44 @@ def cross_entropy_of_probabilities(
     if reduction == "mean":
         return loss.sum() / max(1, loss.numel()), lse
     return loss.sum() if reduction == "sum" else loss, lse
+
+
+def jsd(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The generalised Jensen-Shannon divergence of logits ``[..., classes]``, with a gradient for the student's."""
+    student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (student, teacher.detach()))
+    if mask is not None:  # a row that does not count may hold inf or NaN
+        student, teacher = (x.masked_fill(~mask.unsqueeze(-1), 0.0) for x in (student, teacher))
+    log_q, log_p = (torch.log_softmax(x / temperature, -1) for x in (student, teacher))
+    if beta == 0:
+        loss = _kl(log_p, log_q)
+    elif beta == 1:
+        loss = _kl(log_q, log_p)
+    else:
+        ruled_out = (log_q == float("-inf")) & (log_p == float("-inf"))
+        log_m = torch.logaddexp(
+            log_q.masked_fill(ruled_out, 0.0) + math.log1p(-beta), log_p.masked_fill(ruled_out, 0.0) + math.log(beta)
+        )
+        loss = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    if mask is not None:
+        loss = torch.where(mask, loss, 0.0)
+    if reduction == "mean":
+        return loss.sum() / (max(loss.numel(), 1) if mask is None else mask.count_nonzero().clamp(min=1))
+    return loss.sum() if reduction == "sum" else loss
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p‖q); what has no probability adds nothing, whatever q says of it."""
+    p = log_p.exp()
+    log_p, log_q = (x.masked_fill(p == 0, 0.0) for x in (log_p, log_q))
+    return (p * (log_p - log_q)).sum(-1)
 
 
 def normaliser(target: Tensor, weight: Tensor | None, ignore_index: int, dtype: torch.dtype) -> Tensor:

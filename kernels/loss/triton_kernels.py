@@ -29,6 +29,7 @@ from ..triton_launch import (
 )
 from .native import BOOLEAN, as_mask
 from .options import Options, Targets, Upstream
+from .triton_jsd import jsd as jsd  # a launcher, as those below
 
 # The longest row that a program holds: one value a column forward, two backward.
 LONGEST_FORWARD, LONGEST_BACKWARD = 16384, 8192

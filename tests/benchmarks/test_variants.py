@@ -27,7 +27,7 @@ def test_sizes_and_strides_compile_nothing_again(outside_the_interpreter):
     assert launched >= {
         "forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel", "decode_kernel", "combine_kernel",
         "backward_kernel", "softmax_forward_kernel", "softmax_backward_kernel", "cross_entropy_forward_kernel",
-        "cross_entropy_backward_kernel", "rotate_kernel", "append_kernel", "paged_kernel", "join_kernel",
+        "cross_entropy_backward_kernel", "jsd_kernel", "rotate_kernel", "append_kernel", "paged_kernel", "join_kernel",
     }  # fmt: skip
     compiled = {(group, kernel): n for group, kernels in found.items() for kernel, (n, _) in kernels.items()}
     assert compiled == {place: MORE.get(place, 1) for place in compiled}

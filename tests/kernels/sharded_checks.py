@@ -15,7 +15,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from fastllm.kernels import LinearCrossEntropyLoss, RMSNorm, cross_entropy, linear_cross_entropy, linear_log_prob
+from fastllm.kernels import (
+    LinearCrossEntropyLoss,
+    RMSNorm,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_jsd,
+    linear_log_prob,
+)
 from fastllm.kernels.loss import sharded
 from tests.numerics import assert_accurate
 
@@ -123,6 +130,8 @@ def check_errors() -> None:
     weight = distribute_tensor(torch.randn(CLASSES, 8), mesh, [Shard(0)])
     with pytest.raises(TypeError, match="call the op in the forward of the module that fully_shard wraps"):
         linear_cross_entropy(torch.randn(4, 5, 8), weight, target)
+    with pytest.raises(TypeError, match="teacher_weight is a DTensor"):
+        linear_jsd(torch.randn(4, 8), torch.randn(CLASSES, 8), torch.randn(4, 8), weight)
 
 
 # ---- the head of linear_log_prob ----

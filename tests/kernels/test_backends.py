@@ -20,7 +20,7 @@ X = torch.randn(2, 8)
 def test_every_public_op_is_listed():
     assert set(backends.OPS) == {
         *("flash_attention", "flash_decode", "rms_norm", "rope", "rope_append", "swiglu"),
-        *("softmax", "cross_entropy", "linear_cross_entropy", "linear_log_prob", "packed_linear"),
+        *("softmax", "cross_entropy", "linear_cross_entropy", "linear_log_prob", "linear_jsd", "packed_linear"),
     }
     assert all(getattr(kernels, name) is op.function for name, op in backends.OPS.items())
 
@@ -121,6 +121,7 @@ def test_every_op_explains_itself_and_runs_nothing():
         "cross_entropy": (x, target),
         "linear_cross_entropy": (x, w, target),
         "linear_log_prob": (x, w, target),
+        "linear_jsd": (x, w, x, w),
         "packed_linear": (x, kernels.pack_weight(w)),
     }
     assert set(calls) == set(backends.OPS)

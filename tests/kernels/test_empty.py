@@ -14,6 +14,7 @@ from fastllm.kernels import (
     flash_attention,
     flash_decode,
     linear_cross_entropy,
+    linear_jsd,
     linear_log_prob,
     rms_norm,
     rope,
@@ -67,6 +68,7 @@ OPS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
     "cross_entropy": lambda x, w, v, **given: cross_entropy(x, index(x), return_lse=True, **given),
     "linear_cross_entropy": lambda x, w, v, **given: linear_cross_entropy(x, v, index(x), reduction="sum", **given),
     "linear_log_prob": lambda x, w, v, **given: linear_log_prob(x, v, index(x), **given),
+    "linear_jsd": lambda x, w, v, **given: linear_jsd(x, v, x * 2, v, mask=index(x) == 0, **given),
     "rope": lambda x, w, v, **given: rope(x.unsqueeze(2), x.unsqueeze(2), *(angles(x),) * 2, **given),
     "swiglu": lambda x, w, v, **given: swiglu(x, x * 2, **given),
 }

@@ -12,6 +12,7 @@ from fastllm.kernels import (
     flash_attention,
     flash_decode,
     linear_cross_entropy,
+    linear_jsd,
     linear_log_prob,
     rms_norm,
     rope,
@@ -164,4 +165,5 @@ def test_meta_tensors_have_no_autocast():
         with torch.autocast("cpu", BF16, enabled=on):
             assert linear_cross_entropy(hidden, weight, target).shape == ()
             assert linear_log_prob(hidden, weight, target).shape == (4,)
+            assert linear_jsd(hidden, weight, hidden, weight, mask=target > 0).shape == ()
             assert flash_attention(heads, heads, heads).shape == heads.shape

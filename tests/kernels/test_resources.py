@@ -36,6 +36,7 @@ def kernels(dtype, seq, cols, dim=64):
     yield "cross_entropy", lambda: cpu.cross_entropy_forward(x, targets, None, None, options, loss, rows, rows, 0, 0)
     yield "cross_entropy backward", lambda: cpu.cross_entropy_backward(
         x, targets, None, None, rows, loss, rows, loss, rows, options, dx, 0, 0)
+    yield "jsd", lambda: cpu.jsd(x, y, None, loss, (0.3, 0.7, 1.0), rows, dx, 0, 0)
     yield "swiglu", lambda: cpu.swiglu_forward(x, y, z, 0, 0)
     yield "swiglu backward", lambda: cpu.swiglu_backward(z, x, y, dx, z, 0, 0)
     yield "rope", lambda: cpu.rope(x, cos, cos, None, True, False, y, 4, 1, 0, 0)

@@ -73,6 +73,9 @@ for name in cpu.instruction_sets():
             cpu.cross_entropy_forward(x, targets, given, mean, options, loss, lse, entropy, 0, 0)
             above = (loss, dlse if extra else None, entropy, entropy)
             cpu.cross_entropy_backward(x, targets, given, mean, lse, *above, options, dx, 0, 0)
+        for share, given in ((0.0, None), (0.3, loss), (1.0, loss)):
+            counts, out = Tensor(np.arange(r, dtype=np.uint8) % 2, 0), dx if given else None
+            cpu.jsd(x, dy, counts if extra else None, given, (share, 1 - share, 0.5), lse, out, 0, 0)
         masks = ((0, None), (1, Tensor(np.zeros((1, 1, max(1, r), n), np.uint8), 0)),
                  (2, zeros(1, 1, max(1, r), n, dtype=dtype)), (3, zeros(1, 1, max(1, r), n, dtype=0)))
         causal = extra and r > 0

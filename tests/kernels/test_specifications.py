@@ -15,6 +15,7 @@ from fastllm.kernels import (
     cross_entropy,
     flash_attention,
     linear_cross_entropy,
+    linear_jsd,
     linear_log_prob,
     rope,
     softmax,
@@ -191,6 +192,28 @@ def test_linear_losses():
     assert gradcheck(lambda h, w, b: linear_cross_entropy(h, w, target, bias=b, **options), (hidden, weight, bias))
     options = {"softcap": 3.0, "temperature": 0.7, "return_entropy": True}
     assert gradcheck(lambda h, w, b: linear_log_prob(h, w, target, bias=b, **options), (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
+def test_jsd(beta):
+    (hidden, weight, bias), (other, other_weight) = (
+        (double(2, 4, 6), double(9, 6), double(9)),
+        (double(2, 4, 3), double(9, 3)),
+    )
+    mask = torch.tensor([[True, False, True, True], [True, True, False, True]])
+    run = partial(linear_jsd, beta=beta, temperature=1.5)
+    p, q = ((F.linear(*x) / 1.5).softmax(-1)[mask] for x in ((other, other_weight), (hidden, weight, bias)))
+    m = beta * p + (1 - beta) * q
+    kls = [(a * (a / b).log()).sum(-1) for a, b in ((p, q), (q, p), (p, m), (q, m))]
+    right = {0.0: kls[0], 1.0: kls[1]}.get(beta, beta * kls[2] + (1 - beta) * kls[3])
+    options = {"bias": bias, "mask": mask}
+    each = run(hidden, weight, other, other_weight, reduction="none", **options)
+    torch.testing.assert_close(each[mask], right)
+    assert not each[~mask].any()
+    for reduction, expected in (("sum", right.sum()), ("mean", right.mean())):
+        torch.testing.assert_close(run(hidden, weight, other, other_weight, reduction=reduction, **options), expected)
+    assert gradcheck(lambda h, w, b: run(h, w, other.detach(), other_weight, bias=b, mask=mask), (hidden, weight, bias))
+    assert torch.autograd.grad(each.sum(), (other, other_weight), allow_unused=True) == (None, None)
 
 
 # ---- rope and swiglu ----

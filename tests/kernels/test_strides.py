@@ -42,6 +42,9 @@ def arguments() -> list[tuple[str, str, dict[str, Tensor], dict[str, Any]]]:
     starts = torch.tensor([0, 2, SEQ])
     logits = {"logits": randn(BATCH, SEQ, CLASSES), "target": classes(BATCH, SEQ), "weight": torch.rand(CLASSES)}
     linear = rows | {"bias": randn(CLASSES), "class_weight": torch.rand(CLASSES)}
+    teacher = {"teacher_hidden": randn(BATCH, SEQ, 5), "teacher_weight": randn(CLASSES, 5)}
+    jsd = {x: rows[x] for x in ("hidden", "weight")} | {"bias": randn(CLASSES), **teacher}
+    jsd |= {"teacher_bias": randn(CLASSES), "mask": randn(BATCH, SEQ) > -0.5}
     tokens = {"hidden": randn(BATCH, DIM), "weight": randn(CLASSES, DIM), "target": classes(BATCH)}
     return [
         ("rms_norm", "", {"x": randn(2, 3, 7), "weight": randn(7), "residual": randn(2, 3, 7)}, {}),
@@ -58,6 +61,8 @@ def arguments() -> list[tuple[str, str, dict[str, Tensor], dict[str, Any]]]:
         ("linear_cross_entropy", "one token each", tokens, {}),
         ("linear_log_prob", "", rows | {"bias": randn(CLASSES)}, {}),
         ("linear_log_prob", "entropy", rows | {"bias": randn(CLASSES)}, {"temperature": 0.7, "return_entropy": True}),
+        ("linear_jsd", "", jsd, {"beta": 0.3}),
+        ("linear_jsd", "each", jsd, {"reduction": "none"}),
         ("flash_attention", "", attention() | {"sinks": randn(HEADS)}, {"return_lse": True}),
         (
             "flash_attention",

@@ -16,6 +16,7 @@ from fastllm.kernels import (
     flash_attention,
     flash_decode,
     linear_cross_entropy,
+    linear_jsd,
     linear_log_prob,
     rms_norm,
     rope,
@@ -45,6 +46,11 @@ def linear(op, x: Tensor, **options) -> Tensor:
     return op(x, constant(9, DIM).to(x.dtype), torch.arange(SEQ), **options).square().sum()
 
 
+def distil(x: Tensor, **options) -> Tensor:
+    weight = constant(9, DIM).to(x.dtype)
+    return 100 * linear_jsd(x, weight, weight[:SEQ] * 3, weight, **options).square().sum()
+
+
 FUNCTIONS = {
     "rms_norm": lambda x, **o: rms_norm(x, x[0], residual=x.cos(), **o)[0].square().sum(),
     "softmax": lambda x, **o: softmax(x, causal=True, **o).square().sum(),
@@ -58,6 +64,8 @@ FUNCTIONS = {
     "linear_cross_entropy": partial(linear, linear_cross_entropy),
     "linear_log_prob": partial(linear, linear_log_prob),
     "entropy": lambda x, **o: linear(lambda *a, **o: linear_log_prob(*a, return_entropy=True, **o)[1], x, **o),
+    "linear_jsd": lambda x, **o: distil(x, reduction="mean", **o),
+    "linear_jsd of each token": lambda x, **o: distil(x, reduction="none", **o),
 }
 TRANSFORMS = {
     "grad": grad,

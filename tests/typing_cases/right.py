@@ -24,6 +24,7 @@ from fastllm.kernels import (
     flash_attention,
     flash_decode,
     linear_cross_entropy,
+    linear_jsd,
     linear_log_prob,
     rms_norm,
     rope,
@@ -63,6 +64,8 @@ def ops(x: Tensor, weight: Tensor, target: Tensor, maybe: Tensor | None, flag: b
     assert_type(linear_log_prob(x, weight, target, ignore_index=0, softcap=30.0, temperature=0.7), Tensor)
     assert_type(linear_log_prob(x, weight, target, return_entropy=True), tuple[Tensor, Tensor])
     assert_type(linear_log_prob(x, weight, target, return_entropy=flag), Tensor | tuple[Tensor, Tensor])
+
+    assert_type(linear_jsd(x, weight, x, weight, bias=maybe, mask=maybe, beta=0.1, reduction="none"), Tensor)
 
     assert_type(softmax(x, scale=0.5, causal=True, mask=maybe), Tensor)
     assert_type(rope(x, x, weight, weight, interleaved=True, positions=target), tuple[Tensor, Tensor])

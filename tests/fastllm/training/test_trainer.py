@@ -153,7 +153,7 @@ def test_garbage_in_a_log_is_passed_over(tmp_path):
     lines += [b'{"step": 2, "loss": "text"}', b'{"step": 3, "loss": NaN}']
     (tmp_path / LOG).write_bytes(b"\n".join(lines))
     assert [record["step"] for record in read_log(tmp_path / LOG)] == [1, 2, 3]
-    plot(tmp_path / LOG, tmp_path / "loss.png", 5.0)
+    plot(tmp_path / LOG, tmp_path / "loss.png", unigram_loss=5.0)
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
