@@ -25,6 +25,7 @@ EXTRAS = {
     "data": ("fastwarc", "mwparserfromhell", "mwxml", "py3langid", "pyarrow", "rensa", "resiliparse"),
     "gguf": ("gguf",),
     "serve": ("jinja2", "llguidance", "prometheus_client", "starlette", "uvicorn"),
+    "tune": ("jinja2", "peft"),
     "hf": ("transformers",),
     "tensorboard": ("tensorboard",),
 }
@@ -33,6 +34,7 @@ USED_BY = {
     "data": "fastllm data prepare of crawls, dumps, books and Parquet",
     "gguf": "GGUF files",
     "serve": "fastllm serve, and answers of a given form",
+    "tune": "fastllm sft and align: chat templates and adapters",
     "hf": "fastllm.patch",
     "tensorboard": "--train.tensorboard",
 }

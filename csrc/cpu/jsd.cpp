@@ -39,7 +39,7 @@ struct LogProbability {
 
   template <typename T>
   LogProbability(const T* logits, int64_t cols, float scale) : scale(scale) {
-    const ExpSum found = exp_sum(cols, [&](auto at) { return settled(at(logits) * scale); });
+    const auto found = exp_sum(cols, [&](auto at) { return settled(at(logits) * scale); });
     shift = found.shift();
     log_sum = __builtin_logf(found.sum());
   }

@@ -53,7 +53,8 @@ __device__ inline float log_below(float x, float less) {
 struct LogProbability {
   float scale, shift, log_sum;
 
-  __device__ LogProbability(const ExpSum& row, float scale) : scale(scale), shift(row.shift), log_sum(logf(row.sum)) {}
+  __device__ LogProbability(const ExpSum<>& row, float scale)
+      : scale(scale), shift(row.shift), log_sum(logf(row.sum)) {}
   __device__ float operator()(float logit) const { return __fmul_rn(logit, scale) - shift - log_sum; }
 };
 
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 3) jsd_kernel(const Jsd a) {
   const float scale = a.scale;
   const float dscore = counts && a.dloss ? a.dloss[row * a.dloss_stride] * scale : 0.0f;
 
-  ExpSum mine, theirs;
+  ExpSum<> mine, theirs;
   for_each_pair<V>(student, teacher, cols, [&](Floats<V> s, Floats<V> t, int64_t) {
 #pragma unroll
     for (int j = 0; j < V; ++j) s.at[j] = __fmul_rn(s.at[j], scale), t.at[j] = __fmul_rn(t.at[j], scale);

@@ -93,6 +93,14 @@ def begin_micro_batch(model: GPT, config: ParallelConfig, last: bool) -> None:
     unit.set_requires_all_reduce(last)  # over replicas
 
 
+def reshard(model: nn.Module) -> None:
+    """Free the gathered parameters, which a forward pass without a backward leaves: until then ``parameters()`` of the
+    model are these, and an optimizer would train copies."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
 def apply_tensor_parallel(block: nn.Module, mesh: DeviceMesh) -> None:
     """Tensor parallelism inside a block (Shoeybi et al. 2019, arXiv:1909.08053), sequence parallelism around it.
 

@@ -16,14 +16,13 @@ from .. import run_dir
 from ..data.chat_template import CONFIG as TOKENIZER_CONFIG
 from ..data.chat_template import TEMPLATE
 from ..data.tokenizer import Tokenizer
-from ..errors import UserError, require_packages
+from ..errors import UserError, pip_install, require_packages
 from ..files import write_atomic
 from ..model.gpt import GPT
 from ..model.weights import assembled
 from .config import LoraConfig
 
 ADAPTER = "adapter"  # in a run folder: the adapters as peft writes them
-PEFT_INSTALL = "pip install peft"
 
 
 def grow_vocabulary(model: GPT, tokenizer: Tokenizer, tokens: Sequence[str]) -> tuple[GPT, Tokenizer]:
@@ -61,7 +60,7 @@ def add_adapters(model: GPT, config: LoraConfig, seed: int) -> None:
 
     At first they add nothing: one of the two matrices is 0.
     """
-    require_packages("lora.rank", "peft", install=PEFT_INSTALL)
+    require_packages("lora.rank", "peft", install=pip_install("tune"))
     from peft import inject_adapter_in_model
 
     with torch.random.fork_rng(devices=[]):

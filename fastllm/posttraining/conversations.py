@@ -1,346 +1,417 @@
-"""Chats, preference pairs and prompts, in the forms that people keep them in, as lists of messages."""
+"""Conversations, pairs of answers, judged answers and prompts, in the forms that data sets have.
+
+All have the same messages: ``role`` is system, user, assistant or tool, ``content`` a text. An assistant's turn may
+have ``tool_calls`` whose arguments are objects, and any turn a ``weight``. Other keys are kept if they have a value.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from ..data.chat_template import ROLES
-from ..input_files import shown
+from ..input_files import one_line, shown
 from .rendering import Refused
-from .rows import Report, Row, read_rows
+from .rows import Report, Row, parse_json, read_rows
 
-T = TypeVar("T")
 Message = dict[str, Any]
+T = TypeVar("T")
+
+TURNS = ("messages", "conversations", "conversation")  # keys of a list of messages
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation", "function_response"), "tool"),
+}
 
 # Why a row is dropped.
-UNRECOGNISED, NO_TURNS, MALFORMED = "no form that is known", "no turns", "malformed turn"
-UNKNOWN_ROLE, NO_TEXT, EMPTY_ANSWER = "unknown role", "turn without a text", "empty assistant turn"
-SAME_ROLE, LATE_SYSTEM, NO_USER = "consecutive turns of one role", "system turn that is not first", "no user turn first"
-NO_ANSWER, EQUAL_SIDES, EMPTY_SIDE = "no assistant turn", "equal sides", "empty side"
-NOT_AN_ANSWER, NO_PROMPT = "side that is no assistant turn", "prompt that does not end with a user turn"
-BAD_LABEL = "label that is not true or false"
-# What is changed in a row that is kept.
-CUT_END = "turns after the last answer are left out"
-
-SHAREGPT = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
-    "bing": "assistant", "bard": "assistant", "model": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "function_call": "assistant",
-}  # fmt: skip
-TOOL_ROLES = ("tool", "function", "ipython")
+UNRECOGNISED, NO_TURNS, BAD_MESSAGE = "row of no known form", "no turns", "message is not an object"
+UNKNOWN_ROLE, NO_TEXT, EMPTY_ANSWER = "unknown role", "content is missing or not text", "empty assistant turn"
+REPEATED, LATE_SYSTEM, BAD_START = "two turns of one role", "system turn not first", "first turn is not the user's"
+NO_ANSWER, BAD_WEIGHT = "no assistant turn", "weight is not 0 or 1"
+BAD_CALLS, BAD_TOOLS, BAD_HISTORY = "malformed tool call", "malformed tools", "malformed history"
+NO_PROMPT, PROMPT_END = "no prompt", "prompt does not end with a user turn"
+EMPTY_SIDE, EQUAL_SIDES = "empty side", "equal sides"
+NOT_ANSWER, OTHER_PROMPT = "side is not an assistant turn", "side has another prompt"
+BAD_LABEL = "label is not true or false"
+# Notes.
+ENDS_WITH_USER, ENDS_WITH_TOOL = "ends with a user turn: cut", "ends with a tool turn: cut"
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """A chat. ``where``: its place in the data."""
+class Conversation(NamedTuple):
+    """It ends with an assistant's turn. Turns of ``weight`` 0 are not to be learnt."""
 
     messages: list[Message]
-    tools: list[Any] | None
+    tools: list[dict[str, Any]] | None
     where: str
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to the same prompt, of which ``chosen`` is preferred."""
+class Pair(NamedTuple):
+    """Two answers to a prompt. Each is one or more turns, the first and the last of them the assistant's."""
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
-    tools: list[Any] | None
+    tools: list[dict[str, Any]] | None
     where: str
 
 
-@dataclass(frozen=True)
-class Judged:
-    """An answer that is desirable or not."""
+class Judged(NamedTuple):
+    """An answer, and whether it is a good one."""
 
     prompt: list[Message]
     answer: list[Message]
     desirable: bool
-    tools: list[Any] | None
+    tools: list[dict[str, Any]] | None
     where: str
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A chat that ends with a user turn, and the other columns of its row."""
+class Prompt(NamedTuple):
+    """A prompt; ``row``: the other columns, such as the right answer."""
 
     messages: list[Message]
+    row: dict[str, Any]
     where: str
-    row: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
 
 
 def read_conversations(path: str | Path, report: Report) -> Iterator[Conversation]:
-    """The chats of a file or folder: rows with ``messages``, ShareGPT's ``conversations``, Alpaca's ``instruction``
-    and ``output``, or ``prompt`` and ``completion``. Others are dropped, with their reason, into ``report``."""
-    return _kept(path, report, lambda row: [_conversation(row, report)])
+    """The conversations of a file or a folder; see :func:`.rows.read_rows`. What is dropped goes to ``report``.
+
+    A row is one of:
+
+    - ``messages`` (OpenAI): ``role``, ``content``, which is a text or a list of parts that are texts, ``tool_calls``;
+    - ``conversations`` (ShareGPT): ``from``, ``value``;
+    - ``instruction``, ``output`` (Alpaca), perhaps ``input`` and ``history``, a list of ``[user, assistant]``;
+    - ``prompt``, ``completion``: texts or messages. The assistant's turns in the prompt get the weight 0.
+
+    Each may have ``system``, a text, and ``tools``, a list of objects or the JSON text of one.
+
+    Raises:
+        UserError: a file can't be read.
+    """
+    return _read(path, report, partial(_conversation, report))
 
 
 def read_pairs(path: str | Path, report: Report) -> Iterator[Pair]:
-    """The pairs of a file or folder: rows with ``prompt``, ``chosen`` and ``rejected``, each a text or messages; or
-    with ``chosen`` and ``rejected`` alone, two chats that begin alike."""
-    return _kept(path, report, lambda row: [_pair(row)])
+    """Rows with ``chosen`` and ``rejected``: texts, messages, or whole conversations that begin alike.
+
+    ``prompt`` is a text or messages. Where both sides are whole conversations, the prompt is all that they have in
+    common; ``prompt`` may then be absent, and must otherwise be part of it.
+    """
+    return _read(path, report, lambda row: [_pair(row)])
 
 
 def read_judged(path: str | Path, report: Report) -> Iterator[Judged]:
-    """The answers of a file or folder: rows with ``prompt``, ``completion`` and ``label`` (true: desirable), or the two
-    sides of pairs."""
-    return _kept(path, report, _judged)
+    """Rows with ``prompt``, ``completion`` and ``label`` (KTO), and those of :func:`read_pairs`, which become two."""
+    return _read(path, report, _judged)
 
 
 def read_prompts(path: str | Path, report: Report) -> Iterator[Prompt]:
-    """The prompts of a file or folder: rows with ``prompt`` (a text or messages), ``messages``, ``question`` or
-    ``instruction``; an answer at the end of messages is left out. All other keys are the prompt's ``row``."""
-    return _kept(path, report, lambda row: [_prompt(row)])
+    """Rows with ``prompt`` (a text or messages), ``messages``, ``question`` (GSM8K) or ``instruction`` (Alpaca).
+
+    An assistant's turn at the end of ``messages`` is left out. The other keys become the prompt's ``row``.
+    """
+    return _read(path, report, _prompt)
 
 
-def _kept(path: str | Path, report: Report, make: Callable[[Row], list[T]]) -> Iterator[T]:
+def _read(path: str | Path, report: Report, parse: Callable[[Row], Sequence[T]]) -> Iterator[T]:
     for row in read_rows(path, report):
         try:
-            yield from make(row)
+            found = parse(row)
         except Refused as refusal:
             report.drop(row.where, refusal.reason, refusal.detail)
+        else:
+            report.read += len(found) - 1  # each is kept, or dropped later, on its own
+            yield from found
 
 
 # ---- rows ----
 
 
-def _conversation(row: Row, report: Report) -> Conversation:
-    messages = _checked(_system_first(row.values, _turns(row.values)))
+def _present(row: Row) -> dict[str, Any]:
+    return {key: value for key, value in row.values.items() if value is not None}
+
+
+def _unrecognised(row: Row) -> Refused:
+    keys = ", ".join([*map(one_line, list(row.values)[:10]), *(["…"] if len(row.values) > 10 else [])])
+    return Refused(UNRECOGNISED, f"its keys are {keys}" if keys else "it has no keys")
+
+
+def _conversation(report: Report, row: Row) -> list[Conversation]:
+    values = _present(row)
+    if key := next((key for key in TURNS if key in values), ""):
+        messages = _messages(values[key])
+    elif "prompt" in values and "completion" in values:
+        prompt = _asked(_messages(values["prompt"], "user"))
+        for message in prompt:
+            if message["role"] == "assistant":
+                message.setdefault("weight", 0)
+        messages = prompt + _answered(values["completion"])
+    elif "instruction" in values and "output" in values:
+        messages = _asked(_alpaca(values)) + _answered(values["output"])
+    else:
+        raise _unrecognised(row)
+    messages = _with_system(values, messages)
+    _check_turns(messages)
     last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     if last < 0:
         raise Refused(NO_ANSWER)
-    if last < len(messages) - 1:
-        report.note(row.where, CUT_END)
-    return Conversation(messages[: last + 1], _tools(row.values), row.where)
-
-
-def _turns(values: Mapping[str, Any]) -> list[Any]:
-    """The turns of a row, whatever its form, not checked."""
-    if "messages" in values:
-        return _list_of(values["messages"], "messages")
-    if "conversations" in values:
-        return [*map(_sharegpt, _list_of(values["conversations"], "conversations"))]
-    if "conversation" in values:
-        return [*map(_sharegpt, _list_of(values["conversation"], "conversation"))]
-    if "instruction" in values and "output" in values:
-        return [*_alpaca_prompt(values), {"role": "assistant", "content": values["output"]}]
-    if "prompt" in values and "completion" in values:
-        return [*_as_messages(values["prompt"], "user"), *_as_messages(values["completion"], "assistant")]
-    raise Refused(UNRECOGNISED, f"its keys are {', '.join(map(str, list(values)[:6])) or 'none'}")
-
-
-def _list_of(value: Any, name: str) -> list[Any]:
-    if isinstance(value, str):  # of tables that keep JSON
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise Refused(MALFORMED, f"{name} is a text") from None
-    if not isinstance(value, list):
-        raise Refused(MALFORMED, f"{name} is {shown(value)}")
-    return value
-
-
-def _sharegpt(turn: Any) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
-    name = turn["from"]
-    role = SHAREGPT.get(name.lower(), name) if isinstance(name, str) else name
-    message: Message = {"role": role, "content": turn.get("value")}
-    if name == "function_call":
-        calls = _parsed_call(turn.get("value"))
-        if calls:
-            message = {"role": role, "content": "", "tool_calls": calls}
-    return message | ({"weight": turn["weight"]} if "weight" in turn else {})
-
-
-def _parsed_call(value: Any) -> list[Any] | None:
-    try:
-        parsed = json.loads(value)
-    except (ValueError, TypeError, RecursionError):
-        return None
-    calls = parsed if isinstance(parsed, list) else [parsed]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        return None
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-        for call in calls
-    ]
-
-
-def _alpaca_prompt(values: Mapping[str, Any]) -> list[Any]:
-    before: list[Any] = []
-    for pair in values.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise Refused(MALFORMED, f"history has {shown(pair)}, not a question and an answer")
-        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    text, more = values["instruction"], values.get("input")
-    if isinstance(text, str) and isinstance(more, str) and more.strip():
-        text = f"{text}\n\n{more}" if text.strip() else more
-    return [*before, {"role": "user", "content": text}]
-
-
-def _as_messages(value: Any, role: str) -> list[Any]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [value] if isinstance(value, dict) else _list_of(value, "prompt" if role == "user" else "answer")
-
-
-def _system_first(values: Mapping[str, Any], turns: list[Any]) -> list[Any]:
-    system = values.get("system")
-    if not isinstance(system, str) or not system.strip():
-        return turns
-    if turns and isinstance(turns[0], dict) and turns[0].get("role") == "system":
-        return turns
-    return [{"role": "system", "content": system}, *turns]
-
-
-def _tools(values: Mapping[str, Any]) -> list[Any] | None:
-    tools = values.get("tools")
-    if isinstance(tools, str):
-        if not tools.strip():
-            return None
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError):
-            raise Refused(MALFORMED, "tools is not JSON") from None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise Refused(MALFORMED, f"tools is {shown(tools)}, not a list of objects")
-    return tools or None
+    found = Conversation(messages[: last + 1], _tools(values), row.where)
+    if last + 1 < len(messages):
+        report.note(row.where, ENDS_WITH_USER if messages[-1]["role"] == "user" else ENDS_WITH_TOOL)
+    return [found]
 
 
 def _pair(row: Row) -> Pair:
-    values = row.values
-    missing = [name for name in ("chosen", "rejected") if name not in values]
-    if missing:
-        raise Refused(UNRECOGNISED, f"it has no {' and no '.join(missing)}")
-    sides = [_as_messages(values[name], "assistant") for name in ("chosen", "rejected")]
-    if "prompt" in values or "question" in values or "instruction" in values:
-        prompt = _prompt_turns(values)
-        if all(isinstance(side, list) and side[: len(prompt)] == prompt and len(side) > len(prompt) for side in sides):
-            sides = [side[len(prompt) :] for side in sides]  # whole chats
-    else:
-        same = 0
-        while all(same < len(side) - 1 for side in sides) and sides[0][same] == sides[1][same]:
-            same += 1
-        prompt, sides = sides[0][:same], [side[same:] for side in sides]
-    prompt = _checked_prompt(_system_first(values, prompt))
-    answers = [_checked_answer(prompt, side) for side in sides]
-    if answers[0] == answers[1]:
-        raise Refused(EQUAL_SIDES)
-    return Pair(prompt, *answers, _tools(values), row.where)
+    values = _present(row)
+    if not {"chosen", "rejected"} & values.keys():
+        raise _unrecognised(row)
+    prompt, (chosen, rejected) = _prompt_and_sides(values, "chosen", "rejected")
+    return Pair(prompt, chosen, rejected, _tools(values), row.where)
 
 
 def _judged(row: Row) -> list[Judged]:
-    values = row.values
-    if "chosen" in values:
+    values = _present(row)
+    if {"chosen", "rejected"} & values.keys():
         pair = _pair(row)
         sides = ((pair.chosen, True), (pair.rejected, False))
         return [Judged(pair.prompt, answer, good, pair.tools, row.where) for answer, good in sides]
-    if "completion" not in values or "label" not in values:
-        raise Refused(UNRECOGNISED, f"its keys are {', '.join(map(str, list(values)[:6])) or 'none'}")
-    if type(values["label"]) is not bool:
-        raise Refused(BAD_LABEL, shown(values["label"]))
-    prompt = _checked_prompt(_system_first(values, _prompt_turns(values)))
-    answer = _checked_answer(prompt, _as_messages(values["completion"], "assistant"))
-    return [Judged(prompt, answer, values["label"], _tools(values), row.where)]
+    if "completion" not in values:
+        raise _unrecognised(row)
+    label = values.get("label")
+    if not isinstance(label, bool):
+        raise Refused(BAD_LABEL, shown(label))
+    prompt, (answer,) = _prompt_and_sides(values, "completion")
+    return [Judged(prompt, answer, label, _tools(values), row.where)]
 
 
-def _prompt(row: Row) -> Prompt:
-    values = row.values
-    turns = _prompt_turns(values)
-    if turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant":
-        turns = turns[:-1]
-    used = ("prompt", "messages", "question", "instruction", "input", "system")
-    name = next(name for name in used if name in values)
-    taken = {name, "system"} | ({"input", "history"} if name == "instruction" else set())
-    others = {key: value for key, value in values.items() if key not in taken}
-    return Prompt(_checked_prompt(_system_first(values, turns)), row.where, others)
+def _prompt(row: Row) -> list[Prompt]:
+    values = _present(row)
+    key = next((key for key in ("prompt", *TURNS, "question", "instruction") if key in values), "")
+    if not key:
+        raise _unrecognised(row)
+    used = {key, "system", "tools"}
+    if key == "instruction":
+        messages = _alpaca(values)
+        used |= {"input", "history"}
+    else:
+        messages = _messages(values[key], None if key in TURNS else "user")
+    if key in TURNS and messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    _check_prompt(messages)
+    messages = _with_system(values, messages)
+    _check_turns(messages)
+    other = {key: value for key, value in row.values.items() if key not in used}
+    return [Prompt(messages, other, row.where, _tools(values))]
 
 
-def _prompt_turns(values: Mapping[str, Any]) -> list[Any]:
-    for name in ("prompt", "messages", "question"):
-        if name in values:
-            return _as_messages(values[name], "user")
-    if "instruction" in values:
-        return _alpaca_prompt(values)
-    raise Refused(UNRECOGNISED, f"its keys are {', '.join(map(str, list(values)[:6])) or 'none'}")
+def _alpaca(values: dict[str, Any]) -> list[Message]:
+    """The turns up to the user's last; none where that is blank."""
+    history = values.get("history", [])
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise Refused(BAD_HISTORY, shown(history))
+    turns = [_turn(role, text) for pair in history for role, text in zip(("user", "assistant"), pair, strict=True)]
+    parts = [_text(values.get(key, "")) for key in ("instruction", "input")]
+    text = "\n\n".join(part for part in parts if part.strip())
+    return [*turns, _turn("user", text)] if text else []
+
+
+def _prompt_and_sides(values: dict[str, Any], *names: str) -> tuple[list[Message], list[list[Message]]]:
+    """The prompt of a row, and the answers under ``names`` without it."""
+    prompt = _messages(values.get("prompt", ""), "user")
+    sides = [_messages(values.get(name, ""), "assistant") for name in names]
+    _check_sides(sides, -1)
+    whole = [side for side in sides if side[0]["role"] != "assistant"]
+    system = [turns.pop(0) for turns in (prompt, *whole) if turns and turns[0]["role"] == "system"]
+    shared = prompt
+    if len(whole) == len(sides) > 1:
+        alike = takewhile(lambda turns: turns[0] == turns[1], zip(*map(_said, whole), strict=False))
+        shared = whole[0][: len(list(alike))]
+    if not _contains(shared, prompt) or any(_said([turn]) != _said(system[:1]) for turn in system):
+        raise Refused(OTHER_PROMPT)
+    _asked(shared)
+    for side in whole:
+        if _said(side[: len(shared)]) != _said(shared):
+            raise Refused(OTHER_PROMPT)
+        del side[: len(shared)]
+    if len(sides) > 1 and _said(sides[0]) == _said(sides[1]):
+        raise Refused(EQUAL_SIDES)
+    _check_sides(sides, 0)
+    _check_prompt(shared)
+    shared = _with_system(values, system[:1] + shared)
+    for side in sides:
+        _check_turns(shared + side)
+    return shared, sides
+
+
+def _contains(turns: list[Message], part: list[Message]) -> bool:
+    """Whether the messages ``part`` follow on each other somewhere in ``turns``: a text may be any turn of the user."""
+    said, wanted = _said(turns), _said(part)
+    return any(said[i : i + len(wanted)] == wanted for i in range(len(said) + 1))
+
+
+def _said(turns: list[Message]) -> list[Any]:
+    """What tells messages apart."""
+    return [(turn["role"], turn["content"].strip(), turn.get("tool_calls")) for turn in turns]
+
+
+# ---- messages ----
+
+
+def _turn(role: str, content: Any) -> Message:
+    return {"role": role, "content": _text(content)}
+
+
+def _messages(value: Any, role: str | None = None) -> list[Message]:
+    """A list of messages. With ``role`` it may be one message, or a text, which is that role's; of a blank one none."""
+    if role and isinstance(value, str):
+        return [_turn(role, value)] if value.strip() else []
+    if role and isinstance(value, dict):
+        return [_message(value)]
+    if isinstance(value, str):  # tables may keep JSON
+        try:
+            value = parse_json(value)
+        except Refused as refusal:
+            raise Refused(NO_TURNS, f"a text that is {refusal}") from None
+    if not isinstance(value, list):
+        raise Refused(NO_TURNS, shown(value))
+    return [_message(message) for message in value]
+
+
+def _message(value: Any) -> Message:
+    if not isinstance(value, dict):
+        raise Refused(BAD_MESSAGE, shown(value))
+    given = {key: item for key, item in value.items() if item is not None}
+    author, content = given.pop("role", given.pop("from", None)), given.pop("content", given.pop("value", None))
+    role = ROLES.get(author) if isinstance(author, str) else None
+    if role is None:
+        raise Refused(UNKNOWN_ROLE, shown(author))
+    if "function_call" in given:  # OpenAI's older form
+        given["tool_calls"] = [given.pop("function_call")]
+    elif author == "function_call" and (calls := _calls_of(content)):
+        given["tool_calls"], content = calls, ""
+    if calls := given.pop("tool_calls", []):
+        if role != "assistant":
+            raise Refused(BAD_CALLS, f"of a {role} turn")
+        given["tool_calls"] = _calls(calls)
+        content = "" if content is None else content
+    if "weight" in given and (type(given["weight"]) is not int or given["weight"] not in (0, 1)):
+        raise Refused(BAD_WEIGHT, shown(given["weight"]))
+    return {**_turn(role, content), **given}
+
+
+def _text(content: Any) -> str:
+    """A text, or that of a list of parts."""
+    parts = [content]
+    if isinstance(content, list):
+        parts = [part.get("text") if _is_text(part) else part for part in content]
+    if wrong := [part for part in parts if not isinstance(part, str)]:
+        raise Refused(NO_TEXT, shown(wrong[0]))
+    return "".join(parts)
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in (None, "text", "input_text", "output_text")
+
+
+def _calls_of(text: Any) -> list[Any]:
+    """The tool calls that a text is, an object or a list; none where it is something else."""
+    try:
+        found = parse_json(text) if isinstance(text, str) else []
+        return _calls(found if isinstance(found, list) else [found])
+    except Refused:
+        return []
+
+
+def _calls(value: Any) -> list[dict[str, Any]]:
+    """Tool calls in OpenAI's form, but with objects as arguments: of a text, templates would write a JSON string."""
+    if not isinstance(value, list):
+        raise Refused(BAD_CALLS, shown(value))
+    calls = []
+    for call in value:
+        function = (call.get("function") or call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(BAD_CALLS, shown(call))
+        arguments = function.get("arguments") or {}
+        try:
+            arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
+        except Refused as refusal:
+            raise Refused(BAD_CALLS, f"arguments {refusal}") from None
+        if not isinstance(arguments, dict):
+            raise Refused(BAD_CALLS, f"arguments {shown(arguments)}")
+        known = {} if call.get("id") is None else {"id": call["id"]}
+        calls.append({**known, "type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _tools(values: dict[str, Any]) -> list[dict[str, Any]] | None:
+    tools = values.get("tools", [])
+    if isinstance(tools, str):
+        try:
+            tools = parse_json(tools) if tools.strip() else []
+        except Refused as refusal:
+            raise Refused(BAD_TOOLS, str(refusal)) from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Refused(BAD_TOOLS, shown(tools))
+    return tools or None
+
+
+def _with_system(values: dict[str, Any], messages: list[Message]) -> list[Message]:
+    """``messages`` after the system turn that a row has apart from them."""
+    system = _turn("system", values.get("system", ""))
+    return messages if not system["content"].strip() or messages[:1] == [system] else [system, *messages]
 
 
 # ---- checks ----
 
 
-def _checked_prompt(turns: Sequence[Any]) -> list[Message]:
-    messages = _checked(turns)
-    if messages[-1]["role"] == "assistant" or messages[-1]["role"] == "system":
-        raise Refused(NO_PROMPT, f"it ends with the {messages[-1]['role']}")
-    return messages
+def _says_something(turns: list[Message]) -> bool:
+    return any(turn["content"].strip() or turn.get("tool_calls") for turn in turns)
 
 
-def _checked_answer(prompt: list[Message], side: list[Any]) -> list[Message]:
-    if not side:
-        raise Refused(EMPTY_SIDE)
-    first = side[0]
-    if not isinstance(first, dict) or first.get("role") != "assistant":
-        raise Refused(NOT_AN_ANSWER, shown(first))
-    try:
-        messages = _checked([*prompt, *side])[len(prompt) :]
-    except Refused as refusal:
-        raise Refused(EMPTY_SIDE if refusal.reason == EMPTY_ANSWER else refusal.reason, refusal.detail) from None
-    if messages[-1]["role"] != "assistant":
-        raise Refused(NOT_AN_ANSWER, f"it ends with the {messages[-1]['role']}")
-    return messages
+def _answered(value: Any) -> list[Message]:
+    if not (turns := _messages(value, "assistant")):
+        raise Refused(EMPTY_ANSWER)
+    return turns
 
 
-def _checked(turns: Sequence[Any]) -> list[Message]:
-    """The turns of a chat, without keys that have no value. Raises Refused where it is none."""
+def _asked(turns: list[Message]) -> list[Message]:
     if not turns:
+        raise Refused(NO_PROMPT)
+    return turns
+
+
+def _check_prompt(turns: list[Message]) -> None:
+    if _asked(turns)[-1]["role"] not in ("user", "tool"):
+        raise Refused(PROMPT_END, turns[-1]["role"])
+
+
+def _check_sides(sides: list[list[Message]], number: int) -> None:
+    """Raise Refused unless each side says something, and the turn ``number`` of it is the assistant's."""
+    if not all(map(_says_something, sides)):
+        raise Refused(EMPTY_SIDE)
+    for side in sides:
+        if side[number]["role"] != "assistant":
+            raise Refused(NOT_ANSWER, side[number]["role"])
+
+
+def _check_turns(messages: list[Message]) -> None:
+    """Raise Refused unless the user begins, or a system turn and then the user, and the roles alternate."""
+    if not messages:
         raise Refused(NO_TURNS)
-    messages: list[Message] = []
-    before = ""
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise Refused(MALFORMED, shown(turn))
-        message = {key: value for key, value in turn.items() if value is not None}
-        role = message.get("role")
-        if not isinstance(role, str) or role not in ROLES:
-            raise Refused(UNKNOWN_ROLE, shown(role))
-        _check_content(message, f"turn {number + 1}")
-        if role in ("system", "developer"):
-            if number:
-                raise Refused(LATE_SYSTEM, f"turn {number + 1}")
-        elif role == before and role not in TOOL_ROLES:
-            raise Refused(SAME_ROLE, f"turns {number} and {number + 1} are the {role}'s")
-        elif role != "user" and before in ("", "system", "developer"):
-            raise Refused(NO_USER, f"the {role} begins")
-        messages.append(message)
-        before = role
-    if before in ("system", "developer"):
-        raise Refused(NO_USER, "there is only a system turn")
-    return messages
-
-
-def _check_content(message: Message, where: str) -> None:
-    content, is_answer = message.get("content"), message["role"] == "assistant"
-    calls = message.get("tool_calls")
-    if calls is not None and not (is_answer and isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
-        raise Refused(MALFORMED, f"{where}: tool_calls is {shown(calls)}")
-    if isinstance(content, list):
-        parts = all(isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content)
-        if not parts:
-            raise Refused(NO_TEXT, f"{where} has parts that are no text")
-        content = "".join(part["text"] for part in content)
-    if content is not None and not isinstance(content, str):
-        raise Refused(NO_TEXT, f"{where} has {shown(content)}")
-    if not calls and (content is None or not content.strip()):
-        if is_answer:
-            raise Refused(EMPTY_ANSWER, where)
-        if content is None:
-            raise Refused(NO_TEXT, where)
-    weight = message.get("weight", 1)
-    if weight not in (0, 1) or isinstance(weight, bool):
-        raise Refused(MALFORMED, f"{where}: weight is {shown(weight)}, not 0 or 1")
+    previous = ""
+    for message in messages:
+        role = message["role"]
+        if role == "system" and previous:
+            raise Refused(LATE_SYSTEM)
+        if role == previous and role != "tool":  # calls may be parallel
+            raise Refused(REPEATED, role)
+        if previous in ("", "system") and role not in ("system", "user"):
+            raise Refused(BAD_START, role)
+        if role == "assistant" and not _says_something([message]):
+            raise Refused(EMPTY_ANSWER)
+        previous = role

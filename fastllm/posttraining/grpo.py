@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..files import write_atomic
 from ..inference.load import load
 from ..kernels import linear_log_prob
+from ..training.metrics import read_log
 from ..training.micro_batches import to_device
 from ..training.objectives import Loss
 from ..training.plot import Panel
@@ -41,6 +42,7 @@ PROMPTS = "prompts.jsonl"  # in a run folder: the messages and other columns of 
 COMPLETIONS = "completions.jsonl"  # what was sampled, and its rewards
 ROLLOUTS = "rollouts"  # rollouts that more than one update learns from
 RESAMPLE = 3  # times that dapo replaces prompts whose completions all have the same reward
+MANY_TRUNCATED = 0.5  # share of completions that is worth a warning
 USUAL_CLIP_HIGH = {"dapo": 0.28}  # others: clip_low
 
 
@@ -121,7 +123,7 @@ class PolicyObjective:
         return [completed for group in slots for completed in group]
 
     def _fill(self, model: nn.Module, found: list[Completed], name: str) -> None:
-        """Set ``name`` of each completion to its tokens' log-probabilities by ``model``, at the policy's temperature."""
+        """Set ``name`` of each completion to its tokens' log-probabilities by ``model``, at the temperature."""
         filled = {}
         own = self._own(found)
         for first, batch in enumerate(self._batches(found)):
@@ -309,7 +311,7 @@ class Grpo:
         def encode(prompt: Prompt) -> list[Encoded]:
             assert tokenizer.chat_template is not None
             try:
-                ids = tokenizer.chat_template.encode(tokenizer, prompt.messages, add_generation_prompt=True)
+                ids = tokenizer.chat_template.encode(tokenizer, prompt.messages, tools=prompt.tools)
             except UserError as error:
                 raise Refused(FAILS, str(error)) from None
             if len(ids) > room:
@@ -344,7 +346,14 @@ class Grpo:
         return Task(objective, data, RewardEvaluator(sampler, held_out) if held_out else None)
 
     def warnings(self, log: Path) -> list[str]:
-        return []
+        shares = [r["truncated"] for r in read_log(log) if isinstance(r.get("truncated"), float)]
+        share = sum(shares) / max(1, len(shares))
+        if share < MANY_TRUNCATED:
+            return []
+        return [
+            f"{share:.0%} of the completions were cut off by --grpo.max-tokens, and taught nothing: give more tokens, "
+            "or --grpo.train-truncated"
+        ]
 
 
 def reference_of(context: Context) -> nn.Module:

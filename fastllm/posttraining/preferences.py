@@ -20,6 +20,7 @@ from ..data.permutation import key_of, permuted
 from ..data.progress import progress
 from ..data.tokenizer import Tokenizer
 from ..distributed.mesh import ParallelDims, run_on_rank0
+from ..distributed.parallelize import reshard
 from ..errors import UserError
 from ..kernels import linear_log_prob
 from ..model.weights import save_weights
@@ -287,17 +288,21 @@ class Preferences:
         return Task(objective, data, evaluator)
 
     def warnings(self, log: Path) -> list[str]:
-        values = [r["chosen_log_prob"] for r in read_log(log) if isinstance(r.get("chosen_log_prob"), float)]
-        if len(values) < 2:
+        records = read_log(log)
+        for name in ("validation_chosen_log_prob", "chosen_log_prob"):
+            values = [r[name] for r in records if isinstance(r.get(name), float)]
+            if len(values) > 1:
+                break
+        else:
             return []
-        few = max(1, len(values) // 5)
+        few = 1 if name.startswith("validation") else max(1, len(values) // 5)
         first, last = sum(values[:few]) / few, sum(values[-few:]) / few
         if last >= first - FALL * abs(first):
             return []
         return [
-            f"the log-probability of the chosen answers fell from {first:.1f} to {last:.1f} nats: the loss asks only "
-            "that they stay ahead of the rejected ones, which falling less also does. A lower --optim.lr, a higher "
-            "--preferences.beta, or a method with a cross-entropy term (cpo, orpo) keeps them up"
+            f"the log-probability of the chosen answers fell from {first:.1f} to {last:.1f} nats: the loss asks for a "
+            "margin over the rejected ones, not for likely answers, and lowered both. A lower --optim.lr, a higher "
+            "--preferences.beta, or a method with a cross-entropy term (cpo, orpo) prevents it"
         ]
 
 
@@ -366,6 +371,7 @@ def reference_log_probs(context: Context, examples: Examples, options: Mapping[s
                     total[numbers] = sums[: len(numbers)].double().cpu()
                 bar.advance(len(numbers))
     model.train()
+    reshard(model)
     dist.all_reduce(total)
     found = total.float().numpy()
     run_on_rank0(lambda: save_weights(path, {"log_probs": torch.from_numpy(found)}, identity))

@@ -152,15 +152,13 @@ def tune(method: Method, config: TuneConfig, output_dir: Path | None = None, res
             task = method.task(Context(config, folder, model, tokenizer, dims, device, precision, metadata, resources))
             trainer = Trainer(
                 config, dims, model, task.objective, task.data, task.evaluator, run_dir=folder, device=device,
-                precision=precision, signals=signals,
+                precision=precision, signals=signals, evaluate_first=True,
             )  # fmt: skip
             if resume:
                 continue_run(trainer, folder)
             if rank0:
                 write_atomic(folder / run_dir.CONFIG, configs.dump(config).encode())
                 run_dir.save_metadata(folder, metadata)
-            if trainer.state.step == 0:
-                trainer.evaluate()  # what training begins with
             saved = trainer.run()
             state = full_state_dict(model)
             if rank0:

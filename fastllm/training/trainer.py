@@ -70,6 +70,7 @@ class Trainer:
         device: of this rank.
         precision: in which the model computes.
         signals: those that end the run early.
+        evaluate_first: evaluate before the first step too.
     """
 
     def __init__(
@@ -85,10 +86,11 @@ class Trainer:
         device: torch.device,
         precision: torch.dtype,
         signals: StopSignals,
+        evaluate_first: bool = False,
     ) -> None:
         self.config, self.dims, self.model = config, dims, model
         self.objective, self.data, self.evaluator = objective, data, evaluator
-        self.device, self.signals = device, signals
+        self.device, self.signals, self.evaluate_first = device, signals, evaluate_first
         self.state = TrainState()
         self.stopwatch = Stopwatch(self.state)
         self.optimizers = optim.make_optimizers(model, config.optim)
@@ -155,7 +157,9 @@ class Trainer:
             first_step, synced = state.step, state.step
             if state.step == 0 and self.config.spikes.policy == "rollback":
                 self.save()
-            if state.progress >= 1:  # resumed after its last step: what it has not come to is the end
+            if state.progress >= 1 or (
+                self.evaluate_first and not state.step
+            ):  # resumed after its last step: what it has not come to is the end
                 self.evaluate()
             while state.progress < 1 and not self.stopped_by:
                 self.train_step()

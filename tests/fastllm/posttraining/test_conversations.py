@@ -1,0 +1,654 @@
+"""Reading post-training data: files, the forms of rows, and what is dropped."""
+
+from __future__ import annotations
+
+import bz2
+import datetime
+import gzip
+import json
+import os
+import tracemalloc
+from decimal import Decimal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from fastllm.data import chat_template
+from fastllm.errors import UserError
+from fastllm.posttraining import conversations as c
+from fastllm.posttraining import rows
+from fastllm.posttraining.conversations import read_conversations, read_judged, read_pairs, read_prompts
+from fastllm.posttraining.rows import Report, Row, read_rows
+
+
+def turns(*texts: str) -> list[dict]:
+    """Messages: a letter for the role, and the text."""
+    roles = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    return [{"role": roles[text[0]], "content": text[1:].strip()} for text in texts]
+
+
+CHAT = turns("u hi", "a hello")
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+WEATHER = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def written(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def read(reader, path) -> tuple[list, Report]:
+    report = Report()
+    found = list(reader(path, report))
+    for _ in found:
+        report.keep()
+    assert report.read == report.kept + sum(tally.count for tally in report.dropped.values())
+    return found, report
+
+
+def one(reader, tmp_path, row):
+    """What a row becomes."""
+    found, report = read(reader, written(tmp_path / "a.jsonl", row))
+    assert not report.dropped and found[0].where == "a.jsonl:1"
+    return found[0] if len(found) == 1 else found
+
+
+def dropped(report: Report) -> dict:
+    return {reason: tally.places for reason, tally in report.dropped.items()}
+
+
+def assert_dropped(reader, tmp_path, row, reason, detail):
+    """A row, in line 2, is dropped."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"\n{json.dumps(row)}\n")
+    found, report = read(reader, path)
+    assert not found
+    assert dropped(report) == {reason: [f"a.jsonl:2: {detail}" if detail else "a.jsonl:2"]}
+
+
+# ---- files ----
+
+
+def test_json_lines(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": "\xe2\x80\xa8"}\n{"a": null}')
+    found, report = read(read_rows, path)
+    assert found == [("a.jsonl:1", {"a": 1}), ("a.jsonl:4", {"a": "\u2028"}), ("a.jsonl:5", {"a": None})]
+    assert isinstance(found[0], Row) and report.read == 3 and not report.lines()
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".zst", zstandard.ZstdCompressor().compress), (".bz2", bz2.compress)],
+)
+def test_compressed_lines(suffix, compress, end, tmp_path):
+    path = tmp_path / f"a.jsonl{suffix}"
+    data = f'{{"a": 1}}\n{{"a": 2}}{end}'.encode()
+    path.write_bytes(compress(data[:3]) + compress(data[3:]))
+    assert read(read_rows, path)[0] == [(f"{path.name}:1", {"a": 1}), (f"{path.name}:2", {"a": 2})]
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_json_list(compress, tmp_path):
+    path = tmp_path / ("a.json" if compress is bytes else "a.json.gz")
+    path.write_bytes(compress(b'\xef\xbb\xbf\n [{"a": 1},\n 7, {"a": 1, "a": 2}, {"a": "\\ud800"}, {"a": 2}]'))
+    found, report = read(read_rows, path)
+    assert found == [(f"{path.name}[0]", {"a": 1}), (f"{path.name}[4]", {"a": 2})]
+    assert dropped(report) == {
+        rows.NOT_OBJECT: [f"{path.name}[1]: 7"],
+        rows.KEY_TWICE: [f"{path.name}[2]: 'a'"],
+        rows.SURROGATE: [f"{path.name}[3]"],
+    }
+
+
+def test_json_file_of_lines(tmp_path):
+    path = written(tmp_path / "a.json", {"a": 1}, {"a": 2})
+    assert [row.where for row in read(read_rows, path)[0]] == ["a.json:1", "a.json:2"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "detail"),
+    [
+        (b"{", rows.NOT_JSON, "Expecting property name enclosed in double quotes at character 1"),
+        (b'{"a": 1} x', rows.NOT_JSON, "Extra data at character 9"),
+        (b"[1]", rows.NOT_OBJECT, "[1]"),
+        (b"null", rows.NOT_OBJECT, "None"),
+        (b'{"a": "\xff"}', rows.NOT_UTF8, "byte 7"),
+        ('{"a": 1}'.encode("utf-16"), rows.NOT_UTF8, "byte 0"),
+        (b'{"a": ' * 65 + b"1" + b"}" * 65, rows.TOO_DEEP, ""),
+        (b'{"a": ' + b"[" * 100_000, rows.TOO_DEEP, ""),
+        (b'{"a": ["\\ud83d"]}', rows.SURROGATE, ""),
+        (b'{"\\udc00": 1}', rows.SURROGATE, ""),
+        (b'{"a": 1, "b": {"c": 1, "d": 2, "c": 1}}', rows.KEY_TWICE, "'c'"),
+        (b"x" * 1001, rows.UNREADABLE, "the line has 1,001 bytes: more than 1,000"),
+    ],
+)
+def test_bad_lines_are_named(line, reason, detail, tmp_path, monkeypatch):
+    if reason == rows.UNREADABLE:
+        monkeypatch.setattr(rows, "TEXT_LIMIT", 1000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+    found, report = read(read_rows, path)
+    assert [row.where for row in found] == ["a.jsonl:1", "a.jsonl:3"]
+    assert dropped(report) == {reason: [f"a.jsonl:2: {detail}" if detail else "a.jsonl:2"]}
+
+
+def test_depth_that_templates_take(tmp_path):
+    value: object = 1
+    for _ in range(chat_template.DEPTH):
+        value = [value]
+    assert len(read(read_rows, written(tmp_path / "a.jsonl", {"a": value[0]}))[0]) == 1
+    assert not read(read_rows, written(tmp_path / "a.jsonl", {"a": value}))[0]
+
+
+def test_long_numbers_are_not_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": ' + "1" * 5000 + "}\n")
+    assert read(read_rows, path)[1].dropped[rows.NOT_JSON].first[0][0] == "a.jsonl:1"
+
+
+def test_pairs_of_surrogates_are_text(tmp_path):
+    assert one(read_rows, tmp_path, {"a": "\U0001f600"}).values == {"a": "\U0001f600"}
+
+
+def test_line_numbers_have_no_commas(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "TEXT_LIMIT", 10)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" * 1233 + "x" * 11)
+    assert read(read_rows, path)[1].dropped[rows.UNREADABLE].first[0][0] == "a.jsonl:1234"
+
+
+def test_truncated_file(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 3 + os.urandom(1000))[:-500])
+    found, report = read(read_rows, path)
+    assert len(found) == 3
+    assert report.dropped[rows.UNREADABLE].count == 1 and "ends inside the gzip member" in report.lines()[0]
+
+
+def test_lines_are_streamed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes((b'{"a": "' + b"x" * 2000 + b'"}\n') * 5000)
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in read_rows(path, Report())) == 5000
+        assert tracemalloc.get_traced_memory()[1] < 4e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_parquet_with_nested_messages(tmp_path):
+    path = tmp_path / "a.parquet"
+    call = {"id": None, "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    table = [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": [call]}]},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", "weight": 0}]},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}]},
+        {"messages": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(table), path, row_group_size=2)
+    found, report = read(read_conversations, path)
+    assert [f.messages for f in found] == [[CHAT[0], WEATHER], [CHAT[0], {**CHAT[1], "weight": 0}]]
+    assert [f.where for f in found] == ["a.parquet row 0", "a.parquet row 1"]
+    assert dropped(report) == {
+        c.NO_TEXT: ["a.parquet row 2: None"],
+        c.UNRECOGNISED: ["a.parquet row 3: its keys are messages"],
+    }
+
+
+def test_parquet_values_become_json(tmp_path):
+    path = tmp_path / "a.parquet"
+    day, price = datetime.date(2024, 1, 2), Decimal("1.50")
+    columns = {"prompt": [b"hi", b"\xff"], "day": [day, day], "price": [price, price], "none": [None, 1]}
+    pq.write_table(pa.table(columns), path)
+    found, report = read(read_prompts, path)
+    assert [f.messages for f in found] == [turns("u hi")]
+    assert found[0].row == {"day": "2024-01-02", "price": "1.50", "none": None}
+    assert dropped(report) == {rows.NOT_UTF8: ["a.parquet row 1: byte 0 of a value"]}
+
+
+def test_damaged_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    texts = [os.urandom(500).hex() for _ in range(300)]
+    pq.write_table(pa.table({"prompt": texts}), path, row_group_size=100, use_dictionary=False, compression="gzip")
+    content = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content[start : start + 2000] = bytes(2000)
+    path.write_bytes(content)
+    found, report = read(read_prompts, path)
+    assert len(found) == 200 and found[100].where == "a.parquet row 200"
+    assert report.dropped[rows.UNREADABLE].count == 100
+    assert report.dropped[rows.UNREADABLE].first[0][0] == "a.parquet row 100"
+    path.write_bytes(b"PAR1 no more")
+    with pytest.raises(UserError, match=r"a\.parquet is no Parquet file, or damaged"):
+        list(read_rows(path, Report()))
+
+
+def test_folder(tmp_path):
+    folder = tmp_path / "data"
+    for name in ("b.jsonl", "a.jsonl", "inner/a.jsonl", ".hidden/a.jsonl", "notes.txt", "x.csv.gz"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        written(folder / name, {"a": 1})
+    found, report = read(read_rows, folder)
+    assert [row.where for row in found] == ["data/a.jsonl:1", "data/b.jsonl:1", "data/inner/a.jsonl:1"]
+    assert report.notes[rows.LEFT_OUT].count == 1 and "hidden folders" in report.lines()[0]
+
+
+def test_unusable_paths(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "empty").mkdir()
+    for name, suffix in (("a", ""), ("a.txt", ""), ("a.csv", ""), ("a.parquet.gz", "")):
+        (tmp_path / name).write_text(suffix)
+    errors = {
+        "absent.jsonl": r"can't read the data file .*absent\.jsonl: No such file",
+        "pipe.jsonl": "it is a pipe",
+        "empty": r"the folder .*empty has no files of rows: \.jsonl, \.json or \.parquet",
+        "a": r"the data file .*a is of no known kind: \.jsonl, \.json or \.parquet",
+        "a.txt": "is of no known kind",
+        "a.csv": "is of no known kind",
+        "a.parquet.gz": "is of no known kind",
+        "a\0.jsonl": "can't read the data file",
+    }
+    for name, error in errors.items():
+        with pytest.raises(UserError, match=error):
+            list(read_rows(tmp_path / name, Report()))
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        (b'[{"a": 1}', r"is not JSON: Expecting ',' delimiter at character 9"),
+        (b'[{"a": "\xff"}]', "is not UTF-8: byte 8"),
+        (b"[" * 100_000, "is nested too deep"),
+        (b"[1] [2]", "is not JSON: Extra data"),
+        (gzip.compress(b"[" + b"1," * 10_000)[:-8], "is damaged"),
+        (b"[" + b"1," * 1000, r"is a list of more than 1,000 bytes: make JSON lines of it"),
+    ],
+)
+def test_bad_lists_are_errors(content, error, tmp_path, monkeypatch):
+    if len(content) == 2001:
+        monkeypatch.setattr(rows, "LIST_LIMIT", 1000)
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=error):
+        list(read_rows(tmp_path / "a.json", Report()))
+
+
+# ---- the report ----
+
+
+def test_report():
+    report = Report()
+    report.read = 1200
+    for line in range(1, 5):
+        report.drop(f"a.jsonl:{line}", "empty")
+    report.drop("a.jsonl:7", "unknown role", "'bot'")
+    report.note("a.jsonl:9", "cut")
+    report.keep()
+    assert report.lines() == [
+        "dropped 5 of 1,200: 4 empty (a.jsonl:1, a.jsonl:2, a.jsonl:3, …), 1 unknown role (a.jsonl:7: 'bot')",
+        "1 cut (a.jsonl:9)",
+    ]
+    assert json.loads(json.dumps(report.as_dict())) == {
+        "read": 1200,
+        "kept": 1,
+        "dropped": {
+            "empty": {"count": 4, "first": ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]},
+            "unknown role": {"count": 1, "first": ["a.jsonl:7: 'bot'"]},
+        },
+        "notes": {"cut": {"count": 1, "first": ["a.jsonl:9"]}},
+    }
+    report.require_any(["a.jsonl"])
+
+
+def test_nothing_left(tmp_path):
+    path = written(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"nothing is left of .*a\.jsonl, b: there are no rows"):
+        read(read_rows, path)[1].require_any([path, "b"])
+    _, report = read(read_conversations, written(path, {"messages": []}, {}))
+    with pytest.raises(
+        UserError, match=r"left of x: dropped 2 of 2: 1 no turns \(a.jsonl:1\), 1 row of no known form \("
+    ):
+        report.require_any(["x"])
+
+
+# ---- conversations ----
+
+
+def sharegpt(*texts: str) -> list[dict]:
+    """ShareGPT's turns, of "role: text"."""
+    return [dict(zip(("from", "value"), text.split(": ", 1), strict=True)) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": CHAT, "score": 1}, CHAT),
+        ({"messages": [*turns("s x", "u 1", "a 2"), *CHAT]}, [*turns("s x", "u 1", "a 2"), *CHAT]),
+        ({"system": "be kind", "messages": CHAT}, [*turns("s be kind"), *CHAT]),
+        ({"system": "be kind", "messages": [*turns("s be kind"), *CHAT]}, [*turns("s be kind"), *CHAT]),
+        ({"system": " ", "messages": CHAT}, CHAT),
+        ({"messages": json.dumps(CHAT)}, CHAT),
+        ({"messages": None, "conversation": CHAT}, CHAT),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"text": "i"}, ""]}, CHAT[1]]},
+            CHAT,
+        ),
+        ({"messages": [{**CHAT[0], "name": "Jo", "x": None}, CHAT[1]]}, [{**CHAT[0], "name": "Jo"}, CHAT[1]]),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, [CHAT[0], {**CHAT[1], "weight": 0}]),
+        ({"messages": [{"role": "developer", "content": "x"}, *CHAT]}, [*turns("s x"), *CHAT]),
+        ({"conversations": sharegpt("human: hi", "gpt: hello")}, CHAT),
+        (
+            {"conversations": sharegpt("user: hi", "chatgpt: hello", "human: 1", "bing: 2")},
+            [*CHAT, *turns("u 1", "a 2")],
+        ),
+        ({"system": "x", "conversations": sharegpt("human: hi", "gpt: hello")}, [*turns("s x"), *CHAT]),
+        ({"conversations": sharegpt("system: x", "human: hi", "assistant: hello")}, [*turns("s x"), *CHAT]),
+        ({"instruction": "hi", "output": "hello"}, CHAT),
+        ({"instruction": "hi", "input": "", "output": "hello", "history": []}, CHAT),
+        ({"instruction": "hi", "input": "you", "output": "hello"}, turns("u hi\n\nyou", "a hello")),
+        ({"instruction": "", "input": "hi", "output": "hello"}, CHAT),
+        (
+            {"instruction": "hi", "input": None, "output": "hello", "history": [["1", "2"], ["3", "4"]], "system": "x"},
+            [*turns("s x", "u 1", "a 2", "u 3", "a 4"), *CHAT],
+        ),
+        ({"prompt": "hi", "completion": "hello"}, CHAT),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:], "system": "x"}, [*turns("s x"), *CHAT]),
+        ({"prompt": CHAT[0], "completion": CHAT[1]}, CHAT),
+        (
+            {"prompt": [*turns("u 1", "a 2"), CHAT[0]], "completion": "hello"},
+            [*turns("u 1"), {**turns("a 2")[0], "weight": 0}, *CHAT],
+        ),
+    ],
+)
+def test_forms_of_conversations(row, messages, tmp_path):
+    found = one(read_conversations, tmp_path, row)
+    assert found.messages == messages and found.tools is None
+
+
+def test_parallel_calls(tmp_path):
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"id": "1", **CALL}, {"id": "2", **CALL}]}
+    results = [{"role": "tool", "content": f"r{i}", "tool_call_id": i} for i in "12"]
+    row = {"messages": [CHAT[0], calls, *results, CHAT[1]], "tools": [{"type": "function"}]}
+    found = one(read_conversations, tmp_path, row)
+    assert found.messages == [CHAT[0], {**calls, "content": ""}, *results, CHAT[1]]
+    assert found.tools == [{"type": "function"}]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '{"x": 1}'}]},
+        {"role": "assistant", "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+        {"from": "function_call", "value": '[{"name": "f", "arguments": "{\\"x\\": 1}"}]'},
+    ],
+)
+def test_forms_of_calls(turn, tmp_path):
+    row = {"conversations": [CHAT[0], turn, {"from": "observation", "value": "r"}, CHAT[1]], "tools": "[]"}
+    found = one(read_conversations, tmp_path, row)
+    assert found.messages == [CHAT[0], WEATHER, *turns("t r"), CHAT[1]] and found.tools is None
+
+
+def test_calls_that_are_texts_or_have_no_arguments(tmp_path):
+    row = {"messages": [CHAT[0], {"from": "function_call", "value": "f(x)"}]}
+    assert one(read_conversations, tmp_path, row).messages[1] == turns("a f(x)")[0]
+    row = {"messages": [CHAT[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": ""}]}]}
+    assert one(read_conversations, tmp_path, row).messages[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_forms_of_tools(tools, tmp_path):
+    assert one(read_conversations, tmp_path, {"messages": CHAT, "tools": tools}).tools == [{"name": "f"}]
+
+
+def test_all_roles_of_chat_templates_are_known():
+    assert set(chat_template.ROLES) <= c.ROLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("end", "note"),
+    [
+        (turns("u more"), c.ENDS_WITH_USER),
+        (turns("t more"), c.ENDS_WITH_TOOL),
+        (turns("t more", "u more"), c.ENDS_WITH_USER),
+    ],
+)
+def test_turns_after_the_last_answer_are_cut(end, note, tmp_path):
+    path = written(tmp_path / "a.jsonl", {"messages": [*CHAT, *end]})
+    found, report = read(read_conversations, path)
+    assert found[0].messages == CHAT and not report.dropped
+    assert {reason: tally.places for reason, tally in report.notes.items()} == {note: ["a.jsonl:1"]}
+
+
+def messages(*given) -> dict:
+    return {"messages": [*given]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({}, c.UNRECOGNISED, "it has no keys"),
+        ({"text": 1, "id": 2}, c.UNRECOGNISED, "its keys are text, id"),
+        ({"prompt": "a", "completion": None}, c.UNRECOGNISED, "its keys are prompt, completion"),
+        (dict.fromkeys("abcdefghijk"), c.UNRECOGNISED, "its keys are a, b, c, d, e, f, g, h, i, j, …"),
+        (messages(), c.NO_TURNS, ""),
+        ({"messages": 7}, c.NO_TURNS, "7"),
+        ({"messages": "hi"}, c.NO_TURNS, "a text that is not JSON: Expecting value at character 0"),
+        (messages("hi"), c.BAD_MESSAGE, "'hi'"),
+        (messages({"role": "bot", "content": "hi"}), c.UNKNOWN_ROLE, "'bot'"),
+        (messages({"content": "hi"}), c.UNKNOWN_ROLE, "None"),
+        (messages({"role": ["user"], "content": "hi"}), c.UNKNOWN_ROLE, "['user']"),
+        (messages({"role": "user"}, CHAT[1]), c.NO_TEXT, "None"),
+        (messages({"role": "user", "content": 7}, CHAT[1]), c.NO_TEXT, "7"),
+        (messages({"role": "user", "content": [{"type": "image"}]}, CHAT[1]), c.NO_TEXT, "{'type': 'image'}"),
+        (messages({"role": "user", "content": [{"type": "text"}]}, CHAT[1]), c.NO_TEXT, "None"),
+        (messages(CHAT[0], {"role": "assistant"}), c.NO_TEXT, "None"),
+        ({"messages": CHAT, "system": 7}, c.NO_TEXT, "7"),
+        ({"instruction": 7, "output": "x"}, c.NO_TEXT, "7"),
+        (messages(CHAT[0], *turns("a")), c.EMPTY_ANSWER, ""),
+        (messages(*CHAT, *turns("u 1"), {"role": "assistant", "content": " \n", "tool_calls": []}), c.EMPTY_ANSWER, ""),
+        ({"instruction": "hi", "output": " "}, c.EMPTY_ANSWER, ""),
+        ({"prompt": "hi", "completion": ""}, c.EMPTY_ANSWER, ""),
+        ({"prompt": " ", "completion": "hello"}, c.NO_PROMPT, ""),
+        ({"instruction": " ", "input": "", "output": "hello"}, c.NO_PROMPT, ""),
+        (messages(CHAT[0], *CHAT), c.REPEATED, "user"),
+        (messages(*CHAT, CHAT[1]), c.REPEATED, "assistant"),
+        (messages(*CHAT, *turns("s x")), c.LATE_SYSTEM, ""),
+        (messages(*turns("s x", "s x"), *CHAT), c.LATE_SYSTEM, ""),
+        ({"messages": [*turns("s x"), *CHAT], "system": "y"}, c.LATE_SYSTEM, ""),
+        (messages(CHAT[1]), c.BAD_START, "assistant"),
+        (messages(*turns("s x", "t y"), *CHAT), c.BAD_START, "tool"),
+        (messages(CHAT[0]), c.NO_ANSWER, ""),
+        (messages(*turns("s x")), c.NO_ANSWER, ""),
+        (messages(CHAT[0], {**CHAT[1], "weight": 0.5}), c.BAD_WEIGHT, "0.5"),
+        (messages(CHAT[0], {**CHAT[1], "weight": True}), c.BAD_WEIGHT, "True"),
+        (messages(CHAT[0], {**CHAT[1], "weight": 2}), c.BAD_WEIGHT, "2"),
+        (messages({**CHAT[0], "tool_calls": [CALL]}, CHAT[1]), c.BAD_CALLS, "of a user turn"),
+        (messages(CHAT[0], {**CHAT[1], "tool_calls": 7}), c.BAD_CALLS, "7"),
+        (messages(CHAT[0], {**CHAT[1], "tool_calls": [7]}), c.BAD_CALLS, "7"),
+        (messages(CHAT[0], {**CHAT[1], "tool_calls": [{"function": {}}]}), c.BAD_CALLS, "{'function': {}}"),
+        (
+            messages(CHAT[0], {**CHAT[1], "tool_calls": [{"name": "f", "arguments": "x"}]}),
+            c.BAD_CALLS,
+            "arguments not JSON: Expecting value at character 0",
+        ),
+        (
+            messages(CHAT[0], {**CHAT[1], "tool_calls": [{"name": "f", "arguments": "[1]"}]}),
+            c.BAD_CALLS,
+            "arguments [1]",
+        ),
+        (
+            messages(CHAT[0], {**CHAT[1], "tool_calls": [{"name": "f", "arguments": '{"x": "\\ud800"}'}]}),
+            c.BAD_CALLS,
+            "arguments half a surrogate pair",
+        ),
+        ({"messages": CHAT, "tools": "x"}, c.BAD_TOOLS, "not JSON: Expecting value at character 0"),
+        ({"messages": CHAT, "tools": {"a": 1}}, c.BAD_TOOLS, "{'a': 1}"),
+        ({"messages": CHAT, "tools": ["f"]}, c.BAD_TOOLS, "['f']"),
+        ({"instruction": "hi", "output": "x", "history": "no"}, c.BAD_HISTORY, "'no'"),
+        ({"instruction": "hi", "output": "x", "history": [["1"]]}, c.BAD_HISTORY, "[['1']]"),
+    ],
+)
+def test_conversations_that_are_dropped(row, reason, detail, tmp_path):
+    assert_dropped(read_conversations, tmp_path, row, reason, detail)
+
+
+# ---- pairs, judged answers ----
+
+BETTER, WORSE = turns("a better"), turns("a worse")
+ASKED = turns("u 1", "a 2", "u 3")
+PAIR = (ASKED[:1], BETTER, WORSE)
+
+
+@pytest.mark.parametrize(
+    ("row", "pair"),
+    [
+        ({"prompt": "1", "chosen": "better", "rejected": "worse"}, PAIR),
+        ({"prompt": ASKED[:1], "chosen": BETTER, "rejected": WORSE[0]}, PAIR),
+        ({"prompt": "1", "chosen": [*ASKED[:1], *BETTER], "rejected": [*ASKED[:1], *WORSE]}, PAIR),
+        ({"prompt": "1", "chosen": [*ASKED[:1], *BETTER], "rejected": "worse"}, PAIR),
+        ({"chosen": [*ASKED[:1], *BETTER], "rejected": [*ASKED[:1], *WORSE]}, PAIR),
+        (
+            {"prompt": " 1 ", "chosen": [*ASKED[:1], *BETTER], "rejected": [{"role": "user", "content": "1 "}, *WORSE]},
+            PAIR,
+        ),
+        ({"prompt": ASKED, "chosen": BETTER, "rejected": WORSE}, (ASKED, BETTER, WORSE)),
+        ({"prompt": ASKED, "chosen": ASKED + BETTER, "rejected": ASKED + WORSE}, (ASKED, BETTER, WORSE)),
+        ({"prompt": "3", "chosen": ASKED + BETTER, "rejected": ASKED + WORSE}, (ASKED, BETTER, WORSE)),
+        (
+            {"chosen": [*turns("s x"), *ASKED, *BETTER], "rejected": [*ASKED, *WORSE]},
+            (turns("s x") + ASKED, BETTER, WORSE),
+        ),
+        ({"prompt": "1", "chosen": "better", "rejected": "worse", "system": "x"}, (turns("s x", "u 1"), BETTER, WORSE)),
+        (
+            {"chosen": [*ASKED[:1], *BETTER, *ASKED[2:], *BETTER], "rejected": [*ASKED[:1], *WORSE]},
+            (ASKED[:1], [*BETTER, *ASKED[2:], *BETTER], WORSE),
+        ),
+        (
+            {"prompt": "1", "chosen": [WEATHER, *turns("t 5"), *BETTER], "rejected": [WEATHER]},
+            (ASKED[:1], [WEATHER, *turns("t 5"), *BETTER], [WEATHER]),
+        ),
+    ],
+)
+def test_forms_of_pairs(row, pair, tmp_path):
+    found = one(read_pairs, tmp_path, {**row, "tools": [{"name": "f"}]})
+    assert found[:3] == pair and found.tools == [{"name": "f"}]
+    good, bad = one(lambda *given: list(read_judged(*given)), tmp_path, row)
+    assert good[:3] == (pair[0], pair[1], True) and bad[:3] == (pair[0], pair[2], False)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"prompt": "1", "answer": "x"}, c.UNRECOGNISED, "its keys are prompt, answer"),
+        ({"prompt": "1", "chosen": "x"}, c.EMPTY_SIDE, ""),
+        ({"prompt": "1", "chosen": "x", "rejected": " "}, c.EMPTY_SIDE, ""),
+        ({"prompt": "1", "chosen": [], "rejected": "x"}, c.EMPTY_SIDE, ""),
+        ({"prompt": "1", "chosen": [*ASKED[:1], *turns("a")], "rejected": [*ASKED[:1], *WORSE]}, c.EMPTY_SIDE, ""),
+        ({"prompt": "1", "chosen": "x", "rejected": "x "}, c.EQUAL_SIDES, ""),
+        ({"prompt": "1", "chosen": [*ASKED[:1], *BETTER], "rejected": "better"}, c.EQUAL_SIDES, ""),
+        ({"chosen": [*ASKED[:1], *BETTER], "rejected": [*ASKED[:1], *BETTER]}, c.EQUAL_SIDES, ""),
+        ({"prompt": "1", "chosen": turns("u x"), "rejected": WORSE}, c.NOT_ANSWER, "user"),
+        ({"prompt": "1", "chosen": [*BETTER, *turns("u x")], "rejected": WORSE}, c.NOT_ANSWER, "user"),
+        ({"chosen": [*ASKED[:2], *turns("u 5"), *BETTER], "rejected": ASKED + WORSE}, c.NOT_ANSWER, "user"),
+        ({"prompt": "2", "chosen": [*ASKED[:1], *BETTER], "rejected": [*ASKED[:1], *WORSE]}, c.OTHER_PROMPT, ""),
+        ({"prompt": "1", "chosen": [*ASKED[2:], *BETTER], "rejected": "worse"}, c.OTHER_PROMPT, ""),
+        (
+            {"prompt": turns("s x", "u 1"), "chosen": [*turns("s y", "u 1"), *BETTER], "rejected": "z"},
+            c.OTHER_PROMPT,
+            "",
+        ),
+        ({"chosen": "better", "rejected": "worse"}, c.NO_PROMPT, ""),
+        ({"prompt": "", "chosen": "better", "rejected": "worse"}, c.NO_PROMPT, ""),
+        ({"chosen": [*ASKED[:1], *BETTER], "rejected": [*ASKED[2:], *WORSE]}, c.NO_PROMPT, ""),
+        ({"prompt": ASKED[:2], "chosen": "better", "rejected": "worse"}, c.PROMPT_END, "assistant"),
+        ({"prompt": [*ASKED, *turns("u x")], "chosen": "better", "rejected": "worse"}, c.REPEATED, "user"),
+        ({"prompt": "1", "chosen": [*BETTER, *BETTER], "rejected": "worse"}, c.REPEATED, "assistant"),
+        ({"prompt": "1", "chosen": [{"role": "bot", "content": "x"}], "rejected": "y"}, c.UNKNOWN_ROLE, "'bot'"),
+        ({"prompt": "1", "chosen": 7, "rejected": "y"}, c.NO_TURNS, "7"),
+        ({"prompt": "1", "chosen": "x", "rejected": "y", "tools": 7}, c.BAD_TOOLS, "7"),
+    ],
+)
+def test_pairs_that_are_dropped(row, reason, detail, tmp_path):
+    assert_dropped(read_pairs, tmp_path, row, reason, detail)
+    assert_dropped(read_judged, tmp_path, row, reason, detail)
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"prompt": "1", "completion": "better"}, ASKED[:1]),
+        ({"prompt": ASKED, "completion": BETTER}, ASKED),
+        ({"prompt": ASKED, "completion": ASKED + BETTER}, ASKED),
+        ({"prompt": "1", "completion": BETTER, "system": "x"}, turns("s x", "u 1")),
+    ],
+)
+@pytest.mark.parametrize("label", [True, False])
+def test_forms_of_judged_answers(row, messages, label, tmp_path):
+    found = one(read_judged, tmp_path, {**row, "label": label})
+    assert found == (messages, BETTER, label, None, "a.jsonl:1")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"prompt": "1", "label": True}, c.UNRECOGNISED, "its keys are prompt, label"),
+        ({"prompt": "1", "completion": "x"}, c.BAD_LABEL, "None"),
+        ({"prompt": "1", "completion": "x", "label": 1}, c.BAD_LABEL, "1"),
+        ({"prompt": "1", "completion": "x", "label": "true"}, c.BAD_LABEL, "'true'"),
+        ({"prompt": "1", "completion": " ", "label": True}, c.EMPTY_SIDE, ""),
+        ({"completion": "x", "label": True}, c.NO_PROMPT, ""),
+        ({"prompt": "1", "completion": [*ASKED[2:], *BETTER], "label": True}, c.OTHER_PROMPT, ""),
+    ],
+)
+def test_judged_answers_that_are_dropped(row, reason, detail, tmp_path):
+    assert_dropped(read_judged, tmp_path, row, reason, detail)
+
+
+# ---- prompts ----
+
+
+@pytest.mark.parametrize(
+    ("row", "messages", "other"),
+    [
+        ({"prompt": "1", "answer": 5, "more": {"a": None}}, ASKED[:1], {"answer": 5, "more": {"a": None}}),
+        ({"prompt": ASKED, "answer": None}, ASKED, {"answer": None}),
+        ({"prompt": "1", "messages": CHAT}, ASKED[:1], {"messages": CHAT}),
+        ({"prompt": "1", "system": "x"}, turns("s x", "u 1"), {}),
+        ({"messages": ASKED}, ASKED, {}),
+        ({"messages": ASKED + BETTER, "id": 1}, ASKED, {"id": 1}),
+        ({"conversations": sharegpt("human: 1", "gpt: 2")}, ASKED[:1], {}),
+        ({"question": "1", "answer": "#### 5"}, ASKED[:1], {"answer": "#### 5"}),
+        ({"instruction": "1", "input": "2", "output": "3"}, turns("u 1\n\n2"), {"output": "3"}),
+        ({"prompt": [*ASKED[:1], WEATHER, *turns("t x")]}, [*ASKED[:1], WEATHER, *turns("t x")], {}),
+    ],
+)
+def test_forms_of_prompts(row, messages, other, tmp_path):
+    assert one(read_prompts, tmp_path, row) == (messages, other, "a.jsonl:1", None)
+
+
+def test_prompts_with_tools(tmp_path):
+    found = one(read_prompts, tmp_path, {"prompt": "1", "tools": '[{"name": "f"}]'})
+    assert found.tools == [{"name": "f"}] and found.row == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "detail"),
+    [
+        ({"answer": "x"}, c.UNRECOGNISED, "its keys are answer"),
+        ({"prompt": " "}, c.NO_PROMPT, ""),
+        ({"prompt": []}, c.NO_PROMPT, ""),
+        ({"messages": BETTER, "system": "x"}, c.NO_PROMPT, ""),
+        ({"prompt": ASKED[:2]}, c.PROMPT_END, "assistant"),
+        ({"prompt": turns("s x")}, c.PROMPT_END, "system"),
+        ({"messages": ASKED[:1] * 2}, c.REPEATED, "user"),
+        ({"question": 7}, c.NO_TURNS, "7"),
+        ({"prompt": "1", "tools": 7}, c.BAD_TOOLS, "7"),
+    ],
+)
+def test_prompts_that_are_dropped(row, reason, detail, tmp_path):
+    assert_dropped(read_prompts, tmp_path, row, reason, detail)
