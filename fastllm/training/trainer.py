@@ -157,9 +157,8 @@ class Trainer:
             first_step, synced = state.step, state.step
             if state.step == 0 and self.config.spikes.policy == "rollback":
                 self.save()
-            if state.progress >= 1 or (
-                self.evaluate_first and not state.step
-            ):  # resumed after its last step: what it has not come to is the end
+            # Resumed after its last step: what it has not come to is the end.
+            if state.progress >= 1 or (self.evaluate_first and not state.step):
                 self.evaluate()
             while state.progress < 1 and not self.stopped_by:
                 self.train_step()
