@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +125,14 @@ class PolicyObjective:
 
     def _fill(self, model: nn.Module, found: list[Completed], name: str) -> None:
         """Set ``name`` of each completion to its tokens' log-probabilities by ``model``, at the temperature."""
-        filled = {}
-        own = self._own(found)
-        for first, batch in enumerate(self._batches(found)):
+        filled: dict[int, list[float]] = {}
+        size, own = self.config.train.micro_batch, self._own(found)
+        most = self.dims.max_local_batch(len(found) // self.options.group) * self.options.group
+        for first in range(0, most, size):
+            part = own[first : first + size]
+            batch = self._packed([(found[place], 0.0) for place in part])
             with torch.no_grad():
                 log_prob, _, _ = self._log_probs(model, to_device(batch, self.device), entropy=False)
-            part = own[first * self.config.train.micro_batch :][: self.config.train.micro_batch]
             values = log_prob.tolist() if self.dims.tp_size == 1 else self._whole(batch, log_prob)
             start = 0
             for place in part:
@@ -150,11 +153,11 @@ class PolicyObjective:
         dist.all_gather(parts, log_prob, group=self.dims.mesh["tp"].get_group())
         return torch.cat(parts)[batch["learnt"]].tolist()
 
-    def _own(self, found: Sequence[Completed]) -> list[int]:
-        """This rank's share: whole groups."""
-        group = self.options.group
-        part = self.dims.local_batch(len(found) // group)
-        return list(range(part.start * group, part.stop * group))
+    def _own(self, found: Sequence[Completed], rank: int | None = None) -> range:
+        """The share of this data-parallel rank, or of another: whole groups."""
+        group, rank = self.options.group, self.dims.dp_rank if rank is None else rank
+        part = replace(self.dims, dp_rank=rank).local_batch(len(found) // group)
+        return range(part.start * group, part.stop * group)
 
     def _record(self, number: int, found: list[Completed]) -> None:
         lines = []
@@ -173,46 +176,65 @@ class PolicyObjective:
     # ---- batches ----
 
     def _batches(self, found: list[Completed]) -> list[Batch]:
-        """This rank's micro-batches of completions; equally many on all ranks."""
-        group, size = self.options.group, self.config.train.micro_batch
-        rewards = torch.from_numpy(rewards_of(found)).view(-1)
-        groups = torch.arange(len(found)) // group
-        gains = advantages(rewards, groups, scale=self.options.variant != "dr_grpo").tolist()
-        own = self._own(found)
-        most = self.dims.max_local_batch(len(found) // group) * group
-        return [
-            self._batch([(found[i], gains[i]) for i in own[first : first + size]]) for first in range(0, most, size)
-        ]
+        """This rank's micro-batches of completions; equally many on all ranks.
 
-    def _batch(self, part: list[tuple[Completed, float]]) -> Batch:
+        Completions whose gradient is 0, such as those of groups with equal rewards, are counted and not computed.
+        """
+        group, size = self.options.group, self.config.train.micro_batch
+        groups = torch.arange(len(found)) // group
+        gains = advantages(
+            torch.from_numpy(rewards_of(found)), groups, scale=self.options.variant != "dr_grpo"
+        ).tolist()
+        teaches = [
+            self.reference is not None or (gain != 0 and self._counts(c)) for c, gain in zip(found, gains, strict=True)
+        ]
+        shares = [[i for i in self._own(found, rank) if teaches[i]] for rank in range(self.dims.dp_size)]
+        own, most = shares[self.dims.dp_rank], max(1, *map(len, shares))
+        batches = [self._packed([(found[i], gains[i]) for i in own[k : k + size]]) for k in range(0, most, size)]
+        counted = self._numbers([found[i] for i in self._own(found)])
+        for batch, numbers in zip(batches, [counted, *[dict.fromkeys(counted, 0.0)] * (len(batches) - 1)], strict=True):
+            batch |= {f"n_{name}": torch.tensor(float(x)) for name, x in numbers.items()}
+        return batches
+
+    def _counts(self, completed: Completed) -> bool:
+        """Whether it is learnt from."""
+        return completed.reward is not None and (self.options.train_truncated or not completed.truncated)
+
+    def _numbers(self, found: Sequence[Completed]) -> dict[str, float]:
+        """Sums over completions: what the loss is divided by, and what is logged."""
+        counted = [c for c in found if self._counts(c)]
+        known = [c.reward for c in found if c.reward is not None]
+        by_token = self.options.variant == "dapo"
+        return {
+            "count": sum(len(c.tokens) for c in counted) if by_token else len(counted),
+            "completions": len(found),
+            "known": len(known),
+            "reward": sum(known),
+            "length": sum(len(c.tokens) for c in found),
+            "truncated": sum(c.truncated for c in found),
+        }
+
+    def _packed(self, part: Sequence[tuple[Completed, float]]) -> Batch:
+        """Completions behind their prompts, with what the loss needs of each token."""
         sequences, columns = [], []
         for c, gain in part:
             prompt, _ = self.sampler.prompts.sequence(c.row)
             ids = np.concatenate((prompt, np.array(c.tokens, np.int32)))
-            trained = np.arange(len(ids)) >= len(prompt)
-            sequences.append((ids, trained))
-            counts = c.reward is not None and (self.options.train_truncated or not c.truncated)
+            sequences.append((ids, np.arange(len(ids)) >= len(prompt)))
             n = len(c.tokens)
-            weight = {"grpo": 1 / n, "dr_grpo": 1 / self.options.max_tokens, "dapo": 1.0}[self.options.variant] * counts
+            weight = {"grpo": 1 / n, "dr_grpo": 1 / self.options.max_tokens, "dapo": 1.0}[self.options.variant]
             old, reference = c.old or [0.0] * n, c.reference or [0.0] * n
-            columns.append(np.array([[gain] * n, [weight] * n, old, reference, c.log_probs], np.float32))
+            columns.append(
+                np.array([[gain] * n, [weight * self._counts(c)] * n, old, reference, c.log_probs], np.float32)
+            )
         batch = joined(sequences or [(np.zeros(2, np.int32), np.zeros(2, bool))], self.dims.tp_size)
-        packed = np.zeros((5, batch["targets"].numel()), np.float32)
+        packed = np.zeros((len(COLUMNS), batch["targets"].numel()), np.float32)
         if columns:
             packed[:, (batch["targets"][0] != IGNORE_INDEX).numpy()] = np.concatenate(columns, 1)
         batch |= {name: torch.from_numpy(x)[None] for name, x in zip(COLUMNS, packed, strict=True)}
         batch = {
             name: x if name == "positions" else self.dims.shard_sequence(x) for name, x in places_of(batch).items()
         }
-        trained_on = [c for c, _ in part if c.reward is not None and (self.options.train_truncated or not c.truncated)]
-        by_token = self.options.variant == "dapo"
-        count = sum(len(c.tokens) for c in trained_on) if by_token else len(trained_on)
-        known = [c.reward for c, _ in part if c.reward is not None]
-        numbers = {
-            "count": count, "completions": len(part), "known": len(known), "reward": sum(known),
-            "length": sum(len(c.tokens) for c, _ in part), "truncated": sum(c.truncated for c, _ in part),
-        }  # fmt: skip
-        batch |= {f"n_{name}": torch.tensor(float(x)) for name, x in numbers.items()}
         return batch | {"cu_seqlens": cu_seqlens_of(batch["positions"])}
 
     # ---- the loss ----
@@ -242,7 +264,7 @@ class PolicyObjective:
             old = log_prob.detach()
         loss, clipped = policy_loss(log_prob, old, gain, self.options.clip_low, self.clip_high)
         is_token = chosen(batch["targets"]) != IGNORE_INDEX
-        tokens = batch["n_length"]
+        tokens = is_token.sum()
         metrics = {
             "entropy": entropy.sum(),
             "mismatch": ((plain - sampled).abs() * is_token).sum(),
@@ -253,19 +275,16 @@ class PolicyObjective:
             loss = loss + self.options.kl * distance
             metrics["kl"] = (distance.detach() * is_token).sum()
         counts = dict.fromkeys(metrics, tokens)
-        metrics |= {name: batch[f"n_{name}"] for name in ("reward", "length", "truncated")}
-        metrics["failed"] = batch["n_completions"] - batch["n_known"]
-        counts |= dict.fromkeys(("length", "truncated", "failed"), batch["n_completions"]) | {
-            "reward": batch["n_known"]
-        }
-        if self.dims.tp_rank:  # whole numbers of a sequence are counted by one of the ranks that share it
-            zero = torch.zeros_like(tokens)
-            whole = ("reward", "length", "truncated", "failed")
-            metrics |= dict.fromkeys(whole, zero)
-            return Loss((loss * weight * is_token).sum(), zero, metrics, dict.fromkeys(counts, zero), zero)
-        return Loss((loss * weight * is_token).sum(), batch["n_count"], metrics, counts, tokens)
+        # What is not of a token is counted by one of the ranks that share the sequences.
+        numbers = {name: batch[f"n_{name}"] * (self.dims.tp_rank == 0) for name in NUMBERS}
+        metrics |= {name: numbers[name] for name in ("reward", "length", "truncated")}
+        metrics["failed"] = numbers["completions"] - numbers["known"]
+        counts |= dict.fromkeys(("length", "truncated", "failed"), numbers["completions"])
+        counts["reward"] = numbers["known"]
+        return Loss((loss * weight * is_token).sum(), numbers["count"], metrics, counts, tokens)
 
 
+NUMBERS = ("count", "completions", "known", "reward", "length", "truncated")  # of a batch: see _numbers
 COLUMNS = ("gain", "weight", "old", "reference", "sampled")  # of a batch, beside the targets
 
 
