@@ -199,7 +199,7 @@ def learn_rewards(start: Path, folder: Path) -> list[Result]:
         )
         out = folder / f"grpo-{seed}"
         run("align", start, "--method", "grpo", "--data", data, "--grpo.reward", "rewards.py:right", "--optim.lr", 1e-5,
-            "--train.steps", 30, "--train.batch-size", 16, "--train.micro-batch", 32, "--grpo.max-tokens", 24,
+            "--train.steps", 30, "--train.batch-size", 8, "--train.micro-batch", 32, "--grpo.max-tokens", 24,
             "--train.seed", seed, "--out", out)  # fmt: skip
         for list_, model in ((before, start), (after, out)):
             texts = answers(model, asked, temperature=1.0, seed=seed)

@@ -321,7 +321,7 @@ def test_overloads_are_those_of_the_function():
     """Each says what the function's own signature says, but for the argument that decides and the result."""
     from fastllm.kernels.backends import OPS
 
-    deciding = {"rms_norm": "residual"}
+    deciding = {"rms_norm": "residual", "linear_log_prob": "return_entropy"}
     overloaded = {name: found for name, op in OPS.items() if (found := typing.get_overloads(op.function))}
     unions = {
         name for name, op in OPS.items() if "tuple" in (text := op.function.__annotations__["return"]) and "|" in text

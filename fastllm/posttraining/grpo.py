@@ -369,9 +369,9 @@ class Grpo:
         share = sum(shares) / max(1, len(shares))
         if share < MANY_TRUNCATED:
             return []
+        cut = f"{share:.0%} of the completions were cut off by --grpo.max-tokens"
         return [
-            f"{share:.0%} of the completions were cut off by --grpo.max-tokens, and taught nothing: give more tokens, "
-            "or --grpo.train-truncated"
+            f"{cut}: give more tokens, or a reward that asks for fewer; without --grpo.train-truncated they teach nothing"
         ]
 
 
