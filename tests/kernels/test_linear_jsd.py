@@ -101,14 +101,14 @@ def terms(student, teacher, grads, accumulate, *, mask=None, beta=0.5, temperatu
 @pytest.mark.parametrize("way", ["mean", "sum", "none"])
 @pytest.mark.parametrize("more", [False, True], ids=["plain", "mask and temperature"])
 def test_accuracy(backend, beta, way, dtype, more):
-    options = {"mask": torch.rand(21) < 0.7, "temperature": 1.7} if more else {}
-    check(*inputs(dtype=dtype), backend, beta=beta, reduction=way, **options)
+    options = {"mask": torch.rand(9) < 0.7, "temperature": 1.7} if more else {}
+    check(*inputs(9, dtype=dtype), backend, beta=beta, reduction=way, **options)
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("classes", [1, 2, 15, 64, 1000, 5003, 40001])
 def test_any_number_of_classes(backend, beta, classes):
-    check(*inputs(3, long_row(backend, classes)), backend, beta=beta, reduction="none")
+    check(*inputs(2, long_row(backend, classes)), backend, beta=beta, reduction="none")
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -244,26 +244,21 @@ def test_classes_that_are_ruled_out(any_backend, beta):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_tokens_that_do_not_count(any_backend, reduction, beta):
     """As if they were not there, whatever their logits; those of the others are as without them."""
-    (hidden, weight, bias), teacher = inputs(20, 30)
-    mask = torch.rand(20) < 0.6
-    for bad in (float("nan"), float("inf")):
-        spoilt = hidden.clone(), teacher[0].clone()
-        for t in spoilt:
-            t[~mask] = bad
-        run = partial(
-            linear_jsd, weight=weight, teacher_weight=teacher[1], bias=bias, teacher_bias=teacher[2], beta=beta,
-            reduction=reduction, backend=any_backend,
-        )  # fmt: skip
-        one = [torch.ones(())]
-        loss, grad = with_gradients(
-            lambda h, t=spoilt[1], run=run: run(h, teacher_hidden=t, mask=mask).sum(), spoilt[:1], one
-        )
-        expected, rows = with_gradients(
-            lambda h, run=run: run(h, teacher_hidden=teacher[0][mask]).sum(), [hidden[mask]], one
-        )
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(grad[mask], rows)
-        assert not grad[~mask].any()
+    (hidden, weight, bias), teacher = inputs(14, 30)
+    mask = torch.tensor([True, True, False, True, False, True, True] * 2)
+    spoilt = hidden.clone(), teacher[0].clone()
+    for t in spoilt:
+        t[~mask] = torch.tensor([float("nan"), float("inf")] * 2).unsqueeze(-1)
+    run = partial(
+        linear_jsd, weight=weight, teacher_weight=teacher[1], bias=bias, teacher_bias=teacher[2], beta=beta,
+        reduction=reduction, backend=any_backend,
+    )  # fmt: skip
+    one = [torch.ones(())]
+    loss, grad = with_gradients(lambda h: run(h, teacher_hidden=spoilt[1], mask=mask).sum(), spoilt[:1], one)
+    expected, rows = with_gradients(lambda h: run(h, teacher_hidden=teacher[0][mask]).sum(), [hidden[mask]], one)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad[mask], rows)
+    assert not grad[~mask].any()
     if reduction == "none":
         each = linear_jsd(hidden, weight, *teacher[:2], mask=mask, reduction="none", backend=any_backend)
         assert not each[~mask].any() and each[mask].all()
@@ -506,23 +501,23 @@ def test_opcheck():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compile(backend, dynamic, reduction):
     """One graph; the same numbers as without compile, with tokens that do not count too."""
-    for masked in (False, True):
-        torch._dynamo.reset()
+    torch._dynamo.reset()
+    masked = dynamic == (reduction == "mean")  # with each reduction once, and once with each kind of shapes
 
-        def call(h, w, b, teacher, mask):
-            return 2 * loss_of(h * 2, w, b, teacher=teacher, mask=mask, beta=0.3, reduction=reduction, backend=backend)
+    def call(h, w, b, teacher, mask):
+        return 2 * loss_of(h * 2, w, b, teacher=teacher, mask=mask, beta=0.3, reduction=reduction, backend=backend)
 
-        compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-        for tokens in (9, 13):
-            student, teacher = inputs(tokens, 20)
-            mask = torch.rand(tokens) < 0.6 if masked else None
-            grads = [torch.ones(tokens if reduction == "none" else ())]
-            for got, expected in zip(
-                with_gradients(partial(compiled, teacher=teacher, mask=mask), student, grads),
-                with_gradients(partial(call, teacher=teacher, mask=mask), student, grads),
-                strict=True,
-            ):
-                torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (9, 13):
+        student, teacher = inputs(tokens, 20)
+        mask = torch.rand(tokens) < 0.6 if masked else None
+        grads = [torch.ones(tokens if reduction == "none" else ())]
+        for got, expected in zip(
+            with_gradients(partial(compiled, teacher=teacher, mask=mask), student, grads),
+            with_gradients(partial(call, teacher=teacher, mask=mask), student, grads),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.gpu
