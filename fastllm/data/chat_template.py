@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,7 @@ def _mapped(value: Any, function: Callable[[str], str], key: str = "") -> Any:
 
 def _unused() -> Iterator[str]:
     """Characters that no text should have: noncharacters, and after them those of private use."""
-    yield from map(chr, (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE)))
+    yield from map(chr, chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)))
 
 
 class _Marker:
