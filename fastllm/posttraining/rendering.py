@@ -93,12 +93,14 @@ def encode_chat(
 
 
 def _as_generated(chat: MarkedChat, whole: str, prompts: Mapping[int, str]) -> bool:
-    """Whether each answer follows on its prompt in the whole chat, and says all that it said."""
-    ends = [*map(len, prompts.values()), len(whole)][1:]
-    return all(
-        whole.startswith(prompt) and _said(chat, i) in chat.plain(whole[len(prompt) : end])
-        for (i, prompt), end in zip(prompts.items(), ends, strict=True)
-    )
+    """Whether the whole chat has each answer after its prompt and as it was when it was the last turn."""
+    for i, prompt in prompts.items():
+        text = chat.render(i + 1)
+        if not text.startswith(prompt):
+            return False
+        if not whole.startswith(text[: _end_of_turn(chat.tokenizer, text, len(prompt), len(text))]):
+            return False
+    return True
 
 
 def _sequence(chat: MarkedChat, text: str, prompts: Mapping[int, str], max_tokens: int) -> Encoded:
@@ -195,7 +197,9 @@ def learn_end_of_turn(tokenizer: Tokenizer) -> None:
         text = tokenizer.chat_template.render(probe, add_generation_prompt=False)
     except UserError:
         return  # each chat will say so
-    after = text.rpartition("the answer")[2]
+    _, said, after = text.rpartition("the answer")
+    if not said:
+        return  # nor is each chat's
     special = next((part for part in tokenizer.split_special(after) if isinstance(part, int)), None)
     if special is not None and special not in tokenizer.eos_ids:
         tokenizer.eos_ids = (*tokenizer.eos_ids, special)
