@@ -117,7 +117,8 @@ def _tune(
     resumed = value_of("--resume", options)
     base: TuneConfig = config_cls()
     if resumed:
-        base = configs.load(Path(resumed, "config.toml"), base)
+        path = Path(resumed, "config.toml")
+        base = configs.merged(base, configs.read_toml(path), path)
     sections = [f.name for f in dataclasses.fields(config_cls) if f.name not in ("model", "base")]
     default = cls(**{name: getattr(base, name) for name in sections})
     usage = f"fastllm {command} MODEL" + (f" --method {method}" if command == "align" else "")
@@ -136,9 +137,9 @@ def _tune(
         raise UserError("--resume has the model and the folder of the run: leave out MODEL and --out")
     if not resumed and chosen.model is None:
         raise UserError(f"which model? fastllm {command} MODEL --data FILE ...")
-    path = base.base.path if resumed else str(chosen.model)
+    model = base.base.path if resumed else str(chosen.model)
     config = config_cls(
-        **{name: getattr(chosen, name) for name in sections}, base=BaseConfig(path, method), model=base.model
+        **{name: getattr(chosen, name) for name in sections}, base=BaseConfig(model, method), model=base.model
     )
     if config.lora.rank and not resumed and value_of("--optim.lr", options) is None:
         config = replace(config, optim=replace(config.optim, lr=LORA_LR * config.optim.lr))

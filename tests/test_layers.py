@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": {"errors", "input_files"},
     "arguments": {"config", "errors"},
     "hardware": {"kernels"},
+    "options": set(),
     "info": {"kernels", "errors", "__init__"},
     "dtensor": set(),
     "run_lock": {"console", "errors"},
@@ -31,6 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "huggingface": BASE | {"model", "data", "run_dir", "gguf"},
     "inference": BASE | {"model", "data", "run_dir", "huggingface", "gguf"},
     "training": BASE | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "__init__"},  # the version
+    "posttraining": BASE
+    | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "huggingface", "training", "__init__"},
+    "posttraining_commands": BASE | {"arguments", "options", "posttraining"},
     "inference_commands": BASE | {"arguments", "run_dir", "inference", "training"},
     "serving_commands": BASE | {"arguments", "inference", "inference_commands"},
     "planning": BASE | {"model", "distributed", "training"},

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Checked strictly as well: what users import, and what they write classes for.
 PUBLIC = (
     "fastllm/__init__.py", "fastllm/config.py", "fastllm/data/", "fastllm/inference/", "fastllm/model/",
+    "fastllm/posttraining/",
     "fastllm/distributed/", "fastllm/training/", "fastllm/planning/", "fastllm/huggingface/load.py",
     "fastllm/huggingface/model_config.py", "fastllm/input_files.py",
     "fastllm/huggingface/export.py", "fastllm/run_dir.py", "fastllm/arguments.py", "fastllm/info.py",

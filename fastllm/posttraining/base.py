@@ -73,8 +73,9 @@ def add_adapters(model: GPT, config: LoraConfig, seed: int) -> None:
 def _peft_config(config: LoraConfig, base: str | None = None) -> Any:
     import peft
 
+    alpha: Any = config.alpha or 2 * config.rank
     return peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha or 2 * config.rank, lora_dropout=config.dropout, use_dora=config.dora,
+        r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, use_dora=config.dora,
         target_modules=list(config.targets), task_type="CAUSAL_LM", base_model_name_or_path=base,
     )  # fmt: skip
 

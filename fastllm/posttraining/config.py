@@ -49,6 +49,9 @@ class TuneLoopConfig(LoopConfig):
         check_positive("train", self, "epochs", "batch_size")
 
 
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # the layers of a block
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), by the library peft. The base stays as it is."""
@@ -57,16 +60,15 @@ class LoraConfig:
     alpha: float = 0.0  # the adapters' output is multiplied by alpha / rank; 0: alpha is twice the rank
     dropout: float = 0.0  # of the adapters' input
     dora: bool = False  # learn the magnitude of each weight column apart (DoRA, arXiv:2402.09353)
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # layers
+    targets: tuple[str, ...] = LINEAR  # the layers that get one
 
     def __post_init__(self) -> None:
         check(self.rank >= 0, f"lora.rank must not be negative, it is {self.rank}")
         check(self.alpha >= 0 and math.isfinite(self.alpha), f"lora.alpha must not be negative, it is {self.alpha}")
         check(0 <= self.dropout < 1, f"lora.dropout must be at least 0 and below 1, it is {self.dropout}")
         check(bool(self.rank) or not self.dora, "lora.dora needs a lora.rank")
-        known = LoraConfig.__dataclass_fields__["targets"].default
-        unknown = [name for name in self.targets if name not in known]
-        check(not unknown, f"lora.targets has {', '.join(unknown)}; choose from {', '.join(known)}")
+        unknown = [name for name in self.targets if name not in LINEAR]
+        check(not unknown, f"lora.targets has {', '.join(unknown)}; choose from {', '.join(LINEAR)}")
         check(bool(self.targets), "lora.targets names no layer")
 
 

@@ -67,7 +67,7 @@ class Examples:
         """Stands for the whole content."""
         digest = hashlib.sha256()
         for array in (self.tokens, self.trained, self.starts, self.source, self.for_validation):
-            digest.update(np.ascontiguousarray(array).view(np.uint8))
+            digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
     def sequence(self, number: int) -> tuple[np.ndarray, np.ndarray]:

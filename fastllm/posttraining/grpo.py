@@ -68,8 +68,8 @@ class PolicyObjective:
         self.folder, self.sampler, self.data, self.reference = context.folder, sampler, data, reference
         self.options = self.config.grpo
         self.clip_high = self.options.clip_high or USUAL_CLIP_HIGH.get(self.options.variant, self.options.clip_low)
-        self.metric_names = ("reward", "entropy", "mismatch", "clip_fraction", "length", "truncated", "failed")
-        self.metric_names += ("kl",) * (reference is not None)
+        kl = ("kl",) * (reference is not None)
+        self.metric_names: tuple[str, ...] = (*METRICS, *kl)
         self._rollout: tuple[int, list[Completed]] | None = None  # its number
 
     # ---- rollouts ----
@@ -284,6 +284,7 @@ class PolicyObjective:
         return Loss((loss * weight * is_token).sum(), numbers["count"], metrics, counts, tokens)
 
 
+METRICS = ("reward", "entropy", "mismatch", "clip_fraction", "length", "truncated", "failed")
 NUMBERS = ("count", "completions", "known", "reward", "length", "truncated")  # of a batch: see _numbers
 COLUMNS = ("gain", "weight", "old", "reference", "sampled")  # of a batch, beside the targets
 
@@ -370,9 +371,7 @@ class Grpo:
         if share < MANY_TRUNCATED:
             return []
         cut = f"{share:.0%} of the completions were cut off by --grpo.max-tokens"
-        return [
-            f"{cut}: give more tokens, or a reward that asks for fewer; without --grpo.train-truncated they teach nothing"
-        ]
+        return [f"{cut}: give more tokens; without --grpo.train-truncated they teach nothing"]
 
 
 def reference_of(context: Context) -> nn.Module:

@@ -170,7 +170,7 @@ def once(dims: ParallelDims, loss: Loss) -> Loss:
 class PairObjective:
     """The loss of pairs, by any method but KTO."""
 
-    metric_names = (
+    metric_names: tuple[str, ...] = (
         "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_log_prob", "rejected_log_prob",
     )  # fmt: skip
 
@@ -182,8 +182,8 @@ class PairObjective:
         pairs = len(valid)
         log_prob = answer_log_probs(model, batch, self.dims, 2 * pairs).view(pairs, 2)
         reference = batch["reference"].unbind(1) if "reference" in batch else (None, None)
-        sides = (Answers(log_prob[:, side], lengths[:, side], reference[side]) for side in (0, 1))
-        found = pair_loss(self.method, *sides, self.options)
+        chosen, rejected = (Answers(log_prob[:, side], lengths[:, side], reference[side]) for side in (0, 1))
+        found = pair_loss(self.method, chosen, rejected, self.options)
         margin = found.chosen_reward - found.rejected_reward
         values = (
             found.chosen_reward, found.rejected_reward, margin, (margin > 0).float(), *log_prob.detach().unbind(1)
@@ -200,7 +200,7 @@ class KtoObjective:
     whatever the micro-batches and ranks. An evaluation takes that of the latest step.
     """
 
-    metric_names = ("chosen_reward", "rejected_reward", "chosen_log_prob", "kl")
+    metric_names: tuple[str, ...] = ("chosen_reward", "rejected_reward", "chosen_log_prob", "kl")
 
     def __init__(self, dims: ParallelDims, options: PreferenceOptions, device: torch.device) -> None:
         self.dims, self.options = dims, options

@@ -213,7 +213,9 @@ def start_run(
     folder = run_dir.create(output_dir)
     lock.enter_context(run_lock(folder))
     try:
-        real = {name: tuple(map(os.path.realpath, getattr(config.data, name))) for name in ("paths", "eval_paths")}
+        real: dict[str, Any] = {
+            name: tuple(map(os.path.realpath, getattr(config.data, name))) for name in ("paths", "eval_paths")
+        }
         path = os.path.realpath(config.base.path)
         config = replace(config, data=replace(config.data, **real), base=replace(config.base, path=path))
         base.save_tokenizer(folder, tokenizer)
@@ -245,7 +247,8 @@ def resume_run(
         raise UserError(f"there is no run folder {folder}")
     lock.enter_context(run_lock(folder))
     metadata = run_dir.load_metadata(folder)
-    before = configs.load(folder / run_dir.CONFIG, config)
+    path = folder / run_dir.CONFIG
+    before = configs.merged(config, configs.read_toml(path), path)
     for section in fields(config):
         now, then = getattr(config, section.name), getattr(before, section.name)
         if section.name not in ("train", "optim", "checkpoint", "spikes", "parallel") and now != then:

@@ -42,7 +42,7 @@ class ChatLoss:
 
     def __init__(self, dims: ParallelDims, config: TeacherConfig, teacher: GPT | None = None) -> None:
         self.dims, self.config, self.teacher = dims, config, teacher
-        self.metric_names = () if teacher is None else ("cross_entropy", "divergence")
+        self.metric_names: tuple[str, ...] = () if teacher is None else ("cross_entropy", "divergence")
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         targets, chosen = batch["targets"], learnt(batch, self.dims)
@@ -107,10 +107,12 @@ class Sft:
             for _, row in encoded(rows, report, lambda c: encode_conversation(tokenizer, c, report, max_tokens)):
                 builder.add([row], number, evaluated=evaluated)
         examples = finish(builder, report, config.data, folder)
-        console.say("learnt", f"{int(examples.trained.sum()):,} of {len(examples.tokens):,} tokens")
+        learnt_tokens = int(examples.trained.sum())
+        console.say("learnt", f"{learnt_tokens:,} of {len(examples.tokens):,} tokens")
         data = training_data(config, examples)
         items = sum(source.packing.sequences for source in data.sources)
-        return {"items": items, "data": examples.checksum, "report": report.as_dict()}
+        share = learnt_tokens / len(examples.tokens)
+        return {"items": items, "data": examples.checksum, "learnt_share": share, "report": report.as_dict()}
 
     def task(self, context: Context) -> Task:
         config = context.config

@@ -126,7 +126,7 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
                 signals=signals,
             )
             if resume:
-                continue_run(trainer, run.folder, from_weights)
+                continue_run(trainer, config, run.folder, from_weights)
             if rank0:
                 write_atomic(run.folder / run_dir.CONFIG, configs.dump(config).encode())
                 run_dir.save_metadata(run.folder, metadata)

@@ -26,9 +26,9 @@ def check_continues(config: Config, before: Config) -> None:
             raise UserError(f"--resume continues with {option} {attrgetter(name)(before)} of the run: leave it out")
 
 
-def continue_run(trainer: Trainer, folder: Path, from_weights: bool) -> None:
+def continue_run(trainer: Trainer, config: Config, folder: Path, from_weights: bool) -> None:
     """Bring the trainer to where the run ended: to its last intact checkpoint or, where asked, to its weights."""
-    checkpoints, settings = trainer.checkpoints, trainer.config.train
+    checkpoints, settings = trainer.checkpoints, config.train
     record = run_on_rank0(lambda: read_record(folder))
     if from_weights:
         if checkpoints.steps():
