@@ -243,6 +243,13 @@ class TrainConfig(LoopConfig):
         check_positive("train", self, "global_batch_tokens", "eval_tokens")
 
 
+def check_tensor_parallel(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise UserError where the ranks can't share the model."""
+    for name in ("heads", "kv_heads", "ffn_dim", "max_seq_len"):
+        size, ranks = getattr(model, name), parallel.tensor_parallel
+        check(size % ranks == 0, f"model.{name} ({size}) must be a multiple of parallel.tensor_parallel ({ranks})")
+
+
 @dataclass(frozen=True)
 class Config:
     """All that a training run depends on, except the data itself."""
@@ -263,9 +270,7 @@ class Config:
             tokens % seq_len == 0,
             f"train.global_batch_tokens ({tokens}) must be a multiple of model.max_seq_len ({seq_len})",
         )
-        for name in ("heads", "kv_heads", "ffn_dim", "max_seq_len"):
-            size, ranks = getattr(self.model, name), self.parallel.tensor_parallel
-            check(size % ranks == 0, f"model.{name} ({size}) must be a multiple of parallel.tensor_parallel ({ranks})")
+        check_tensor_parallel(self.model, self.parallel)
 
     @property
     def sequences(self) -> int:

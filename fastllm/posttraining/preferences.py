@@ -104,7 +104,8 @@ class AnswerData:
         if "desirable" in examples.extra:
             batch["desirable"] = torch.from_numpy(examples.extra["desirable"][numbers])
         if self.reference is not None:
-            batch["reference"] = torch.from_numpy(self.reference[numbers])
+            # Of one dimension: the second is that of tokens, which ranks share.
+            batch["reference"] = torch.from_numpy(self.reference[numbers]).flatten()
         if self.mismatched:
             swapped = [_swapped(examples.sequence(row), examples.sequence(self._next[row])) for row in numbers]
             other = places_of(joined(swapped, self.multiple))
@@ -181,7 +182,7 @@ class PairObjective:
         valid, lengths = batch["valid"], batch["lengths"].view(-1, 2)
         pairs = len(valid)
         log_prob = answer_log_probs(model, batch, self.dims, 2 * pairs).view(pairs, 2)
-        reference = batch["reference"].unbind(1) if "reference" in batch else (None, None)
+        reference = batch["reference"].view(pairs, 2).unbind(1) if "reference" in batch else (None, None)
         chosen, rejected = (Answers(log_prob[:, side], lengths[:, side], reference[side]) for side in (0, 1))
         found = pair_loss(self.method, chosen, rejected, self.options)
         margin = found.chosen_reward - found.rejected_reward
@@ -212,7 +213,7 @@ class KtoObjective:
         for batch in batches:
             valid = batch["valid"]
             log_prob = answer_log_probs(model, batch, self.dims, len(valid), "kl_")
-            ratio = (log_prob - batch["reference"][:, 1]) * valid
+            ratio = (log_prob - batch["reference"].view(-1, 2)[:, 1]) * valid
             sums += torch.stack((ratio.sum(), valid.sum()))
         dist.all_reduce(sums)
         self.kl = (sums[0] / sums[1].clamp(min=1)).clamp(min=0)
@@ -221,7 +222,7 @@ class KtoObjective:
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         valid, desirable = batch["valid"], batch["desirable"]
         log_prob = answer_log_probs(model, batch, self.dims, len(valid))
-        found = kto_loss(log_prob, batch["reference"][:, 0], desirable, self.kl, self.options)
+        found = kto_loss(log_prob, batch["reference"].view(-1, 2)[:, 0], desirable, self.kl, self.options)
         good, bad = valid * desirable, valid * ~desirable
         metrics = {
             "chosen_reward": (found.reward * good).sum(),
@@ -324,6 +325,7 @@ def encode_pair(tokenizer: Tokenizer, pair: Pair, max_tokens: int) -> list[Encod
 
 
 EQUAL = "both sides are the same tokens"
+APART = "the chat template writes an answer otherwise once another follows"
 
 
 def encode_judged(tokenizer: Tokenizer, row: Judged, max_tokens: int) -> list[Encoded]:
@@ -332,10 +334,12 @@ def encode_judged(tokenizer: Tokenizer, row: Judged, max_tokens: int) -> list[En
 
 def _answer(tokenizer: Tokenizer, prompt: Sequence[Any], answer: Sequence[Any], tools: Any, max_tokens: int) -> Encoded:
     """A prompt with an answer, which is learnt; all of it fits into ``max_tokens``."""
-    found = encode_chat(tokenizer, [*prompt, *answer], tools, max_tokens=max_tokens, first=len(prompt))[-1]
-    if found.cut:
+    found = encode_chat(tokenizer, [*prompt, *answer], tools, max_tokens=max_tokens, first=len(prompt))
+    if found[-1].cut:
         raise Refused(CUT_ANSWER, f"{max_tokens:,} tokens")
-    return found
+    if len(found) > 1:
+        raise Refused(APART)
+    return found[0]
 
 
 # ---- the reference ----

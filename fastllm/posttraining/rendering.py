@@ -81,12 +81,18 @@ def encode_chat(
         whole = chat.render()
         if _as_generated(chat, whole, prompts):
             return [_sequence(chat, whole, prompts, max_tokens)]
-        found = []
+        found: list[Encoded] = []
         for i, prompt in prompts.items():
             text = chat.render(i + 1)
             if not text.startswith(prompt):
                 raise Refused(MOVES)
-            found.append(_sequence(chat, text, {i: prompt}, max_tokens))
+            try:
+                found.append(_sequence(chat, text, {i: prompt}, max_tokens))
+            except Refused as refusal:
+                if not found or refusal.reason not in (TOO_LONG, CUT_ANSWER):
+                    raise
+                found[-1] = found[-1]._replace(cut=True)
+                break
         return found
     except UserError as error:
         raise Refused(FAILS, one_line(error)) from None

@@ -122,6 +122,7 @@ def tune(method: Method, config: TuneConfig, output_dir: Path | None = None, res
         model, tokenizer = run_on_all_ranks(lambda: load(config.base.path))
         model, tokenizer = run_on_all_ranks(lambda: prepare_model(config, model, tokenizer))
         config = replace(config, model=model.config)
+        run_on_all_ranks(lambda: configs.check_tensor_parallel(model.config, config.parallel))
         make = resume_run if resume else start_run
         run = run_on_rank0(lambda: make(method, config, output_dir, model, tokenizer, lock))
         folder, config, metadata = run
@@ -192,8 +193,9 @@ def prepare_model(config: TuneConfig, model: GPT, tokenizer: Tokenizer) -> tuple
 
 
 def sequence_length(config: TuneConfig) -> int:
-    """Tokens of a sequence, at most."""
-    return min(config.data.max_seq_len or LONGEST, config.model.max_seq_len)
+    """Tokens of a sequence, at most; ranks that share sequences have equally many."""
+    longest = min(config.data.max_seq_len or LONGEST, config.model.max_seq_len)
+    return longest // config.parallel.tensor_parallel * config.parallel.tensor_parallel
 
 
 class Run(NamedTuple):
