@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from ..data.loader import IGNORE_INDEX, Batch, Row, Sequences
 from ..data.packing import BestFit
 from ..data.token_data import Documents
 from ..errors import UserError
+from ..input_files import one_line
 from ..model.weights import save_weights
 from .rendering import Encoded
 
@@ -66,7 +68,8 @@ class Examples:
     def checksum(self) -> str:
         """Stands for the whole content."""
         digest = hashlib.sha256()
-        for array in (self.tokens, self.trained, self.starts, self.source, self.for_validation):
+        extra = (self.extra[name] for name in sorted(self.extra))
+        for array in (self.tokens, self.trained, self.starts, self.source, self.for_validation, *extra):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
@@ -81,16 +84,19 @@ class Examples:
         save_weights(path, {n: torch.from_numpy(a) for n, a in arrays.items()}, {"per_row": str(self.per_row)})
 
     @classmethod
-    def load(cls, path: Path) -> Examples:
-        """Raises UserError where the file can't be read."""
+    def load(cls, path: Path, checksum: str) -> Examples:
+        """Raises UserError where the file can't be read, or is not the one of this checksum."""
         try:
             with safe_open(path, framework="numpy") as file:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
                 per_row = int((file.metadata() or {})["per_row"])
             extra = {n.removeprefix("extra."): arrays.pop(n) for n in list(arrays) if n.startswith("extra.")}
-            return cls(**arrays, per_row=per_row, extra=extra)
+            found = cls(**arrays, per_row=per_row, extra=extra)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise UserError(f"can't read the examples {path}: {error}") from None
+            raise UserError(f"can't read the examples {path}: {one_line(error)}") from None
+        if found.checksum != checksum:
+            raise UserError(f"the examples {path} are damaged: they are not what was written")
+        return found
 
 
 class ExamplesBuilder:
@@ -102,31 +108,35 @@ class ExamplesBuilder:
         self._trained: list[np.ndarray] = []
         self._source: list[int] = []
         self._evaluated: list[bool] = []
-        self._hashes: list[int] = []
+        self._hashes: list[np.uint64] = []
 
     def __len__(self) -> int:
         return len(self._source)
 
-    def add(self, row: Sequence[Encoded], source: int, *, evaluated: bool = False) -> None:
+    def add(self, row: Sequence[Encoded], source: int, *, evaluated: bool = False, of: Sequence[Encoded] = ()) -> None:
+        """``of``: all sequences of a chat, where the row is one of them."""
         digest = hashlib.blake2b(digest_size=8)
         for encoded in row:
             self._ids.append(encoded.ids)
             self._trained.append(encoded.trained)
+        for encoded in of or row:
             digest.update(encoded.ids.tobytes())
         self._source.append(source)
         self._evaluated.append(evaluated)
-        self._hashes.append(int.from_bytes(digest.digest(), "little"))
+        self._hashes.append(np.frombuffer(digest.digest(), np.uint64)[0])
 
     def build(self, validation: float) -> Examples:
-        """All rows. Where none was added for validation, the share of them with the lowest hashes of their tokens is:
-        rows that say the same are on the same side."""
+        """All rows. Where none was added for validation, about that share of them is, by the hashes of their tokens:
+        rows that say the same, or are of one chat, are on the same side."""
         evaluated = np.array(self._evaluated, bool)
-        if validation and not evaluated.any() and len(self) > 1:
-            hashes = np.array(self._hashes, np.uint64)
-            count = min(len(self) - 1, max(1, round(validation * len(self))))
-            evaluated = hashes <= np.sort(hashes)[count - 1]
-            if evaluated.all():  # they all say the same
-                evaluated[:] = False
+        names, number, sizes = np.unique(self._hashes, return_inverse=True, return_counts=True)
+        if validation and not evaluated.any() and len(names) > 1:
+            left = min(len(self) - 1, max(round(validation * len(self)), int(sizes.min())))
+            chosen = np.zeros(len(names), bool)
+            for name, size in enumerate(sizes.tolist()):
+                chosen[name] = size <= left
+                left -= size * int(chosen[name])
+            evaluated = chosen[number]
         starts = np.cumsum([0, *map(len, self._ids)], dtype=np.int64)
         tokens, trained = _joined(self._ids, np.int32), _joined(self._trained, bool)
         return Examples(tokens, trained, starts, np.array(self._source, np.int32), evaluated, self.per_row)

@@ -349,7 +349,7 @@ class Grpo:
 
     def task(self, context: Context) -> Task:
         config = context.config
-        examples = Examples.load(context.folder / EXAMPLES)
+        examples = Examples.load(context.folder / EXAMPLES, context.metadata["data"])
         lines = (context.folder / PROMPTS).read_bytes().splitlines()
         options = config.grpo
         pool = run_on_all_ranks(lambda: RewardPool(options.reward, options.reward_workers, options.reward_seconds))

@@ -269,7 +269,7 @@ class Preferences:
     def task(self, context: Context) -> Task:
         config, dims = context.config, context.dims
         method = method_of(config)
-        examples = Examples.load(context.folder / EXAMPLES)
+        examples = Examples.load(context.folder / EXAMPLES, context.metadata["data"])
         train, validation = examples.split
         weights = weights_of(config.data)
         options: dict[str, Any] = {"mismatched": method == "kto", "multiple": dims.tp_size}

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from .. import __version__, console, run_dir
 from .. import config as configs
 from ..data.loader import DataSource
+from ..data.permutation import key_of
 from ..data.tokenizer import Tokenizer
 from ..distributed.gradients import full_state_dict
 from ..distributed.mesh import (
@@ -149,6 +150,7 @@ def tune(method: Method, config: TuneConfig, output_dir: Path | None = None, res
         model.train()
         parallelize(model, config.parallel, dims, precision)
         model.to(device)
+        torch.manual_seed(key_of(config.train.seed, dims.dp_rank) >> 1)  # of the adapters' dropout
         with StopSignals() as signals:
             task = method.task(Context(config, folder, model, tokenizer, dims, device, precision, metadata, resources))
             trainer = Trainer(

@@ -104,8 +104,9 @@ class Sft:
         max_tokens = sequence_length(config)
         for number, evaluated, path in sources(config.data):
             rows = read_conversations(path, report)
-            for _, row in encoded(rows, report, lambda c: encode_conversation(tokenizer, c, report, max_tokens)):
-                builder.add([row], number, evaluated=evaluated)
+            for _, parts in encoded(rows, report, lambda c: [encode_conversation(tokenizer, c, report, max_tokens)]):
+                for part in parts:
+                    builder.add([part], number, evaluated=evaluated, of=parts)
         examples = finish(builder, report, config.data, folder)
         learnt_tokens = int(examples.trained.sum())
         console.say("learnt", f"{learnt_tokens:,} of {len(examples.tokens):,} tokens")
@@ -116,7 +117,7 @@ class Sft:
 
     def task(self, context: Context) -> Task:
         config = context.config
-        examples = Examples.load(context.folder / EXAMPLES)
+        examples = Examples.load(context.folder / EXAMPLES, context.metadata["data"])
         objective = ChatLoss(context.dims, config.teacher, teacher_of(context))
         evaluator = None
         if len(rows := examples.split.validation):
