@@ -64,7 +64,7 @@ class Examples:
     def split(self) -> Split:
         return Split(np.flatnonzero(~self.for_validation), np.flatnonzero(self.for_validation))
 
-    @property
+    @cached_property
     def checksum(self) -> str:
         """Stands for the whole content."""
         digest = hashlib.sha256()
