@@ -41,14 +41,14 @@ def grow_vocabulary(model: GPT, tokenizer: Tokenizer, tokens: Sequence[str]) -> 
     grown.chat_template = tokenizer.chat_template
     if grown.vocab_size == before:
         return model, tokenizer
-    # Rows beyond the tokenizer's size, which models round up, were never trained.
+    # Models round their vocabulary up: the first new tokens take rows that are there and were never trained.
     rows = max(model.config.vocab_size, grown.vocab_size)
     state = dict(model.state_dict())
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in state:
-            known = state[name][:before]
+            known, rest = state[name][:before], state[name][grown.vocab_size :]
             mean = known.float().mean(0).to(known.dtype)
-            state[name] = torch.cat((known, mean.expand(rows - before, -1)))
+            state[name] = torch.cat((known, mean.expand(grown.vocab_size - before, -1), rest))
     return assembled(replace(model.config, vocab_size=rows), state), grown
 
 

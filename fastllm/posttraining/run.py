@@ -152,7 +152,14 @@ def tune(method: Method, config: TuneConfig, output_dir: Path | None = None, res
         model.to(device)
         torch.manual_seed(key_of(config.train.seed, dims.dp_rank) >> 1)  # of the adapters' dropout
         with StopSignals() as signals:
-            task = method.task(Context(config, folder, model, tokenizer, dims, device, precision, metadata, resources))
+            try:
+                task = method.task(
+                    Context(config, folder, model, tokenizer, dims, device, precision, metadata, resources)
+                )
+            except UserError:
+                if not resume:
+                    shutil.rmtree(folder, ignore_errors=True)  # nothing was trained
+                raise
             trainer = Trainer(
                 config, dims, model, task.objective, task.data, task.evaluator, run_dir=folder, device=device,
                 precision=precision, signals=signals, evaluate_first=True,
