@@ -42,7 +42,7 @@ def build_model(config: Config, dims: ParallelDims, precision: torch.dtype, devi
 def parallelize(model: GPT, config: ParallelConfig, dims: ParallelDims, precision: torch.dtype) -> GPT:
     """Apply tensor parallelism, activation checkpointing, torch.compile and FSDP2 to a GPT, in place.
 
-    Weights are float32; FSDP2 casts them to ``precision`` for the computation. Gradients are summed over the ranks,
+    Weights that are trained are float32; FSDP2 casts all to ``precision`` for the computation. Gradients are summed over the ranks,
     not averaged: ranks may have different numbers of tokens.
     """
     if dims.tp_size > 1:
@@ -58,7 +58,7 @@ def parallelize(model: GPT, config: ParallelConfig, dims: ParallelDims, precisio
         if config.compile:
             block.forward = torch.compile(block.forward)
     policy = MixedPrecisionPolicy(
-        param_dtype=None if precision == torch.float32 else precision,
+        param_dtype=precision,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the rotary tables stay float32
     )

@@ -58,7 +58,8 @@ def grow_vocabulary(model: GPT, tokenizer: Tokenizer, tokens: Sequence[str]) -> 
 def add_adapters(model: GPT, config: LoraConfig, seed: int) -> None:
     """Put low-rank adapters into the layers of ``config.targets``, in place; all other parameters are frozen.
 
-    At first they add nothing: one of the two matrices is 0.
+    At first they add nothing: one of the two matrices is 0. They are float32, whatever the model is: in bfloat16 most
+    updates would be rounded away.
     """
     require_packages("lora.rank", "peft", install=pip_install("tune"))
     from peft import inject_adapter_in_model
@@ -66,8 +67,14 @@ def add_adapters(model: GPT, config: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_peft_config(config), model)
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         parameter.requires_grad_("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        layer = name.removesuffix(".lora_magnitude_vector.default.weight")
+        if layer != name:
+            parameter.data = parameters[f"{layer}.base_layer.weight"].data.float().norm(dim=1)
 
 
 def _peft_config(config: LoraConfig, base: str | None = None) -> Any:

@@ -38,7 +38,7 @@ def plot(log: Path, path: Path, panels: Sequence[Panel] = (), *, unigram_loss: f
                 axes.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1.5)
         axes.set(ylabel=panel.ylabel)
         axes.grid(alpha=0.3)
-        if panel in LOGARITHMIC:
+        if panel in LOGARITHMIC and any(max(line.get_ydata()) > 0 for line in axes.lines):
             axes.set(yscale="log")
         elif len(panel.curves) > 1 and axes.lines:
             axes.legend()

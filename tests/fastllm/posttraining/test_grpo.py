@@ -1,0 +1,169 @@
+"""Reinforcement learning: rollouts, what is learnt from them, and rewards that fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastllm import run_dir
+from fastllm.cli import main
+from fastllm.posttraining.examples import Examples
+from fastllm.posttraining.grpo import COMPLETIONS
+from fastllm.posttraining.rendering import TOO_LONG
+from fastllm.posttraining.run import EXAMPLES
+
+from . import small_tune
+
+REWARDS = """
+import time
+
+def vowels(completion):
+    return sum(c in "aeiou" for c in completion) / max(1, len(completion))
+
+def short(completion):
+    return -len(completion) / 10
+
+def same(completion):
+    return 1.0
+
+def bad(prompt, completion, kind):
+    if kind == "raises":
+        raise ValueError("no such answer")
+    if kind == "hangs":
+        time.sleep(60)
+    return float("nan") if kind == "nan" else float(len(completion) % 3)
+"""
+OPTIONS = (
+    "--method", "grpo", "--train.batch-size", 4, "--train.micro-batch", 8, "--grpo.group", 4, "--grpo.max-tokens", 8,
+    "--data.validation", 0.1, "--train.epochs", 99, *small_tune.ALWAYS,
+)  # fmt: skip
+
+
+@pytest.fixture
+def train(base, tmp_path):
+    """``fastllm align --method grpo`` by a function of REWARDS; the run folder."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    rows = [{"prompt": small_tune.question(i), "kind": "fine"} for i in range(20)]
+    data = small_tune.write_rows(tmp_path / "prompts.jsonl", rows)
+
+    def run(reward: str, *words: object, data: Path = data) -> Path:
+        out = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        spec = f"{tmp_path / 'rewards.py'}:{reward}"
+        small_tune.tune("align", base, *OPTIONS, "--data", data, "--grpo.reward", spec, *words, "--out", out)
+        return out
+
+    return run
+
+
+@pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo"])
+def test_the_reward_rises(train, variant):
+    lr = 1e-3 if variant == "dr_grpo" else 3e-3
+    run = train("vowels", "--grpo.variant", variant, "--optim.lr", lr, "--train.steps", 30, "--grpo.train-truncated")
+    rewards = small_tune.log(run, "reward")
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.3
+    assert small_tune.log(run, "validation_reward")[-1] > small_tune.log(run, "validation_reward")[0] + 0.3
+    assert small_tune.log(run, "entropy")[0] > small_tune.log(run, "entropy")[-1]
+
+
+def test_a_model_learns_to_stop(train):
+    """Only those that end within max-tokens are learnt from: at first hardly any does."""
+    run = train("short", "--optim.lr", 3e-3, "--train.steps", 40, "--grpo.group", 16)
+    assert np.mean(small_tune.log(run, "truncated")[:3]) > 0.8
+    assert small_tune.log(run, "length")[-1] < small_tune.log(run, "length")[0] - 2
+
+
+def test_the_engine_and_the_trainer_agree(train):
+    """In float32 the log-probabilities of what was sampled differ by rounding alone, whatever the temperature."""
+    run = train("vowels", "--train.steps", 2, "--grpo.temperature", 0.7, "--grpo.train-truncated", "--optim.lr", 1e-3)
+    assert max(small_tune.log(run, "mismatch")) < 1e-4
+    assert max(small_tune.log(run, "clip_fraction")) == 0  # each step learns from its own rollout
+
+
+def test_later_updates_of_a_rollout_are_off_policy(train):
+    """From the second one on, ratios are not 1, and the engine's log-probabilities are not the trainer's."""
+    words = ("--train.steps", 6, "--grpo.updates", 3, "--grpo.train-truncated", "--optim.lr", 2e-2)
+    run = train("vowels", *words, "--optim.warmup-ratio", 0)
+    mismatch = small_tune.log(run, "mismatch")
+    assert max(mismatch[0], mismatch[3]) < 1e-4 < min(mismatch[1], mismatch[2], mismatch[4])
+    assert max(small_tune.log(run, "clip_fraction")) > 0
+    rollouts = {json.loads(line)["rollout"] for line in (run / COMPLETIONS).read_text().splitlines()}
+    assert rollouts == {0, 1}
+
+
+def test_the_reference_holds_the_model_back(train):
+    words = ("--train.steps", 12, "--grpo.train-truncated", "--optim.lr", 3e-3)
+    free = train("vowels", *words, "--grpo.kl", 1e-6)
+    held = train("vowels", *words, "--grpo.kl", 10.0)
+    assert small_tune.log(held, "kl")[0] == pytest.approx(0, abs=1e-6)
+    assert small_tune.log(held, "kl")[-1] < small_tune.log(free, "kl")[-1] / 4
+
+
+def test_equal_rewards_change_nothing(train, base):
+    run = train("same", "--train.steps", 3, "--grpo.train-truncated", "--optim.lr", 1e-2)
+    assert small_tune.log(run, "grad_norm") == [0.0] * 3
+    assert small_tune.log(run, "reward") == [1.0] * 3
+
+
+def test_dapo_replaces_prompts_whose_rewards_are_equal(train, tmp_path):
+    """Three other prompts are tried for each, each time with other completions."""
+    run = train("same", "--train.steps", 1, "--grpo.variant", "dapo", "--grpo.train-truncated")
+    lines = [json.loads(line) for line in (run / COMPLETIONS).read_text().splitlines()]
+    assert len(lines) == 16
+    assert len({line["prompt"] for line in lines}) <= 4
+
+
+@pytest.mark.parametrize(("kind", "problem"), [("raises", "ValueError: no such answer"), ("hangs", "longer than 1 s")])
+def test_a_reward_that_fails_ends_its_sample_only(train, tmp_path, kind, problem):
+    rows = [{"prompt": small_tune.question(i), "kind": kind if i == 3 else "fine"} for i in range(4)]
+    data = small_tune.write_rows(tmp_path / "some.jsonl", rows)
+    words = ("--data.validation", 0, "--grpo.reward-seconds", 1, "--grpo.group", 2, "--grpo.train-truncated")
+    run = train("bad", *words, "--train.steps", 1, data=data)
+    lines = [json.loads(line) for line in (run / COMPLETIONS).read_text().splitlines()]
+    failed = [line for line in lines if line["reward"] is None]
+    assert len(failed) == 2
+    assert all(problem in line["problem"] for line in failed)
+    assert small_tune.log(run, "failed") == [0.25]
+
+
+def test_a_reward_that_is_no_number_is_none(train, tmp_path):
+    data = small_tune.write_rows(tmp_path / "nan.jsonl", [{"prompt": small_tune.question(0), "kind": "nan"}] * 2)
+    run = train("bad", "--data.validation", 0, "--train.steps", 1, "--train.batch-size", 2, data=data)
+    assert small_tune.log(run, "failed") == [1.0]
+    assert small_tune.log(run, "grad_norm") == [0.0]
+
+
+def test_prompts_that_leave_no_room_are_left_out(train, tmp_path):
+    rows = [
+        {"prompt": "x" * 100, "kind": "fine"},
+        *({"prompt": small_tune.question(i), "kind": "fine"} for i in (0, 1)),
+    ]
+    data = small_tune.write_rows(tmp_path / "long.jsonl", rows)
+    run = train("vowels", "--data.validation", 0, "--train.steps", 1, "--train.batch-size", 2, data=data)
+    assert len(Examples.load(run / EXAMPLES)) == 2
+    assert run_dir.load_metadata(run)["report"]["dropped"] == {TOO_LONG: 1}
+
+
+def test_a_wrong_reward_is_said_before_anything_is_made(base, tmp_path, capsys):
+    data = small_tune.write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    words = ["align", base, *OPTIONS, "--data", data, "--grpo.reward", "no_such_module:f", "--out", tmp_path / "run"]
+    assert main([*map(str, words)]) == 2
+    assert "No module named 'no_such_module'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_completions_that_teach_nothing_are_not_computed(train, monkeypatch):
+    """Of groups with equal rewards no token goes through the model, but they count."""
+    from fastllm.posttraining import grpo
+
+    sizes = []
+    packed = grpo.PolicyObjective._packed
+    monkeypatch.setattr(
+        grpo.PolicyObjective, "_packed", lambda self, part: (sizes.append(len(part)), packed(self, part))[1]
+    )
+    run = train("same", "--train.steps", 2, "--grpo.train-truncated")
+    assert sizes == [0, 0]
+    assert torch.tensor(small_tune.log(run, "length")).min() > 0
