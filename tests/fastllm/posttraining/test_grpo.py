@@ -136,7 +136,7 @@ def test_a_reward_that_is_no_number_is_none(train, tmp_path):
 
 def test_prompts_that_leave_no_room_are_left_out(train, tmp_path):
     rows = [
-        {"prompt": "x" * 100, "kind": "fine"},
+        {"prompt": "x" * 120, "kind": "fine"},
         *({"prompt": small_tune.question(i), "kind": "fine"} for i in (0, 1)),
     ]
     data = small_tune.write_rows(tmp_path / "long.jsonl", rows)

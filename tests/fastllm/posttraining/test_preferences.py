@@ -227,6 +227,6 @@ def most_memory(call: Any) -> int:
 
 def test_an_option_of_another_method_is_refused():
     config = PreferenceConfig()
-    with pytest.raises(UserError, match="dpo has no preferences.simpo_gamma"):
+    with pytest.raises(UserError, match=r"dpo has no preferences\.simpo_gamma"):
         PreferenceOptions(simpo_gamma=2.0).check_method("dpo")
     assert config.optim.lr == 1e-6
