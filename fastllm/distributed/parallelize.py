@@ -42,8 +42,8 @@ def build_model(config: Config, dims: ParallelDims, precision: torch.dtype, devi
 def parallelize(model: GPT, config: ParallelConfig, dims: ParallelDims, precision: torch.dtype) -> GPT:
     """Apply tensor parallelism, activation checkpointing, torch.compile and FSDP2 to a GPT, in place.
 
-    Weights that are trained are float32; FSDP2 casts all to ``precision`` for the computation. Gradients are summed
-    over the ranks, not averaged: ranks may have different numbers of tokens.
+    Weights that are trained are float32; FSDP2 casts all weights to ``precision`` for the computation. Gradients are
+    summed over the ranks, not averaged: ranks may have different numbers of tokens.
     """
     if dims.tp_size > 1:
         # With tensor parallelism a block returns views of DTensors, which FSDP2 warns about (nothing writes to them

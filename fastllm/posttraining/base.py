@@ -98,10 +98,12 @@ def adapter_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+def merged_state(
+    state: Mapping[str, Tensor], config: LoraConfig, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """The state of a model with adapters as that of a plain one: each adapter is added to the weight of its layer.
 
-    Of DoRA, the sum's rows are scaled to the magnitudes that were learnt.
+    Of DoRA, the sum's rows are scaled to the magnitudes that were learnt. ``dtype``: of the sums; None: the base's.
     """
     scale = (config.alpha or 2 * config.rank) / config.rank
     merged = {}
@@ -115,7 +117,7 @@ def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, T
             if config.dora:
                 magnitude = state[f"{layer}.lora_magnitude_vector.default.weight"].float()
                 weight *= (magnitude / weight.norm(dim=1))[:, None]
-            tensor = weight.to(tensor.dtype)
+            tensor = weight.to(dtype or tensor.dtype)
         merged[name.replace(".base_layer.", ".")] = tensor
     return merged
 

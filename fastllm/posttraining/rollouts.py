@@ -125,7 +125,7 @@ def inference_model(model: nn.Module, config: RewardConfig, precision: torch.dty
     with torch.no_grad():
         state = {name: to_full(tensor) for name, tensor in model.state_dict().items()}
         if config.lora.rank:
-            state = merged_state(state, config.lora)
+            state = merged_state(state, config.lora, precision)
         return assembled(config.model, {name: tensor.to(precision) for name, tensor in state.items()}).eval()
 
 

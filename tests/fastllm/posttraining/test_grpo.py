@@ -142,7 +142,8 @@ def test_prompts_that_leave_no_room_are_left_out(train, tmp_path):
     data = small_tune.write_rows(tmp_path / "long.jsonl", rows)
     run = train("vowels", "--data.validation", 0, "--train.steps", 1, "--train.batch-size", 2, data=data)
     assert run_dir.load_metadata(run)["report"]["kept"] == 2
-    assert run_dir.load_metadata(run)["report"]["dropped"] == {TOO_LONG: 1}
+    dropped = run_dir.load_metadata(run)["report"]["dropped"]
+    assert dropped == {TOO_LONG: {"count": 1, "first": ["long.jsonl:1: 139 tokens, and 8 of an answer"]}}
 
 
 def test_a_wrong_reward_is_said_before_anything_is_made(base, tmp_path, capsys):
