@@ -125,7 +125,8 @@ def apply_activation_checkpointing(block: nn.Module, *, selective: bool) -> None
     Selective: recompute what is cheap (norms, rotary, gate) and keep the results of matrix products and attention.
     """
     forward = block.forward
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+    random = any(isinstance(module, nn.Dropout) and module.p for module in block.modules())  # in adapters
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": random}
     if selective:
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _save_expensive)
     block.forward = functools.partial(checkpoint, forward, **options)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastllm.data.tokenizer import Tokenizer
+from fastllm.distributed.parallelize import apply_activation_checkpointing
 from fastllm.errors import UserError
 from fastllm.huggingface.export import export
 from fastllm.model.gpt import GPT
@@ -138,6 +139,23 @@ def test_adapters_depend_on_the_seed():
         states.append(model.state_dict())
     name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
     assert torch.equal(states[0][name], states[1][name]) and not torch.equal(states[0][name], states[2][name])
+
+
+def test_what_is_recomputed_drops_the_same_inputs():
+    """Or the gradient would be that of other adapters than those that gave the loss."""
+    gradients = []
+    for how in ("none", "full", "selective"):
+        model = small_gpt()
+        add_adapters(model, LoraConfig(4, dropout=0.5), 0)
+        for p in (p for n, p in model.named_parameters() if "lora_B" in n):
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))
+        for block in model.model.layers if how != "none" else ():
+            apply_activation_checkpointing(block, selective=how == "selective")
+        torch.manual_seed(3)
+        model(TOKENS, TOKENS).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-5, atol=1e-7)
 
 
 # ---- adapters, trained ----
