@@ -168,6 +168,7 @@ def sources(config: ChatDataConfig) -> Iterator[tuple[int, bool, str]]:
     """The files to read: a number for each, whether it is for evaluation, and its path."""
     if not config.paths:
         raise UserError("there is no data: give files with --data")
+    weights_of(config)  # before the files are read
     for number, path in enumerate(config.paths):
         yield number, False, path
     for path in config.eval_paths:
@@ -200,12 +201,17 @@ def finish(
         console.say("data", line)
     report.require_any([*config.paths, *config.eval_paths])
     examples = builder.build(0.0 if config.eval_paths else config.validation)
-    if not len(examples.split.train):
+    train, validation = examples.split
+    if not len(train):
         raise UserError(f"{', '.join(config.paths)}: nothing is left to train on")
+    if config.eval_paths and not len(validation):
+        raise UserError(f"{', '.join(config.eval_paths)}: nothing is left to evaluate on")
+    for number, (path, weight) in enumerate(zip(config.paths, weights_of(config) or (), strict=False)):
+        if weight and not (examples.source[train] == number).any():
+            raise UserError(f"data.weights: nothing of {path} is left to train on")
     examples.extra = extra or {}
     examples.save(folder / EXAMPLES)
-    counts = f"{len(examples.split.train):,} for training, {len(examples.split.validation):,} for validation"
-    console.say("rows", counts)
+    console.say("rows", f"{len(train):,} for training, {len(validation):,} for validation")
     return examples
 
 
@@ -227,9 +233,6 @@ def training_data(config: SftConfig, examples: Examples) -> TrainingData:
     """Packed sequences of the rows for training, by file where the files have weights."""
     rows, weights, seq_len = examples.split.train, weights_of(config.data), sequence_length(config)
     groups = [rows] if weights is None else [rows[examples.source[rows] == i] for i in range(len(weights))]
-    for path, weight, group in zip(config.data.paths, weights or (), groups, strict=False):
-        if weight and not len(group):
-            raise UserError(f"data.weights: nothing of {path} is left to train on")
     sequences = [LearntChats(examples, g if len(g) else rows, seq_len, config.train.seed) for g in groups]
     identity = {"examples": examples.checksum, "seq_len": seq_len}
     return TrainingData(sequences, config.train.seed, mixture_of(config, weights), identity)

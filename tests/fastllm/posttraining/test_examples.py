@@ -18,7 +18,8 @@ from fastllm.model.gpt import GPT
 from fastllm.posttraining.config import ChatDataConfig, SftConfig, TeacherConfig, TuneLoopConfig
 from fastllm.posttraining.examples import Examples, ExamplesBuilder, joined, segment_sums
 from fastllm.posttraining.rendering import Encoded
-from fastllm.posttraining.sft import ChatLoss, LearntChats, training_data
+from fastllm.posttraining.rows import Report
+from fastllm.posttraining.sft import ChatLoss, LearntChats, finish, sources, training_data
 from fastllm.training.micro_batches import micro_batches
 
 from .small_tune import small_gpt
@@ -141,12 +142,30 @@ def test_weights_are_shares_of_the_sequences():
         (("x/a.jsonl", "y/a.jsonl"), ("a.jsonl=1",), "data.weights: two files have the same name; rename one"),
         (("a.jsonl", "b.jsonl"), ("a.jsonl=1", "c.jsonl=1"), "c.jsonl"),
         (("a.jsonl", "b.jsonl"), ("a.jsonl=1",), "b.jsonl"),
-        (("a.jsonl", "b.jsonl"), ("a.jsonl=1", "b.jsonl=1"), "data.weights: nothing of b.jsonl is left to train on"),
     ],
 )
 def test_weights_that_make_no_sense(paths, weights, message):
+    """It is said before the files are read."""
     with pytest.raises(UserError, match=message):
-        training_data(config_of(paths=paths, weights=weights), examples_of(some_chats(3)))
+        next(sources(ChatDataConfig(paths=paths, weights=weights)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": ("a=1", "b=1")}, "data.weights: nothing of b is left to train on"),
+        ({"eval_paths": ("c", "d")}, "c, d: nothing is left to evaluate on"),
+    ],
+)
+def test_a_file_of_which_nothing_is_left(options, message, tmp_path):
+    builder, report = ExamplesBuilder(), Report()
+    for chat in some_chats(5):
+        builder.add([chat], 0)
+        report.keep()
+    with pytest.raises(UserError) as error:
+        finish(builder, report, ChatDataConfig(paths=("a", "b"), **options), tmp_path)
+    assert str(error.value) == message
+    assert not list(tmp_path.iterdir())
 
 
 # ---- the validation split ----
