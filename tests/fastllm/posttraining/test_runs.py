@@ -1,4 +1,4 @@
-"""Runs of post-training that are killed and resumed, and on several ranks: the same numbers."""
+"""Runs of post-training that are stopped or killed and resumed, and on several ranks: the same numbers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +16,42 @@ from safetensors.torch import load_file
 
 from fastllm import run_dir
 from fastllm.cli import main
+from fastllm.posttraining.grpo import COMPLETIONS
 from fastllm.run_lock import LOCK
+from fastllm.training.trainer import Trainer
+from tests import forked
 from tests.fastllm import ranks
-from tests.limits import HANG
 
 from . import small_tune
 
-STEPS = 6
+STEPS, STOP = 6, 3  # of a run, and those after which it is stopped or killed
 REWARDS = """
 def vowels(completion):
     return sum(c in "aeiou" for c in completion) / max(1, len(completion))
 """
 COMMON = (
     "--train.steps", STEPS, "--train.epochs", 9, "--train.batch-size", 5, "--train.micro-batch", 2,
-    "--optim.lr", 2e-3, "--checkpoint.every", 1, "--checkpoint.keep", 9, "--train.eval-every", 3, *small_tune.ALWAYS,
+    "--optim.lr", 2e-3, "--checkpoint.every", 1, "--checkpoint.keep", 9, "--train.eval-every", 2, *small_tune.ALWAYS,
 )  # fmt: skip
-GRPO = ("--method", "grpo", "--grpo.max-tokens", 6, "--grpo.group", 3, "--grpo.train-truncated")
-# The command and its options, and the step that it is resumed from.
-METHODS: dict[str, tuple[tuple[Any, ...], int]] = {
-    "sft": (("sft",), 3),
-    "adapters": (("sft", "--lora.rank", 2, "--lora.dropout", 0.1), 3),
-    "dpo": (("align", "--method", "dpo"), 3),
-    "kto": (("align", "--method", "kto"), 3),
-    "grpo": (("align", *GRPO), 3),
-    "grpo between two updates": (("align", *GRPO, "--grpo.updates", 2, "--grpo.kl", 0.1), 3),
+GRPO = ("align", "--method", "grpo", "--grpo.max-tokens", 6, "--grpo.group", 3, "--grpo.train-truncated")
+UPDATES = "grpo between two updates"
+METHODS: dict[str, tuple[object, ...]] = {
+    "sft": ("sft",),
+    "teacher": ("sft", "--teacher.path", "teacher"),
+    "adapters": ("sft", "--lora.rank", 2),
+    "dropout": ("sft", "--lora.rank", 2, "--lora.dropout", 0.1),
+    "dpo": ("align", "--method", "dpo"),
+    "kto": ("align", "--method", "kto"),
+    "grpo": GRPO,
+    UPDATES: (*GRPO, "--grpo.updates", 2, "--grpo.kl", 0.1),
 }
+KILLED = ("sft", "dpo", "grpo", UPDATES)
+TENSOR = ("--parallel.tensor-parallel", 2)
+# What two ranks do: a method, and how.
+ON_RANKS: list[tuple[str, tuple[object, ...]]] = [
+    *((method, ()) for method in ("sft", "adapters", "dpo", "kto", UPDATES)),
+    *((method, TENSOR) for method in ("sft", "teacher", "dpo", "kto", UPDATES)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -54,125 +63,216 @@ def data(tmp_path_factory, base) -> Path:
     small_tune.write_rows(folder / "prompts.jsonl", [{"prompt": small_tune.question(i)} for i in range(40)])
     (folder / "rewards.py").write_text(REWARDS)
     (folder / "base").symlink_to(base)
+    small_tune.save_run(folder / "teacher", small_tune.small_gpt(seed=3), small_tune.tokenizer())
     return folder
 
 
 def words_of(method: str, data: Path, out: Path) -> list[str]:
-    (command, *options), _ = METHODS[method]
-    kind = "prompts" if "grpo" in method else "pairs" if command == "align" else "chats"
+    command, *options = (data / "teacher" if word == "teacher" else word for word in METHODS[method])
+    kind = "prompts" if "grpo" in options else "pairs" if command == "align" else "chats"
     rewards = ("--grpo.reward", f"{data / 'rewards.py'}:vowels") if kind == "prompts" else ()
     words = (command, data / "base", *options, *rewards, "--data", data / f"{kind}.jsonl", *COMMON, "--out", out)
     return [*map(str, words)]
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def finished(request, data, tmp_path_factory) -> tuple[str, Path]:
-    """A run of each method, by one process."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    assert main(words_of(request.param, data, out)) == 0
-    return request.param, out
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The run of a method by one process, once."""
+    folder = tmp_path_factory.mktemp("finished")
+
+    def get(method: str) -> Path:
+        out = folder / method.replace(" ", "-")
+        if not out.exists():
+            small_tune.tune(*words_of(method, data, out))
+        return out
+
+    return get
 
 
-def killed(run: Path, step: int, copy: Path) -> Path:
-    """The run as it would be, had its process been killed after the checkpoint of ``step``."""
-    shutil.copytree(run, copy, symlinks=True)
-    for checkpoint in (copy / "checkpoints").iterdir():
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-    (copy / run_dir.WEIGHTS).unlink()
-    metadata = run_dir.load_metadata(copy) | {"status": "training", "step": 0}
-    run_dir.save_metadata(copy, metadata)
-    return copy
+def copy_of(run: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run, folder / "copy", symlinks=True))
 
 
-def assert_same_weights(run: Path, other: Path) -> None:
+def losses(run: Path) -> list[float]:
+    return small_tune.log(run, "loss")
+
+
+# ---- stopped and killed ----
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """To the last bit."""
+    assert len(losses(run)) == STEPS
+    assert losses(run) == losses(other)
+    assert small_tune.log(run, "grad_norm") == small_tune.log(other, "grad_norm")
+    assert small_tune.log(run, "validation_loss")[-1] == small_tune.log(other, "validation_loss")[-1]
     ours, theirs = (load_file(folder / run_dir.WEIGHTS) for folder in (run, other))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    if (other / COMPLETIONS).exists():  # those of a rollout that was killed are sampled and written again
+        assert len({*completions(run)}) == len({*completions(other)}) > 1
+        assert {*completions(run)} == {*completions(other)}
 
 
-def losses(run: Path) -> torch.Tensor:
-    return torch.tensor([*small_tune.log(run, "loss"), *small_tune.log(run, "validation_loss")])
+def completions(run: Path) -> list[str]:
+    return (run / COMPLETIONS).read_text().splitlines()
 
 
-def test_a_killed_run_resumes_bitwise(finished, tmp_path):
-    method, run = finished
-    command, step = METHODS[method][0][0], METHODS[method][1]
-    copy = killed(run, step, tmp_path / "copy")
-    small_tune.tune(command, "--resume", copy)
-    assert_same_weights(run, copy)
-    assert small_tune.log(copy, "loss") == small_tune.log(run, "loss")
+def signalled_at(step: int, number: signal.Signals) -> Any:
+    """A train_step that the signal meets in that step, after the checkpoint of the one before it."""
+    one = Trainer.train_step
+
+    def train_step(self: Trainer) -> None:
+        last = self.state.step == step - 1
+        if last:
+            self.checkpoints.wait()
+        one(self)
+        if last:
+            os.kill(os.getpid(), number)
+
+    return train_step
 
 
-def on_two_ranks(rank: int, words: list[str]) -> None:
-    assert main(words) == 0
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_resumes_bitwise(method, data, finished, tmp_path, monkeypatch):
+    words = words_of(method, data, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled_at(STOP, signal.SIGTERM))
+        small_tune.tune(*words, code=128 + signal.SIGTERM)
+    metadata = run_dir.load_metadata(tmp_path / "run")
+    assert (metadata["status"], metadata["step"]) == ("interrupted", STOP)
+    assert load_file(tmp_path / "run" / run_dir.WEIGHTS)
+    small_tune.tune(words[0], "--resume", tmp_path / "run")
+    assert run_dir.load_metadata(tmp_path / "run")["status"] == "finished"
+    assert_same_run(tmp_path / "run", finished(method))
 
 
-def test_two_ranks_give_the_same_losses(finished, data, tmp_path):
-    method, run = finished
-    if method == "adapters":
-        pytest.skip("dropout draws other numbers on each rank")
-    out = tmp_path / "run"
-    ranks.run(2, on_two_ranks, words_of(method, data, out))
-    torch.testing.assert_close(losses(out), losses(run), rtol=1e-4, atol=2e-6)
+def kill_all(rank: int, data: Path, folder: Path) -> None:
+    """Each method in a process of its own, which is killed in the step after the checkpoint of step STOP."""
+    Trainer.train_step = signalled_at(STOP + 1, signal.SIGKILL)  # type: ignore[method-assign]
+    for number, method in enumerate(KILLED):
+        child = os.fork()
+        if not child:
+            small_tune.tune(*words_of(method, data, folder / str(number)))
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL, method
 
 
-@pytest.mark.parametrize("finished", ["sft", "dpo", "grpo"], indirect=True)
-def test_so_do_two_ranks_that_share_each_sequence(finished, data, tmp_path):
-    method, run = finished
-    out = tmp_path / "run"
-    ranks.run(2, on_two_ranks, [*words_of(method, data, out), "--parallel.tensor-parallel", "2"])
-    torch.testing.assert_close(losses(out), losses(run), rtol=1e-4, atol=2e-6)
+@pytest.fixture(scope="module")
+def killed(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    forked.run(kill_all, (data, folder), 1)
+    return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_leaves_a_run_that_resumes(data, tmp_path, number):
-    """SIGKILL leaves the last checkpoint; SIGTERM one more, and the weights."""
-    many = ("--train.steps", "400", "--train.epochs", "99", "--checkpoint.every", "5", "--train.eval-every", "1000")
-    words = [*words_of("dpo", data, tmp_path / "killed"), *many]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "fastllm", *words], stdout=subprocess.DEVNULL, env=environment)
-    checkpoints = tmp_path / "killed" / "checkpoints"
-    end = time.monotonic() + HANG
-    while not (checkpoints.is_dir() and any("0015" in p.name for p in checkpoints.iterdir())):
-        assert process.poll() is None
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    process.send_signal(number)
-    code = process.wait(HANG)
-    assert code == (-number if number == signal.SIGKILL else 128 + number)
-    (tmp_path / "killed" / LOCK).unlink(missing_ok=True)
-    reached = max(int(p.name.removeprefix("step-")) for p in checkpoints.iterdir() if p.name.startswith("step-"))
-    steps = str(reached + 5)
-    small_tune.tune("align", "--resume", tmp_path / "killed", "--train.steps", steps)
-    assert small_tune.log(tmp_path / "killed", "step")[-1] == reached + 5
-    assert (tmp_path / "killed" / run_dir.WEIGHTS).exists()
+@pytest.mark.parametrize("method", KILLED)
+def test_a_killed_run_resumes_bitwise(method, killed, finished, tmp_path):
+    run = copy_of(killed / str(KILLED.index(method)), tmp_path)
+    assert run_dir.load_metadata(run)["status"] == "training" and (run / LOCK).exists()
+    assert not (run / run_dir.WEIGHTS).exists()
+    assert len(losses(run)) == STOP
+    small_tune.tune(METHODS[method][0], "--resume", run)
+    assert_same_run(run, finished(method))
 
 
-def test_a_run_is_resumed_with_its_own_settings_alone(finished, tmp_path, capsys):
-    method, run = finished
-    command, step = METHODS[method][0][0], METHODS[method][1]
-    copy = killed(run, step, tmp_path / "copy")
-    for options, message in (
-        (("--data.max-seq-len", "64"), "continues with the [data] of the run"),
-        (("--lora.rank", "8"), "continues with the [lora] of the run"),
-        (("--train.batch-size", "2"), "continues with the train.seed and train.batch_size"),
-        (("--out", str(tmp_path / "other")), "leave out MODEL and --out"),
-    ):
-        assert main([command, "--resume", str(copy), *options]) == 2
-        assert message in capsys.readouterr().err
+def test_without_a_checkpoint_it_begins_again(killed, finished, tmp_path):
+    """The examples and the reference are those that are there."""
+    run = copy_of(killed / str(KILLED.index("dpo")), tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    small_tune.tune("align", "--resume", run)
+    assert_same_run(run, finished("dpo"))
 
 
-def test_what_can_not_be_resumed_says_why(finished, tmp_path, capsys):
-    method, run = finished
-    command = METHODS[method][0][0]
+# ---- several ranks ----
+
+
+def run_cases(rank: int, data: Path, folder: Path, ports: list[int]) -> None:
+    for number, (method, more) in enumerate(ON_RANKS):
+        os.environ["MASTER_PORT"] = str(ports[number])
+        try:
+            small_tune.tune(*words_of(method, data, folder / str(number)), *more, "--checkpoint.every", 99)
+        except BaseException:
+            (folder / f"{number}.{rank}.error").write_text(f"{method}:\n{traceback.format_exc()}")
+            raise
+
+
+@pytest.fixture(scope="module")
+def on_ranks(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    try:
+        ranks.run(2, run_cases, data, folder, [ranks.free_port() for _ in ON_RANKS])
+    except Exception:
+        errors = [path.read_text() for path in folder.glob("*.error")]
+        raise AssertionError("\n".join(errors) or traceback.format_exc()) from None
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(ON_RANKS)), ids=[f"{m}{' tensor' * bool(o)}" for m, o in ON_RANKS])
+def test_two_ranks_give_the_same_numbers(number, on_ranks, finished):
+    """5 items a step in micro-batches of 2: unevenly shared, and in one micro-batch a rank has none."""
+    ours, expected = on_ranks / str(number), finished(ON_RANKS[number][0])
+    assert run_dir.load_metadata(ours)["world_size"] == 2
+    for name in ("loss", "grad_norm", "validation_loss", "entropy", "length", "reward", "margin", "kl"):
+        values = [torch.tensor(small_tune.log(run, name)) for run in (ours, expected)]
+        torch.testing.assert_close(*values, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    theirs = load_file(expected / run_dir.WEIGHTS)
+    for name, weight in load_file(ours / run_dir.WEIGHTS).items():
+        assert (weight - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
+    if (expected / COMPLETIONS).exists():
+        assert completions(ours) == completions(expected)
+
+
+# ---- what is refused ----
+
+
+REFUSED = {
+    "data": (("--data.max-seq-len", "64"), "continues with the [data] of the run"),
+    "adapters": (("--lora.rank", "8"), "continues with the [lora] of the run"),
+    "batch size": (("--train.batch-size", "2"), "continues with the train.seed and train.batch_size"),
+    "seed": (("--train.seed", "2"), "continues with the train.seed and train.batch_size"),
+    "a folder": (("--out", "other"), "leave out MODEL and --out"),
+    "other files": (("--data", "other.jsonl"), "continues with the [data] of the run"),
+    "another method": (("--method", "ipo"), "continues with the [base] of the run"),
+    "a method's option": (("--preferences.beta", "0.2"), "continues with the [preferences] of the run"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_run_is_resumed_with_its_own_settings_alone(name, finished, tmp_path, capsys):
+    options, message = REFUSED[name]
+    run = copy_of(finished("dpo"), tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert main(["align", "--resume", str(run), "--train.steps", "9", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo", "grpo"])
+def test_what_can_not_be_resumed_says_why(method, finished, tmp_path, capsys):
+    run, command = finished(method), str(METHODS[method][0])
     assert main([command, "--resume", str(run)]) == 2
     assert f"has all its {STEPS} steps" in capsys.readouterr().err
-    copy = killed(run, 3, tmp_path / "copy")
+    copy = copy_of(run, tmp_path)
+    examples = copy / "examples.safetensors"
+    content = bytearray(examples.read_bytes())
+    content[-1] ^= 1
+    examples.write_bytes(content)
+    assert main([command, "--resume", str(copy), "--train.steps", "9"]) == 2
+    assert "examples.safetensors are damaged" in capsys.readouterr().err
     metadata = run_dir.load_metadata(copy) | {"base_weights": "00000000"}
     (copy / run_dir.METADATA).write_text(json.dumps(metadata))
-    assert main([command, "--resume", str(copy)]) == 2
+    assert main([command, "--resume", str(copy), "--train.steps", "9"]) == 2
     assert "is not the model that the run began with" in capsys.readouterr().err
+    other = {"sft": ["align", "--method", "dpo"], "dpo": ["sft"], "grpo": ["align", "--method", "dpo"]}[method]
+    assert main([*other, "--resume", str(run), "--train.steps", "9"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_finished_run_goes_on_for_more_steps(finished, tmp_path):
+    run = copy_of(finished("sft"), tmp_path)
+    small_tune.tune("sft", "--resume", run, "--train.steps", STEPS + 2)
+    assert small_tune.log(run, "step")[-1] == STEPS + 2
+    assert losses(run)[:STEPS] == losses(finished("sft"))
 
 
 def test_mistakes_at_the_command_line(data, tmp_path, capsys):
