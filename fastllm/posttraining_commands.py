@@ -95,8 +95,7 @@ def align(argv: list[str]) -> int:
     method = value_of("--method", argv)
     resumed = value_of("--resume", argv)
     if resumed and method is None:
-        base = configs.read_toml(Path(resumed, "config.toml")).get("base", {})
-        method = base.get("method") if isinstance(base, dict) else None
+        method = _method_of(resumed, "align")
     method = "dpo" if method is None else method
     if method not in METHODS:
         raise UserError(f"there is no method {method!r}{did_you_mean(method, METHODS)}")
@@ -110,6 +109,17 @@ def align(argv: list[str]) -> int:
     return _tune("align", argv, PreferenceArguments, PreferenceConfig, common, Preferences, method)
 
 
+def _method_of(run: str, command: str, method: str | None = None) -> str:
+    """The method of a run; UserError where it is one of another command or, where one is given, of another method."""
+    base = configs.read_toml(Path(run, "config.toml")).get("base", {})
+    found = base.get("method") if isinstance(base, dict) else None
+    known = "align" if found in METHODS else "sft" if found == "sft" else "train"
+    if known != command or method not in (None, found):
+        name = f"{known} --method {found}" if known == "align" else known
+        raise UserError(f"{run} is a run of fastllm {name}: continue it with that command")
+    return str(found)
+
+
 def _tune(
     command: str, argv: list[str], cls: Any, config_cls: Any, common: Sequence[str], make: Any, method: str
 ) -> int:
@@ -117,6 +127,7 @@ def _tune(
     resumed = value_of("--resume", options)
     base: TuneConfig = config_cls()
     if resumed:
+        _method_of(resumed, command, method)
         path = Path(resumed, "config.toml")
         base = configs.merged(base, configs.read_toml(path), path)
     sections = [f.name for f in dataclasses.fields(config_cls) if f.name not in ("model", "base")]

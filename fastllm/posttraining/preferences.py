@@ -77,7 +77,8 @@ class AnswerData:
         self.mixture = mixture
         self.groups = [rows] if mixture is None else [rows[examples.source[rows] == i] for i in range(len(weights))]
         self.weights = weights
-        self._next = dict(zip(rows.tolist(), np.roll(rows, -1).tolist(), strict=True))
+        # Far away: the answers to one prompt are often side by side.
+        self._other = dict(zip(rows.tolist(), np.roll(rows, len(rows) // 2).tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -107,7 +108,7 @@ class AnswerData:
             # Of one dimension: the second is that of tokens, which ranks share.
             batch["reference"] = torch.from_numpy(self.reference[numbers]).flatten()
         if self.mismatched:
-            swapped = [_swapped(examples.sequence(row), examples.sequence(self._next[row])) for row in numbers]
+            swapped = [_swapped(examples.sequence(row), examples.sequence(self._other[row])) for row in numbers]
             other = places_of(joined(swapped, self.multiple))
             batch |= {f"kl_{name}": tensor for name, tensor in other.items()}
             batch["kl_cu_seqlens"] = cu_seqlens_of(other["positions"])

@@ -46,6 +46,12 @@ class Score(NamedTuple):
     problem: str = ""
 
 
+def absolute(spec: str) -> str:
+    """``spec``, of a file such that it is found from any working directory."""
+    source, _, name = spec.rpartition(":")
+    return f"{os.path.realpath(source)}:{name}" if source.endswith(".py") else spec
+
+
 class RewardPool:
     """Worker processes that call a reward function, and outlive neither ``close`` nor the process that made them.
 

@@ -46,8 +46,9 @@ from ..training.pretrain import keep_freed_memory, pick_precision, results
 from ..training.signals import StopSignals
 from ..training.trainer import Trainer
 from . import base
-from .config import TuneConfig
+from .config import RewardConfig, SftConfig, TuneConfig
 from .rendering import learn_end_of_turn, prepare_template
+from .rewards import absolute
 
 EXAMPLES = "examples.safetensors"  # in a run folder: the data as tokens
 LONGEST = 2048  # tokens of a sequence, where data.max_seq_len does not say
@@ -224,11 +225,7 @@ def start_run(
     folder = run_dir.create(output_dir)
     lock.enter_context(run_lock(folder))
     try:
-        real: dict[str, Any] = {
-            name: tuple(map(os.path.realpath, getattr(config.data, name))) for name in ("paths", "eval_paths")
-        }
-        path = os.path.realpath(config.base.path)
-        config = replace(config, data=replace(config.data, **real), base=replace(config.base, path=path))
+        config = with_real_paths(config)
         base.save_tokenizer(folder, tokenizer)
         found = method.prepare(config, tokenizer, folder)
         steps = max(1, round(config.train.epochs * found["items"] / config.items_per_step))
@@ -237,7 +234,7 @@ def start_run(
         metadata = {
             "status": "training",
             "method": config.base.method,
-            "base": path,
+            "base": config.base.path,
             "base_weights": weights_checksum(model),
             "step": 0,
             "tokenizer": tokenizer.fingerprint,
@@ -248,6 +245,20 @@ def start_run(
         shutil.rmtree(folder, ignore_errors=True)  # it was new or empty
         raise
     return Run(folder, config, metadata)
+
+
+def with_real_paths(config: TuneConfig) -> TuneConfig:
+    """``config`` with paths that hold in any working directory."""
+    real, data = os.path.realpath, config.data
+    paths, eval_paths = (tuple(map(real, names)) for names in (data.paths, data.eval_paths))
+    template = data.chat_template and real(data.chat_template)
+    data = replace(data, paths=paths, eval_paths=eval_paths, chat_template=template)
+    config = replace(config, data=data, base=replace(config.base, path=real(config.base.path)))
+    if isinstance(config, SftConfig) and config.teacher.path:
+        return replace(config, teacher=replace(config.teacher, path=real(config.teacher.path)))
+    if isinstance(config, RewardConfig):
+        return replace(config, grpo=replace(config.grpo, reward=absolute(config.grpo.reward)))
+    return config
 
 
 def resume_run(

@@ -197,9 +197,9 @@ def finish(
     extra: dict[str, np.ndarray] | None = None,
 ) -> Examples:
     """The examples, saved into the run folder; says what was read and dropped."""
+    report.require_any([*config.paths, *config.eval_paths])
     for line in report.lines():
         console.say("data", line)
-    report.require_any([*config.paths, *config.eval_paths])
     examples = builder.build(0.0 if config.eval_paths else config.validation)
     train, validation = examples.split
     if not len(train):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from fastllm import run_dir
 from fastllm.cli import main
 from fastllm.posttraining.grpo import COMPLETIONS
+from fastllm.posttraining.rendering import DEFAULT_TEMPLATE
 from fastllm.run_lock import LOCK
 from fastllm.training.trainer import Trainer
 from tests import forked
@@ -232,7 +233,7 @@ REFUSED = {
     "seed": (("--train.seed", "2"), "continues with the train.seed and train.batch_size"),
     "a folder": (("--out", "other"), "leave out MODEL and --out"),
     "other files": (("--data", "other.jsonl"), "continues with the [data] of the run"),
-    "another method": (("--method", "ipo"), "continues with the [base] of the run"),
+    "another method": (("--method", "ipo"), "is a run of fastllm align --method dpo: continue it with that command"),
     "a method's option": (("--preferences.beta", "0.2"), "continues with the [preferences] of the run"),
 }
 
@@ -263,9 +264,35 @@ def test_what_can_not_be_resumed_says_why(method, finished, tmp_path, capsys):
     (copy / run_dir.METADATA).write_text(json.dumps(metadata))
     assert main([command, "--resume", str(copy), "--train.steps", "9"]) == 2
     assert "is not the model that the run began with" in capsys.readouterr().err
-    other = {"sft": ["align", "--method", "dpo"], "dpo": ["sft"], "grpo": ["align", "--method", "dpo"]}[method]
-    assert main([*other, "--resume", str(run), "--train.steps", "9"]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "known"),
+    [
+        ("align", "sft", "sft"),
+        ("align --method dpo", "grpo", "align --method grpo"),
+        ("sft", "dpo", "align --method dpo"),
+        ("sft", "", "train"),
+        ("align", "", "train"),
+    ],
+)
+def test_a_run_is_resumed_by_its_own_command(words, method, known, finished, data, capsys):
+    run = finished(method) if method else data / "base"
+    assert main([*words.split(), "--resume", str(run), "--train.steps", "9"]) == 2
+    assert f"is a run of fastllm {known}: continue it with that command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["teacher", "grpo"])
+def test_it_is_resumed_from_another_folder(method, data, finished, tmp_path, monkeypatch):
+    """Files that were named relative to the working directory are found."""
+    words = [word.replace(f"{data}/", "") for word in words_of(method, data, tmp_path / "run")]
+    template = ["--data.chat-template", "template.jinja"]
+    (data / "template.jinja").write_text(DEFAULT_TEMPLATE)
+    monkeypatch.chdir(data)
+    small_tune.tune(*words, *template, "--train.steps", STOP)
+    monkeypatch.chdir(tmp_path)
+    small_tune.tune(words[0], "--resume", "run", "--train.steps", STOP + 1)
+    assert small_tune.log(tmp_path / "run", "step")[-1] == STOP + 1
 
 
 def test_a_finished_run_goes_on_for_more_steps(finished, tmp_path):
@@ -282,7 +309,7 @@ def test_mistakes_at_the_command_line(data, tmp_path, capsys):
         (["sft", base], "there is no data: give files with --data"),
         (["sft", base, "--data", chats, "--out", str(data)], "is not empty"),
         (["sft", base, "--data", chats, "--data.weights", "other=1"], "data.weights has 'other'"),
-        (["sft", base, "--data", chats, "--teacher.path", "nowhere"], "there is no run folder nowhere"),
+        (["sft", base, "--data", chats, "--teacher.path", "nowhere"], "there is no run folder "),
         (["align", base, "--method", "ppo"], "there is no method 'ppo'"),
         (["align", base, "--method", "dpo", "--data", chats], "nothing is left of"),
         (["align", base, "--method", "dpo", "--preferences.simpo-gamma", "2", "--data", chats], "dpo has no pref"),
