@@ -140,7 +140,7 @@ def _tune(
             fields = [f for name in (*COMMON[:3], *common, *COMMON[3:]) for f in fields if f.flag == name]
             footer += f" fastllm {command} --help-all lists all options."
             if command == "align":
-                footer += " Those of grpo: fastllm align --method grpo --help."
+                footer += "\nThose of grpo: fastllm align --method grpo --help."
         print(arguments.help_text(f"{usage} --data FILE ... [OPTIONS]", cls, fields, footer))
         return 0
     chosen = arguments.parse(cls, usage, options, default)

@@ -163,6 +163,7 @@ def test_a_template_that_drops_a_turn_leaves_nothing(base, tmp_path, capsys):
     assert main([*map(str, words)]) == 2
     error = capsys.readouterr().err
     assert "nothing is left of" in error
+    assert "dropped 4 of 4: 4 " in error
     assert "chats.jsonl:1" in error
     assert not (tmp_path / "run").exists()
 
