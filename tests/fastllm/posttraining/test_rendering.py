@@ -12,6 +12,8 @@ from fastllm.data.chat_template import ChatTemplate
 from fastllm.data.tokenizer import Tokenizer
 from fastllm.posttraining import rendering
 from fastllm.posttraining.base import save_tokenizer
+from fastllm.posttraining.conversations import Pair
+from fastllm.posttraining.preferences import APART, encode_pair
 from fastllm.posttraining.rendering import (
     DEFAULT_TEMPLATE,
     Encoded,
@@ -209,6 +211,18 @@ def test_a_template_that_drops_the_answer_has_no_end_of_turn():
     """What begins its next turn is not taken for one."""
     dropping = f"{{% for m in messages %}}{TURN.replace('content', 'content[:3]')}{PROMPT}"
     assert tokenizer_of(dropping).eos_ids == tokenizer_of("{{ messages.foo.bar }}").eos_ids
+
+
+def test_sides_of_several_answers_that_are_written_otherwise_later():
+    """One sequence can't hold them as they are generated: Qwen3's are refused, ChatML's are compared."""
+    sides = [[assistant("b"), user("c"), assistant(end)] for end in "de"]
+    pair = Pair([user("a")], *sides, None, "here")
+    for found, last in zip(encode_pair(tokenizer_of(CHATML), pair, 999), "de", strict=True):
+        assert learnt_of(tokenizer_of(CHATML), found) == ["b<|im_end|>", f"{last}<|im_end|>"]
+    with pytest.raises(Refused, match=APART):
+        encode_pair(tokenizer_of(QWEN3), pair, 999)
+    with pytest.raises(Refused, match=rendering.CUT_ANSWER):
+        encode_pair(tokenizer_of(CHATML), pair, 20)
 
 
 # ---- the tokenizer ----
