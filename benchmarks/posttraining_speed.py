@@ -20,7 +20,7 @@ from fastllm.training.metrics import read_log
 
 from .posttraining import chat, items, write_lines
 
-STEPS, CHATS_PER_STEP, TURNS = 12, 16, 3
+STEPS, CHATS_PER_STEP, TURNS = 7, 16, 2
 WAYS: dict[str, tuple[str, ...]] = {
     "full": (),
     "LoRA, rank 16": ("--lora.rank", "16"),
@@ -43,6 +43,8 @@ def speed(model: Path, folder: Path) -> dict[str, Any]:
             found.setdefault(name, []).append(_ours(hf, data, folder, options))
         for name, rank in (("transformers, trl: full", 0), ("transformers, trl, peft: LoRA, rank 16", 16)):
             found.setdefault(name, []).append(_theirs(hf, data, rank))
+        for name, runs in found.items():
+            print(f"{name}: {runs[-1]['tokens_per_second']:,.0f} tokens/s", flush=True)
     return {"ways": {name: _summary(runs) for name, runs in found.items()}}
 
 
