@@ -213,7 +213,7 @@ def test_specification():
     expected = torch.special.entr(p).sum(-1)
     torch.testing.assert_close(entropy, expected.where(target != IGNORE, 0.0))
     for spec in (reference.log_prob, reference.entropy):
-        assert torch.autograd.gradcheck(lambda x: spec(x, target, temperature=0.7, softcap=2.0), logits)  # noqa: B023
+        assert torch.autograd.gradcheck(lambda x: spec(x, target, temperature=0.7, softcap=2.0), logits)  # noqa: B023 (called at once)
     ruled_out = logits.detach().index_fill(1, torch.tensor([1]), float("-inf")).requires_grad_()
     (grad,) = torch.autograd.grad(reference.entropy(ruled_out, target).sum(), ruled_out)
     assert bool((grad[:, 1] == 0).all()) and bool(grad.isfinite().all())
