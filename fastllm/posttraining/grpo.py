@@ -29,6 +29,7 @@ from ..training.objectives import Loss
 from ..training.plot import Panel
 from .config import RewardConfig
 from .conversations import Prompt, read_prompts
+from .datasets import encoded, finish, learnt, mixture_of, places_of, sources, weights_of
 from .examples import Examples, ExamplesBuilder, joined
 from .losses import advantages, kl_estimate, policy_loss
 from .preferences import AnswerData
@@ -37,7 +38,6 @@ from .rewards import RewardPool
 from .rollouts import Completed, Sampler, load_rollout, rewards_of, save_rollout, seed_of
 from .rows import Report
 from .run import EXAMPLES, Context, Task, prepare_model
-from .sft import encoded, finish, learnt, mixture_of, places_of, sources, weights_of
 
 PROMPTS = "prompts.jsonl"  # in a run folder: the messages and other columns of each prompt
 COMPLETIONS = "completions.jsonl"  # what was sampled, and its rewards

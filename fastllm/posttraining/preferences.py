@@ -31,12 +31,12 @@ from ..training.objectives import Loss
 from ..training.plot import Panel
 from .config import PreferenceConfig
 from .conversations import Judged, Pair, read_judged, read_pairs
+from .datasets import encoded, finish, learnt, mixture_of, places_of, sources, weights_of
 from .examples import Examples, ExamplesBuilder, joined, segment_sums
 from .losses import Answers, Method, PreferenceOptions, kto_loss, needs_reference, pair_loss
 from .rendering import CUT_ANSWER, Encoded, Refused, encode_chat
 from .rows import Report
 from .run import EXAMPLES, Context, Task, sequence_length
-from .sft import encoded, finish, learnt, mixture_of, places_of, sources, weights_of
 
 REFERENCE = "reference.safetensors"  # in a run folder: log-probabilities by the model that training began with
 FALL = 0.05  # share by which the chosen answers' log-probability may fall without a warning

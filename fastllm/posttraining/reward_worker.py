@@ -122,7 +122,7 @@ def main(spec: str, parent: int) -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] (a file)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file
 
     def answer(**values: Any) -> None:
         answers.write(json.dumps(values).encode() + b"\n")

@@ -16,10 +16,11 @@ from fastllm.data.loader import IGNORE_INDEX
 from fastllm.errors import UserError
 from fastllm.model.gpt import GPT
 from fastllm.posttraining.config import ChatDataConfig, SftConfig, TeacherConfig, TuneLoopConfig
+from fastllm.posttraining.datasets import finish, sources
 from fastllm.posttraining.examples import Examples, ExamplesBuilder, joined, segment_sums
 from fastllm.posttraining.rendering import Encoded
 from fastllm.posttraining.rows import Report
-from fastllm.posttraining.sft import ChatLoss, LearntChats, finish, sources, training_data
+from fastllm.posttraining.sft import ChatLoss, LearntChats, training_data
 from fastllm.training.micro_batches import micro_batches
 
 from .small_tune import small_gpt

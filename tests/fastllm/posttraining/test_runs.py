@@ -151,7 +151,7 @@ def test_a_stopped_run_resumes_bitwise(method, data, finished, tmp_path, monkeyp
 
 def kill_all(rank: int, data: Path, folder: Path) -> None:
     """Each method in a process of its own, which is killed in the step after the checkpoint of step STOP."""
-    Trainer.train_step = signalled_at(STOP + 1, signal.SIGKILL)  # type: ignore[method-assign] (meant)
+    Trainer.train_step = signalled_at(STOP + 1, signal.SIGKILL)  # type: ignore[method-assign]  # meant
     for number, method in enumerate(KILLED):
         child = os.fork()
         if not child:
