@@ -257,6 +257,14 @@ COMMANDS = {
         "serve a model by OpenAI's API, with a chat page",
         ("fastllm serve SmolLM2-135M-Instruct.Q4_1.gguf  at http://127.0.0.1:8000",),
     ),
+    "eval": Command(
+        _command("evaluation_commands", "eval", "MODEL"),
+        "score a model on MMLU and other tasks, or on text",
+        (
+            "fastllm eval model.gguf --tasks mmlu hellaswag --out results.json",
+            "fastllm eval runs/gpt2 --text book.txt          bits per byte",
+        ),
+    ),
     "export": Command(
         export,
         "write a trained model as a Hugging Face folder",

@@ -101,10 +101,15 @@ class PagedGPT:
         self.layers = [_Layer(block, quantize) for block in model.model.layers if isinstance(block, Block)]
         self.norm = _weight(model.model.norm)
         self.cos, self.sin = (t.to(self.embedding.device) for t in rotary_tables(config, max_seq_len))
+        self.device = self.embedding.device
+        self.allocate(pages, page_size)
+
+    def allocate(self, pages: int, page_size: int) -> None:
+        """Make the pool anew; what it held is gone."""
+        config = self.config
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
         self.keys, self.values = self.embedding.new_empty(shape), self.embedding.new_empty(shape)
         self.pools = [*zip(self.keys, self.values, strict=True)]
-        self.device = self.embedding.device
 
     @torch.inference_mode()
     def __call__(self, rows: Rows) -> Tensor:
@@ -115,6 +120,16 @@ class PagedGPT:
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """The same of embedded tokens ``x`` ``[rows, dim]``. Of rows that all decode and are all wanted (``wanted`` is
         None) kernels compute all of it."""
+        return self.logits(self.hidden(x, rows))
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, vocab_size]`` float32, of hidden states ``[n, dim]``."""
+        return packed_linear(hidden, self.head, out_dtype=torch.float32)
+
+    @torch.inference_mode()
+    def hidden(self, x: Tensor, rows: Rows) -> Tensor:
+        """``[wanted, dim]``: what the head gets of the wanted rows; see :meth:`forward`."""
         config, residual = self.config, None
         heads = [config.heads, config.kv_heads, config.kv_heads]
         for layer, (keys, values) in zip(self.layers, self.pools, strict=True):
@@ -133,8 +148,7 @@ class PagedGPT:
             x = packed_linear(packed_linear(h, layer.swiglu), layer.down)
         if rows.wanted is not None:
             x, residual = x[rows.wanted], None if residual is None else residual[rows.wanted]
-        h = rms_norm(x, self.norm, eps=config.norm_eps, residual=residual)[0]
-        return packed_linear(h, self.head, out_dtype=torch.float32)
+        return rms_norm(x, self.norm, eps=config.norm_eps, residual=residual)[0]
 
     @property
     def launches(self) -> int:

@@ -54,29 +54,36 @@ class DecontaminationSettings:
         return Decontaminator(self).contaminated
 
 
-class _Table:
-    """The n-grams of one length in all files: their hashes, sorted, and the file of each. 10 bytes each, and a filter.
+class NgramTable:
+    """The n-grams of one length that are looked for: different hashes, sorted, and a filter.
 
     The filter has 8 to 16 bytes for each n-gram, one of them set: it answers for almost all n-grams of a document.
     """
 
-    def __init__(self, parts: list[tuple[int, Hashes]]) -> None:
-        hashes = np.concatenate([part for _, part in parts])
-        files = np.concatenate([np.full(len(part), file, np.uint16) for file, part in parts])
-        self.hashes, first = np.unique(hashes, return_index=True)  # of several files the first
-        self.files = files[first]
-        bits = (8 * len(self.hashes)).bit_length()
+    def __init__(self, hashes: Hashes) -> None:
+        self.hashes = hashes
+        bits = (8 * len(hashes)).bit_length()
         self.shift = np.uint64(64 - bits)
         self.filter = np.zeros(1 << bits, np.bool_)
-        self.filter[self.hashes >> self.shift] = True
+        self.filter[hashes >> self.shift] = True
 
-    def find(self, ngrams: Hashes) -> tuple[NDArray[np.intp], NDArray[np.uint16]]:
-        """Which of the n-grams the files have, and in which file."""
+    def find(self, ngrams: Hashes) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Which of the n-grams are there, and the places of these in :attr:`hashes`."""
         places = np.flatnonzero(self.filter.take((ngrams >> self.shift).view(np.int64)))
         rows = np.searchsorted(self.hashes, ngrams[places])
         rows[rows == len(self.hashes)] = 0
         same = self.hashes[rows] == ngrams[places]
-        return places[same], self.files[rows[same]]
+        return places[same], rows[same]
+
+
+class _Table(NgramTable):
+    """Those of all files: 10 bytes each, with the first file of each, and the filter."""
+
+    def __init__(self, parts: list[tuple[int, Hashes]]) -> None:
+        files = np.concatenate([np.full(len(part), file, np.uint16) for file, part in parts])
+        hashes, first = np.unique(np.concatenate([part for _, part in parts]), return_index=True)
+        super().__init__(hashes)
+        self.files = files[first]
 
 
 class Decontaminator:
@@ -120,10 +127,10 @@ class Decontaminator:
         hashes = words.hashes()
         for length, table in self._tables.items():
             ngrams = ngram_hashes(hashes, length)
-            places, files = table.find(ngrams)
+            places, rows = table.find(ngrams)
             count = len(np.unique(ngrams[places]))
             if count >= (settings.overlap if length == settings.ngram else 1):
-                file, first = settings.files[int(files[0])], int(places[0])
+                file, first = settings.files[int(table.files[rows[0]])], int(places[0])
                 text = words.text(first, first + length - 1)
                 document.metadata["contamination"] = {"file": file, "ngrams": count, "text": text}
                 return f"decontamination: text of {Path(file).name}"

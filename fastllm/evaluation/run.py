@@ -1,0 +1,205 @@
+"""Evaluate: ask a model the items of tasks, and keep each answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, get_args
+
+import numpy as np
+
+from ..data.progress import Progress, progress
+from ..errors import UserError
+from ..files import atomic
+from ..input_files import one_line, read_bytes
+from . import statistics
+from .items import Item, Prepared
+from .models import Model
+from .task import Metric, Task
+
+SAMPLES_LIMIT = 2**32  # bytes of a file of samples
+
+Key = tuple[str, str, int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The answer to an item.
+
+    Attributes:
+        key: task, group and number of the item.
+        digest: see :attr:`Item.digest`.
+        log_probs: by choice, in nats.
+        text: what was generated.
+        metrics: 0 or 1 by metric.
+    """
+
+    key: Key
+    digest: str
+    metrics: dict[str, float]
+    log_probs: tuple[float, ...] = ()
+    text: str | None = None
+
+    def line(self) -> dict[str, Any]:
+        task, group, number = self.key
+        answer = {"text": self.text} if self.text is not None else {"log_probs": self.log_probs}
+        return {"task": task, "group": group, "number": number, "digest": self.digest, **self.metrics, **answer}
+
+
+def ask(model: Model, prepared: Prepared, known: dict[Key, Sample], log: Log | None = None) -> list[Sample]:
+    """The samples of a task's items in their order; those in ``known`` of the same digest are not asked again."""
+    items = {item.key: item for item in prepared.items}
+    found = {key: known[key] for key, item in items.items() if key in known and known[key].digest == item.digest}
+    left = [item for key, item in items.items() if key not in found]
+    what = prepared.task.name
+    answers = _generated if prepared.task.generation is not None else _scored
+    for sample in answers(model, prepared.task, left, what):
+        found[sample.key] = sample
+        if log is not None:
+            log.add(sample)
+    return [found[key] for key in items]
+
+
+def _scored(model: Model, task: Task, items: Sequence[Item], what: str) -> Iterator[Sample]:
+    sequences = [sequence for item in items for sequence in item.sequences]
+    owner = [place for place, item in enumerate(items) for _ in item.sequences]
+    firsts = np.cumsum([0, *(len(item.sequences) for item in items)])
+    log_probs = np.full(len(sequences), math.nan)
+    waiting = [len(item.sequences) for item in items]
+    with progress(what, model.plan(sequences)) if sequences else nullcontext(Progress(what, 0, None)) as bar:
+        for tokens, scores in model.score(sequences):
+            for place, score in scores:
+                log_probs[place] = score.log_prob
+                waiting[owner[place]] -= 1
+                if not waiting[owner[place]]:
+                    item, first = items[owner[place]], firsts[owner[place]]
+                    yield judged(task, item, log_probs[first : first + len(item.sequences)].tolist())
+            bar.advance(tokens)
+
+
+def judged(task: Task, item: Item, log_probs: Sequence[float]) -> Sample:
+    """Which choice is taken: of equal ones the first, as in the harness. ``acc_norm`` divides by characters."""
+    lengths = [len(choice) for choice in item.question.choices]
+    taken = {
+        "acc": int(np.argmax(log_probs)),
+        "acc_norm": int(np.argmax(np.asarray(log_probs) / lengths)),
+    }
+    metrics: dict[str, float] = {metric: float(taken[metric] == item.question.gold) for metric in task.metrics}
+    return Sample(item.key, item.digest, metrics, tuple(log_probs))
+
+
+def _generated(model: Model, task: Task, items: Sequence[Item], what: str) -> Iterator[Sample]:
+    how = task.generation
+    assert how is not None
+    with progress(what, len(items)) as bar:
+        for place, text in model.generate([item.prompt for item in items], how) if items else ():
+            item = items[place]
+            target = item.question.choices[0]
+            checks = {
+                "exact_match": lambda: how.exact(text, target),  # noqa: B023  # called in this turn of the loop
+                "strict_match": lambda: how.strictly(text, target),  # noqa: B023  # the same
+                "match": lambda: how.matches(text),  # noqa: B023  # the same
+            }
+            yield Sample(item.key, item.digest, {m: float(checks[m]()) for m in task.metrics}, text=text)
+            bar.advance(1)
+
+
+def summary(prepared: Prepared, samples: Sequence[Sample], limit: int | None) -> dict[str, Any]:
+    """A task's results: its metrics, over all items and by group and category, and what is to be known of them."""
+    task = prepared.task
+    groups: dict[str, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.key[1], []).append(sample)
+    found = _rates(task, [*groups.values()])
+    first = task.metrics[0]
+    found |= {"stderr": found[f"{first}_stderr"], "interval": found[f"{first}_interval"]}
+    if len(groups) > 1:
+        for metric in task.metrics:
+            values = [[sample.metrics[metric] for sample in group] for group in groups.values()]
+            found |= statistics.macro(metric, values)
+        found["groups"] = {group: _rates(task, [own]) for group, own in groups.items()}
+        categories = sorted({task.groups[group] for group in groups} - {""})
+        found["categories"] = {
+            category: _rates(task, [own for group, own in groups.items() if task.groups[group] == category])
+            for category in categories
+        }
+    shots = [item.shots for item in prepared.items]
+    found |= {"split": prepared.split, "shots": task.shots, "rows": prepared.rows}
+    if min(shots) < task.shots:
+        found["fewest_shots"] = min(shots)
+    counts = {**prepared.counts, "bad_rows": len(prepared.bad_rows)}
+    found |= {name: count for name, count in counts.items() if count}
+    if limit is not None and len(samples) + len(prepared.bad_rows) < prepared.rows:
+        found["limit"] = limit
+    return found
+
+
+def _rates(task: Task, groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"n": sum(map(len, groups))}
+    for metric in task.metrics:
+        found |= statistics.rates(metric, [[sample.metrics[metric] for sample in group] for group in groups])
+    return found
+
+
+@dataclass
+class Log:
+    """The samples of an evaluation in a file of JSON lines: what is done stays done when the evaluation is killed.
+
+    The first line says of which evaluation they are.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    file: IO[str] | None = None
+    saved: float = field(default_factory=time.monotonic)
+
+    def open(self) -> dict[Key, Sample]:
+        """The samples that are there; UserError where they are of another evaluation."""
+        known, intact = read_samples(self.path, self.identity) if self.path.exists() else ({}, None)
+        if intact is None:
+            with atomic(self.path) as part:
+                part.write_text(json.dumps({"evaluation": self.identity}) + "\n")
+        else:
+            with open(self.path, "r+b") as file:  # the line that a killed process was writing
+                file.truncate(intact)
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  # close() closes it
+        return known
+
+    def add(self, sample: Sample) -> None:
+        assert self.file is not None
+        self.file.write(json.dumps(sample.line()) + "\n")
+        if time.monotonic() - self.saved > 1:
+            self.file.flush()
+            self.saved = time.monotonic()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def read_samples(path: Path, identity: dict[str, Any] | None = None) -> tuple[dict[Key, Sample], int]:
+    """The samples in a file, of this evaluation where one is given, and the bytes of its whole lines."""
+    content = read_bytes(path, SAMPLES_LIMIT)
+    intact = content.rfind(b"\n") + 1
+    lines = content[:intact].splitlines()
+    try:
+        head = json.loads(lines[0])["evaluation"] if lines else None
+        if identity is not None and head != identity:
+            changed = [key for key in identity if not isinstance(head, dict) or head.get(key) != identity[key]]
+            what = ", ".join(changed) or "evaluation"
+            raise UserError(f"{path} holds answers of another {what}: name another --out, or remove it")
+        samples = [_sample(json.loads(line)) for line in lines[1:]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no file of samples: {one_line(error)}") from None
+    return {sample.key: sample for sample in samples}, intact
+
+
+def _sample(line: dict[str, Any]) -> Sample:
+    key = str(line["task"]), str(line["group"]), int(line["number"])
+    metrics: dict[str, float] = {metric: float(line[metric]) for metric in get_args(Metric) if metric in line}
+    return Sample(key, line["digest"], metrics, tuple(line.get("log_probs", ())), line.get("text"))
