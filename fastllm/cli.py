@@ -239,6 +239,11 @@ COMMANDS = {
             "fastllm align runs/chat --method grpo --data q.jsonl --grpo.reward rewards.py:right",
         ),
     ),
+    "report": Command(
+        _command("training_commands", "report", "RUN"),
+        "show how a run went, and its scores",
+        ("fastllm report runs/gpt2                       report.md and loss.png, of a run that goes on too",),
+    ),
     "generate": Command(
         _command("inference_commands", "generate", "MODEL"),
         "continue a text, or a file of prompts",

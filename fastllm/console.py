@@ -75,6 +75,16 @@ def working(what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Show nothing while the block runs, which is part of work that shows its own progress."""
+    before, console.quiet = console.quiet, True
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
 def visible(text: str) -> str:
     """``text`` without what would steer a terminal: control characters become U+FFFD."""
     return _CONTROL.sub("\ufffd", text)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from . import arguments
+from . import __version__, arguments, console
 from .errors import UserError
+
+if TYPE_CHECKING:
+    from .evaluation import Sample
+    from .evaluation.run import Key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +60,68 @@ ARGUMENTS: dict[str, type] = {"eval": EvalArguments}
 
 
 def eval(argv: list[str]) -> int:
+    """Evaluate, print a table, and write the results where ``--out`` says."""
     chosen = arguments.parse(EvalArguments, "fastllm eval MODEL", argv)
 
-    from .evaluation.command import evaluate_model
+    import torch
 
-    return evaluate_model(chosen)
+    from .evaluation import Options, ask, find_tasks, load_model, perplexity, prepare, results, summary
+    from .evaluation.contamination import contaminated
+    from .evaluation.perplexity import read_documents
+    from .evaluation.rows import installed_data
+    from .evaluation.run import SAMPLES, Log
+    from .hardware import compute_dtype
+
+    tasks = find_tasks(chosen.tasks, chosen.subjects, chosen.shots)
+    other = _answers(chosen.compare) if chosen.compare else None
+    documents = read_documents(chosen.text) if chosen.text else []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(device) if chosen.dtype == "auto" else getattr(torch, chosen.dtype)
+    model = load_model(chosen.model, device, dtype)
+    data = chosen.data or installed_data()
+    options = Options(chosen.limit, chosen.chat, chosen.too_long, chosen.skip_bad_rows)
+    with console.working("reading the tasks"):
+        prepared = [prepare(task, data, model.tokenizer, model.max_seq_len, options) for task in tasks]
+    if other is not None:
+        results.check_comparable([item for part in prepared for item in part.items], other)
+    began = time.monotonic()
+    settings = {"dtype": str(dtype).removeprefix("torch."), "device": device.type, "data": str(data) if tasks else None,
+                "chat": chosen.chat or None, "fastllm": __version__}  # fmt: skip
+    found: dict[str, Any] = {"model": str(chosen.model), "settings": settings, "tasks": {}}
+    identity = {"model": _identity(chosen.model), "dtype": settings["dtype"], "version": __version__}
+    samples: dict[str, list[Sample]] = {}
+    with Log(chosen.out and chosen.out.with_suffix(SAMPLES), identity) as log:
+        for part in prepared:
+            samples[part.task.name] = own = ask(model, part, log)
+            found["tasks"][part.task.name] = summary(part, own, chosen.limit)
+    if documents:
+        found["tasks"]["text"] = perplexity(model, documents, chosen.stride)
+    found["seconds"] = time.monotonic() - began
+    if chosen.contamination:
+        for name, overlap in contaminated(prepared, samples, chosen.contamination).items():
+            found["tasks"][name]["contamination"] = overlap
+    if other is not None and chosen.compare:
+        compared = results.compare([sample for own in samples.values() for sample in own], other)
+        found["comparison"] = {"model": results.read_results(chosen.compare)["model"], "tasks": compared}
+    console.console.print(results.table(found))
+    if chosen.out:
+        results.write_results(chosen.out, found)
+    return 0
+
+
+def _answers(path: Path) -> dict[Key, Sample]:
+    """The answers of another model, beside its results."""
+    from .evaluation import results
+    from .evaluation.run import SAMPLES, read_samples
+
+    results.read_results(path)
+    file = path.with_suffix(SAMPLES)
+    if not file.is_file():
+        raise UserError(f"--compare: there is no {file} beside {path}, with the answers")
+    return read_samples(file)[0]
+
+
+def _identity(path: Path) -> list[Any]:
+    """What tells a model's files from others: their names, sizes and times."""
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("tokenizer.json")])
+    return [str(path.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

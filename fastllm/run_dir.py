@@ -21,6 +21,7 @@ from .model.gpt import GPT
 from .model.weights import load_weights, read_weights_metadata
 
 CONFIG, TOKENIZER, WEIGHTS, METADATA = "config.toml", "tokenizer.json", "model.safetensors", "run.json"
+TOKENS = "tokens"  # the folder of tokens that was made for the run
 GENERATION = "generation_config.json"  # of a model that was trained to chat: the tokens that end generation
 
 

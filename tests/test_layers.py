@@ -31,11 +31,15 @@ ALLOWED: dict[str, set[str]] = {
     "gguf": BASE | {"model", "data"},
     "huggingface": BASE | {"model", "data", "run_dir", "gguf"},
     "inference": BASE | {"model", "data", "run_dir", "huggingface", "gguf"},
-    "training": BASE | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "__init__"},  # the version
+    "evaluation": BASE | {"model", "data", "run_dir", "huggingface", "inference"},
+    "training": BASE
+    | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "evaluation", "__init__"},  # the version
     "posttraining": BASE
     | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "huggingface", "training", "__init__"},
     "posttraining_commands": BASE | {"arguments", "options", "posttraining"},
     "inference_commands": BASE | {"arguments", "run_dir", "inference", "training"},
+    "training_commands": BASE | {"arguments", "training"},
+    "evaluation_commands": BASE | {"arguments", "evaluation", "__init__"},
     "serving_commands": BASE | {"arguments", "inference", "inference_commands"},
     "planning": BASE | {"model", "distributed", "training"},
 }

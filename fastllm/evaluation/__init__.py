@@ -4,7 +4,7 @@ from .items import Item, Options, Prepared, prepare
 from .models import GPTModel, Model, load_model
 from .perplexity import perplexity
 from .rows import BadRow, Row
-from .run import Sample, ask, summary
+from .run import Sample, ask, evaluate, summary
 from .scoring import GPTScorer, Score, Scored, Scorer
 from .task import DataSet, Files, Generation, Question, Source, Task
 from .tasks import TASKS, find_tasks
@@ -30,6 +30,7 @@ __all__ = [
     "Source",
     "Task",
     "ask",
+    "evaluate",
     "find_tasks",
     "load_model",
     "perplexity",

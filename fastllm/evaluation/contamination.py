@@ -15,7 +15,7 @@ from ..data.progress import progress
 from ..data.readers import ReaderOptions, Seen, open_source
 from ..data.token_data import TokenData, is_token_folder
 from ..errors import UserError
-from ..training.run_data import TOKENS
+from ..run_dir import TOKENS
 from . import statistics
 from .items import Item, Prepared
 from .run import Sample

@@ -144,6 +144,4 @@ def _generation(options: dict[str, Any]) -> Generation:
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    from fastllm.evaluation import harness  # noqa: F401  # registers the model, under this module's own name
-
     cli_evaluate()

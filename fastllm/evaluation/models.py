@@ -83,7 +83,7 @@ def _load_theirs(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"transformers can't load {path}: {one_line(error)}") from error
-    model = model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]  # the decorator of transformers hides the device
     patch(model)
     vocab_size = model.get_input_embeddings().num_embeddings
     tokenizer = Tokenizer.load(path / TOKENIZER, read_eos_ids(vocab_size, path / GENERATION, path / CONFIG))

@@ -11,9 +11,12 @@ from typing import Any
 from ..errors import UserError
 from ..files import atomic, write_atomic
 from ..input_files import read_json
+from .items import Item
+from .run import Key, Sample
 from .statistics import paired
 
 SHARES = ("acc", "acc_norm", "exact_match", "strict_match", "match")  # metrics of items that are 0 or 1
+TEXT = ("bits_per_byte", "byte_perplexity", "word_perplexity", "perplexity")  # of texts
 LIMIT = 2**28  # bytes of a file of results
 # What counts in a result mean, for a reader.
 NOTES = {
@@ -50,7 +53,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def metrics_of(task: Mapping[str, Any]) -> list[str]:
     """The metrics of a task's results, the first one first."""
-    known = [metric for metric in (*SHARES, "bits_per_byte") if metric in task]
+    known = [metric for metric in (*SHARES, *TEXT) if metric in task]
     return sorted(known, key=[*task].index)
 
 
@@ -65,6 +68,9 @@ def lines(name: str, task: Mapping[str, Any]) -> Iterator[tuple[str, str, float,
 
 def notes(name: str, task: Mapping[str, Any]) -> Iterator[str]:
     """What a reader must know of a task's numbers."""
+    if found := task.get("contamination"):
+        shared = f"{found['items']:,} of {task['n']:,} items share a run of {found['ngram']} words with {found['data']}"
+        yield f"{name}: {shared}; {found['too_short']:,} are too short to be looked for"
     if "limit" in task:
         by = " of each subject" if "groups" in task else ""
         yield f"{name}: only the first {task['limit']:,} of the rows{by}: {task['n']:,} of {task['rows']:,}"
@@ -85,11 +91,17 @@ def table(results: Mapping[str, Any]) -> str:
     rows = [("task", "metric", "value", "95 % interval", "items")]
     for name, task in results["tasks"].items():
         rows += [(t, m, f"{v:.4f}", shown_interval(i), f"{n:,}") for t, m, v, i, n in lines(name, task)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    text = _aligned(rows)
     for name, task in results["tasks"].items():
         text += [f"note: {note}" for note in notes(name, task)]
+    if comparison := results.get("comparison"):
+        text += ["", f"against {comparison['model']}, item by item:", *_aligned([*compared_rows(comparison)])]
     return "\n".join(text)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -127,13 +139,17 @@ def _contaminated(name: str, task: Mapping[str, Any]) -> list[str]:
     found = task.get("contamination")
     if not found:
         return []
-    text = ["", f"## {name}: contamination", ""]
-    shared = f"{found['items']:,} of {task['n']:,} items share a run of {found['ngram']} words with {found['data']}"
-    text += [f"{shared}; {found['too_short']:,} are too short to be looked for.", ""]
+    text = [
+        "",
+        f"## {name}: contamination",
+        "",
+        "| items | metric | value | 95 % interval | items |",
+        "|---|---|---:|---|---:|",
+    ]
     for part in ("clean", "contaminated"):
         for metric in metrics_of(own := found.get(part, {})):
             interval = shown_interval(own[f"{metric}_interval"])
-            text.append(f"- {part}: {metric} {own[metric]:.4f} ({interval}), {own['n']:,} items")
+            text.append(f"| {part} | {metric} | {own[metric]:.4f} | {interval} | {own['n']:,} |")
     return text
 
 
@@ -154,36 +170,35 @@ def _groups(name: str, task: Mapping[str, Any]) -> list[str]:
 def _compared(comparison: Mapping[str, Any] | None) -> list[str]:
     if not comparison:
         return []
+    head, *rows = compared_rows(comparison)
     text = ["", f"## Against {comparison['model']}, item by item", ""]
-    text += ["| task | metric | difference | 95 % interval | right alone | wrong alone | p (McNemar) | items |"]
-    text.append("|---|---|---:|---|---:|---:|---:|---:|")
+    text += [f"| {' | '.join(head)} |", "|---|---|---:|---|---:|---:|---:|---:|"]
+    return text + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def compared_rows(comparison: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """A table of a paired comparison, its head first."""
+    yield "task", "metric", "difference", "95 % interval", "right alone", "wrong alone", "p (McNemar)", "items"
     for name, found in comparison["tasks"].items():
         for metric, own in found.items():
-            counts = f"{own['won']:,} | {own['lost']:,} | {own['p']:.2g} | {own['n']:,}"
-            interval = shown_interval(own["interval"])
-            text.append(f"| {name} | {metric} | {own['difference']:+.4f} | {interval} | {counts} |")
-    return text
+            counts = f"{own['won']:,}", f"{own['lost']:,}", f"{own['p']:.2g}", f"{own['n']:,}"
+            yield name, metric, f"{own['difference']:+.4f}", shown_interval(own["interval"]), *counts
 
 
-def compare(ours: Mapping[tuple[str, str, int], Any], theirs: Mapping[tuple[str, str, int], Any]) -> dict[str, Any]:
-    """Samples of two models, compared by task and metric over the items that both were asked in the same words.
-
-    Raises:
-        UserError: there are none.
-    """
-    tasks: dict[str, dict[str, Any]] = {}
-    for name in sorted({key[0] for key in ours}):
-        keys = [key for key in ours if key[0] == name and key in theirs]
-        same = [key for key in keys if ours[key].digest == theirs[key].digest]
-        if not same:
-            continue
-        tasks[name] = {
-            metric: paired([ours[key].metrics[metric] for key in same], [theirs[key].metrics[metric] for key in same])
-            for metric in ours[same[0]].metrics
-            if metric in theirs[same[0]].metrics
-        }
-    if not tasks:
+def check_comparable(items: Sequence[Item], theirs: Mapping[Key, Sample]) -> None:
+    """Raise UserError where another model was asked none of the items in the same words."""
+    if not any(item.key in theirs and theirs[item.key].digest == item.digest for item in items):
         raise UserError("--compare: no item was asked of both models in the same words (tasks, shots, chat)")
+
+
+def compare(ours: Sequence[Sample], theirs: Mapping[Key, Sample]) -> dict[str, Any]:
+    """Two models, compared by task and metric over the items that both were asked in the same words."""
+    tasks: dict[str, dict[str, Any]] = {}
+    same = [s for s in ours if s.key in theirs and theirs[s.key].digest == s.digest]
+    for name in dict.fromkeys(sample.key[0] for sample in same):
+        pairs = [(sample.metrics, theirs[sample.key].metrics) for sample in same if sample.key[0] == name]
+        shared = [metric for metric in pairs[0][0] if metric in pairs[0][1]]
+        tasks[name] = {m: paired([own[m] for own, _ in pairs], [other[m] for _, other in pairs]) for m in shared}
     return tasks
 
 

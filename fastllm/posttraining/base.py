@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..errors import UserError, pip_install, require_packages
 from ..files import write_atomic
 from ..model.gpt import GPT
 from ..model.weights import assembled
+from ..training.inference_model import Merge
 from .config import LoraConfig
 
 ADAPTER = "adapter"  # in a run folder: the adapters as peft writes them
@@ -120,6 +122,11 @@ def merged_state(
             tensor = weight.to(dtype or tensor.dtype)
         merged[name.replace(".base_layer.", ".")] = tensor
     return merged
+
+
+def merge_of(config: Any, dtype: torch.dtype) -> Merge | None:
+    """What makes a plain model's tensors of those of a run with adapters; None: it has none."""
+    return partial(merged_state, config=config.lora, dtype=dtype) if config.lora.rank else None
 
 
 def save_adapter(folder: Path, state: Mapping[str, Tensor], config: LoraConfig, base: str) -> None:

@@ -16,13 +16,11 @@ from torch import nn
 from ..data.permutation import key_of
 from ..data.tokenizer import Tokenizer
 from ..distributed.mesh import ParallelDims
-from ..dtensor import to_full
 from ..errors import UserError
 from ..files import write_atomic
 from ..inference import Engine, Prompt, SamplingParams
-from ..model.gpt import GPT
-from ..model.weights import assembled
-from .base import merged_state
+from ..training.inference_model import inference_model
+from .base import merge_of
 from .config import RewardConfig
 from .examples import Examples
 from .rewards import RewardPool, Sample
@@ -76,7 +74,7 @@ class Sampler:
 
         All ranks call this together; each samples its share.
         """
-        gpt = inference_model(model, self.config, self.precision)
+        gpt = inference_model(model, self.config.model, self.precision, merge_of(self.config, self.precision))
         own = self.dims.local_batch(len(rows))
         found: list[Completed] = []
         if own:
@@ -118,15 +116,6 @@ class Sampler:
         every: list[list[dict[str, Any]] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(every, [asdict(completed) for completed in own])
         return [Completed(**values) for part in every[:: self.dims.tp_size] for values in part or []]
-
-
-def inference_model(model: nn.Module, config: RewardConfig, precision: torch.dtype) -> GPT:
-    """A GPT of the weights as they are, gathered and without adapters, on every rank."""
-    with torch.no_grad():
-        state = {name: to_full(tensor) for name, tensor in model.state_dict().items()}
-        if config.lora.rank:
-            state = merged_state(state, config.lora, precision)
-        return assembled(config.model, {name: tensor.to(precision) for name, tensor in state.items()}).eval()
 
 
 def seed_of(seed: int, item: int) -> int:

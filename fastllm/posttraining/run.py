@@ -44,6 +44,7 @@ from ..training.objectives import Objective
 from ..training.plot import Panel, plot
 from ..training.pretrain import keep_freed_memory, pick_precision, results
 from ..training.signals import StopSignals
+from ..training.task_evaluation import task_evaluation
 from ..training.trainer import Trainer
 from . import base
 from .config import RewardConfig, SftConfig, TuneConfig
@@ -154,6 +155,9 @@ def tune(method: Method, config: TuneConfig, output_dir: Path | None = None, res
         torch.manual_seed(key_of(config.train.seed, dims.dp_rank) >> 1)  # of the adapters' dropout
         with StopSignals() as signals:
             try:
+                tasks = task_evaluation(
+                    config.train, config.model, tokenizer, precision, base.merge_of(config, precision)
+                )
                 task = method.task(
                     Context(config, folder, model, tokenizer, dims, device, precision, metadata, resources)
                 )
@@ -163,7 +167,7 @@ def tune(method: Method, config: TuneConfig, output_dir: Path | None = None, res
                 raise
             trainer = Trainer(
                 config, dims, model, task.objective, task.data, task.evaluator, run_dir=folder, device=device,
-                precision=precision, signals=signals, evaluate_first=True,
+                precision=precision, signals=signals, evaluate_first=True, tasks=tasks,
             )  # fmt: skip
             if resume:
                 continue_run(trainer, folder)
@@ -253,7 +257,8 @@ def with_real_paths(config: TuneConfig) -> TuneConfig:
     paths, eval_paths = (tuple(map(real, names)) for names in (data.paths, data.eval_paths))
     template = data.chat_template and real(data.chat_template)
     data = replace(data, paths=paths, eval_paths=eval_paths, chat_template=template)
-    config = replace(config, data=data, base=replace(config.base, path=real(config.base.path)))
+    own = replace(config.base, path=real(config.base.path))
+    config = replace(config, data=data, base=own, train=config.train.with_real_paths())
     if isinstance(config, SftConfig) and config.teacher.path:
         return replace(config, teacher=replace(config.teacher, path=real(config.teacher.path)))
     if isinstance(config, RewardConfig):

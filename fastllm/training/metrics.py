@@ -17,6 +17,7 @@ from torch import Tensor
 from ..console import console, say
 from ..errors import UserError, pip_install
 
+TASK_PREFIX = "eval."  # of a task's metric in the log: eval.mmlu.acc
 LOG = "log.jsonl"  # in a run folder: JSON lines
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 BAR_WIDTH = 12  # characters
@@ -165,6 +166,14 @@ class RunLog:
         self.write({"step": step, "validation_loss": loss, **{f"validation_{key}": x for key, x in metrics.items()}})
         others = "".join(f"  {key.replace('_', ' ')} {x:.3f}" for key, x in metrics.items())
         say("validation", f"step {step}/{self.progress.steps}  loss {loss:.3f}{others}")
+
+    def asked(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Metrics of the run's tasks."""
+        self.write({"step": step, **metrics})
+        shown = "  ".join(
+            f"{name.removeprefix(TASK_PREFIX).replace('.', ' ')} {value:.3f}" for name, value in metrics.items()
+        )
+        say("tasks", f"step {step}/{self.progress.steps}  {shown}")
 
 
 def read_log(log: Path) -> list[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..files import atomic
-from .metrics import read_log
+from .metrics import TASK_PREFIX, read_log
 
 
 class Panel(NamedTuple):
@@ -23,11 +23,20 @@ SPEED = Panel("tokens/s", (("tokens_per_second", "tokens/s", "-"),))
 LOGARITHMIC = (NORM,)
 
 
+def task_panel(records: Sequence[dict[str, Any]]) -> Iterator[Panel]:
+    """The panel of the tasks that the model was asked in training, where it was."""
+    keys = dict.fromkeys(key for record in records for key in record if key.startswith(TASK_PREFIX))
+    if keys:
+        curves = tuple((key, key.removeprefix(TASK_PREFIX).replace(".", " "), "o-") for key in keys)
+        yield Panel("tasks", curves)
+
+
 def plot(log: Path, path: Path, panels: Sequence[Panel] = (), *, unigram_loss: float | None = None) -> None:
     """Plot the curves of ``log`` to ``path``: loss (and a unigram model's), ``panels``, gradient norm and speed."""
     from matplotlib.figure import Figure  # slow to import, and needed once
 
     records = read_log(log)
+    panels = (*panels, *task_panel(records))
     shown = (LOSS, *panels, NORM, SPEED)
     figure = Figure(figsize=(8, 8 + 2 * len(panels)), dpi=120, layout="constrained")
     all_axes = figure.subplots(len(shown), sharex=True, height_ratios=(3, *(2 for _ in panels), 1, 1))

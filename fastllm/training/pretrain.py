@@ -47,6 +47,7 @@ from .resume import check_continues, continue_run
 from .run_data import RunData, baseline, load_run_data, open_tokens, say_data, token_paths
 from .signals import StopSignals
 from .state import TrainState
+from .task_evaluation import task_evaluation
 from .trainer import Trainer
 
 # A file is cut into documents of at most this many characters for each token of max_seq_len: some sixteen sequences of
@@ -111,6 +112,8 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
         }
         where = f"{metadata['precision']} on {metadata['device']}" + (f", {dims}" if dims.mesh.size() > 1 else "")
         console.say("model", f"{metadata['parameters'] / 1e6:.1f}M parameters, {where}")
+        tokenizer = data.tokens.tokenizer
+        tasks = task_evaluation(config.train, config.model, tokenizer, precision)
         with StopSignals() as signals:
             objective = NextTokenPrediction()
             trainer = Trainer(
@@ -124,6 +127,7 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
                 device=device,
                 precision=precision,
                 signals=signals,
+                tasks=tasks,
             )
             if resume:
                 continue_run(trainer, config, run.folder, from_weights)
@@ -185,6 +189,7 @@ def prepare(config: Config, output_dir: Path | None, lock: ExitStack) -> tuple[R
             config,
             model=replace(config.model, vocab_size=tokens.vocab_size),
             data=replace(config.data, paths=tuple(map(os.path.realpath, config.data.paths))),
+            train=config.train.with_real_paths(),
         )
         data = load_run_data(config, tokens)
         say_data(config, data)

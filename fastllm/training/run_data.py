@@ -14,8 +14,8 @@ from ..data.mixture import Mixture, parse_weights
 from ..data.packing import BestFit, Concatenated, Packing
 from ..data.token_data import Documents, TokenData, is_token_folder, split
 from ..errors import UserError
+from ..run_dir import TOKENS
 
-TOKENS = "tokens"  # in a run folder: the folder of tokens that was made for the run
 UNIGRAM_TOKENS = 2**21  # that token frequencies are counted in
 
 

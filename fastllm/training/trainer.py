@@ -32,6 +32,7 @@ from .profiler import StepProfiler
 from .signals import StopSignals
 from .spikes import SpikeDetector
 from .state import Stopwatch, TrainState, is_state
+from .task_evaluation import TaskEvaluation
 
 SYNC_EVERY = 2.0  # seconds, about, after which the ranks synchronise: torchrun waits 30 s for what a signal begins
 
@@ -71,6 +72,7 @@ class Trainer:
         precision: in which the model computes.
         signals: those that end the run early.
         evaluate_first: evaluate before the first step too.
+        tasks: what else the model is asked meanwhile, from the first step on.
     """
 
     def __init__(
@@ -87,10 +89,12 @@ class Trainer:
         precision: torch.dtype,
         signals: StopSignals,
         evaluate_first: bool = False,
+        tasks: TaskEvaluation | None = None,
     ) -> None:
         self.config, self.dims, self.model = config, dims, model
         self.objective, self.data, self.evaluator = objective, data, evaluator
         self.device, self.signals, self.evaluate_first = device, signals, evaluate_first
+        self.tasks = tasks
         self.state = TrainState()
         self.stopwatch = Stopwatch(self.state)
         self.optimizers = optim.make_optimizers(model, config.optim)
@@ -160,12 +164,15 @@ class Trainer:
             # Resumed after its last step: what it has not come to is the end.
             if state.progress >= 1 or (self.evaluate_first and not state.step):
                 self.evaluate()
+            if self.tasks and (state.progress >= 1 or not state.step):
+                self.evaluate_tasks(self.tasks)
             while state.progress < 1 and not self.stopped_by:
                 self.train_step()
                 self.profiler.step()
                 signalled = self.signals.caught and dist.get_world_size() == 1
                 sync_due = (state.step - synced) * state.seconds > SYNC_EVERY * synced
-                all_due = (settings.log_every, settings.eval_every, self.config.checkpoint.every)
+                all_due = [settings.log_every, settings.eval_every, self.config.checkpoint.every]
+                all_due += [self.tasks.every] if self.tasks else []
                 if not (any(map(self.due, all_due)) or signalled or sync_due or state.step == first_step + 1):
                     continue
                 self.sync_ranks()  # which may find that the time is up
@@ -176,6 +183,8 @@ class Trainer:
                     self.write_log()
                 if self.due(settings.eval_every) and not self.stopped_by:
                     self.evaluate()
+                if self.tasks and self.due(self.tasks.every) and not self.stopped_by:
+                    self.evaluate_tasks(self.tasks)
                 if self.due(self.config.checkpoint.every):
                     self.save()
             if state.step not in self.checkpoints.begun:
@@ -235,6 +244,12 @@ class Trainer:
             loss, metrics = self.evaluator.evaluate(self.model, self.dims, self.device)
         self.state.validation_loss = loss
         self.log.validated(self.state.step, loss, metrics)
+
+    def evaluate_tasks(self, tasks: TaskEvaluation) -> None:
+        """The metrics of the run's tasks, into the log."""
+        with self.stopwatch.counted_as("seconds_evaluating"):
+            found = tasks.evaluate(self.model)
+        self.log.asked(self.state.step, found)
 
     # ---- spikes ----
 

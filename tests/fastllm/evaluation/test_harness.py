@@ -111,13 +111,11 @@ def same(ours: str, name: str, data: Path, folder: str, shots: int, chat: bool, 
     subjects = (folder.rpartition("/")[2],) if "mmlu" in name else ()
     (task,) = find_tasks([ours], subjects, shots)
     made = prepare(task, data, model.tokenizer, model.max_seq_len, Options(limit=LIMIT, chat=chat))
-    samples = ask(model, made, {})
+    samples = ask(model, made)
     results, expected = theirs(harness, name, data, folder, shots, chat)
     assert len(samples) == len(expected) == LIMIT
     for item, sample, other in zip(made.items, samples, expected, strict=True):
-        arguments = [args if isinstance(args, list | tuple) else (args["arg_0"], args["arg_1"])
-                     for args in (other["arguments"].values() if isinstance(other["arguments"], dict)
-                                  else other["arguments"])]  # fmt: skip
+        arguments = other["arguments"]
         contexts = item.contexts * (len(arguments) if len(item.contexts) == 1 else 1)
         assert list(contexts) == [args[0] for args in arguments]
         delimiter = "" if chat else task.delimiter
@@ -162,14 +160,14 @@ def test_gsm8k_equals_the_harness(tmp_path, harness, model):
     (task,) = find_tasks(["gsm8k"])
     short = replace(task, generation=replace(task.generation, max_tokens=8))
     made = prepare(short, tmp_path, model.tokenizer, model.max_seq_len, Options(limit=LIMIT))
-    samples = ask(model, made, {})
+    samples = ask(model, made)
     results, expected = theirs(harness, "gsm8k", tmp_path, "gsm8k", 5, False, max_gen_toks=8)
     by_filter = {
         sample["filter"]: {s["doc_id"]: s for s in expected if s["filter"] == sample["filter"]} for sample in expected
     }
     for item, sample in zip(made.items, samples, strict=True):
         strict, flexible = (by_filter[name][item.number] for name in ("strict-match", "flexible-extract"))
-        assert strict["arguments"]["gen_args_0"]["arg_0"] == item.contexts[0]
+        assert strict["arguments"][0][0] == item.contexts[0]
         assert strict["resps"][0][0] == sample.text
         assert sample.metrics == {"exact_match": flexible["exact_match"], "strict_match": strict["exact_match"]}
     assert results["exact_match,strict-match"] == 0.0
