@@ -81,7 +81,7 @@ def _parts(row: Row) -> tuple[str, list[str], int]:
     if len(choices) != len(LETTERS):
         raise BadRow(f"it has {len(choices)} choices, not {len(LETTERS)}")
     answer = row.values.get("answer")
-    if isinstance(answer, str) and answer.strip() in LETTERS and answer.strip():
+    if isinstance(answer, str) and answer.strip() in tuple(LETTERS):
         return question, choices, LETTERS.index(answer.strip())
     if isinstance(answer, str) and not answer.strip().isdecimal():
         raise BadRow(f"the answer is {answer!r}, not one of {', '.join(LETTERS)}")

@@ -85,7 +85,7 @@ def _load_theirs(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
         raise UserError(f"transformers can't load {path}: {one_line(error)}") from error
     model.to(device).eval()  # type: ignore[arg-type]  # the decorator of transformers hides the device
     patch(model)
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = len(model.get_output_embeddings().weight)
     tokenizer = Tokenizer.load(path / TOKENIZER, read_eos_ids(vocab_size, path / GENERATION, path / CONFIG))
     tokenizer.chat_template = read_chat_template(path)
     return TransformersModel(model, tokenizer, path.name)

@@ -91,7 +91,7 @@ class GPTScorer:
         for place, tokens, lcp in zip(order, inputs, shared, strict=True):
             sequence = sequences[place]
             common = batch.usable(lcp, sequence.start)
-            if batch.size and batch.size + len(tokens) - common > self.rows:
+            if batch.size and len(tokens) > common and batch.size + len(tokens) - common > self.rows:
                 yield batch.size, self._compute(paged, batch, sequences)
                 batch = batch.following(min(lcp, sequence.start - 1))
                 common = batch.usable(lcp, sequence.start)
