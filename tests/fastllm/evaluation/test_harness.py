@@ -16,16 +16,13 @@ import torch
 
 from fastllm.evaluation import Options, ask, find_tasks, load_model, perplexity, prepare, summary
 from fastllm.evaluation.rows import find_split
-from fastllm.evaluation.task import SHOTS_SEED
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm-eval")
 from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.task import ConfigurableTask  # noqa: E402  # where it is there
 from lm_eval.evaluator import evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
+from benchmarks.harness_tasks import harness_task  # noqa: E402
 from fastllm.evaluation.harness import FastllmLM  # noqa: E402
 
 # Ours, the harness's, the folder of the files, and shots that the files allow.
@@ -50,13 +47,13 @@ LIMIT = 8
 
 @pytest.fixture(scope="module")
 def harness(tiny: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The harness's model and its index of tasks."""
+    """The harness's model."""
     import datasets
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         model = HFLM(pretrained=str(tiny), dtype="float32", device="cpu", batch_size=4)
-        yield model, TaskManager()
+        yield model
 
 
 @pytest.fixture(scope="module")
@@ -85,22 +82,10 @@ def with_train(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def theirs(
-    harness: Any, name: str, data: Path, folder: str, shots: int, chat: bool, **generation: Any
+    model: Any, name: str, folder: Path, shots: int, chat: bool, **generation: Any
 ) -> tuple[Any, list[dict[str, Any]]]:
     """The harness's results and samples."""
-    model, manager = harness
-    splits = {split: find_split(data / folder, split) for split in ("train", "dev", "validation", "test")}
-    files = {split: list(map(str, found)) for split, found in splits.items() if found}
-    config = load_yaml(manager.task_index[name].yaml_path)
-    config |= {"dataset_path": "arrow" if "mmlu" in name else "json", "dataset_kwargs": {"data_files": files}}
-    config["dataset_name"] = None
-    if generation:
-        config["generation_kwargs"] |= generation
-    if config.get("test_split") and not splits["test"]:
-        config["test_split"] = "validation"  # as ours takes it where there is no test split
-    task = ConfigurableTask(config=config)
-    task.set_config("num_fewshot", shots)
-    task.set_fewshot_seed(SHOTS_SEED)
+    task = harness_task(name, folder, shots, generation)
     # Not simple_evaluate, which asks git and pip about this machine for seconds.
     found = evaluate(model, {name: task}, limit=LIMIT, bootstrap_iters=1, apply_chat_template=chat,
                      fewshot_as_multiturn=True)  # fmt: skip
@@ -112,7 +97,7 @@ def same(ours: str, name: str, data: Path, folder: str, shots: int, chat: bool, 
     (task,) = find_tasks([ours], subjects, shots)
     made = prepare(task, data, model.tokenizer, model.max_seq_len, Options(limit=LIMIT, chat=chat))
     samples = ask(model, made)
-    results, expected = theirs(harness, name, data, folder, shots, chat)
+    results, expected = theirs(harness, name, data / folder, shots, chat)
     assert len(samples) == len(expected) == LIMIT
     for item, sample, other in zip(made.items, samples, expected, strict=True):
         arguments = other["arguments"]
@@ -161,7 +146,7 @@ def test_gsm8k_equals_the_harness(tmp_path, harness, model):
     short = replace(task, generation=replace(task.generation, max_tokens=8))
     made = prepare(short, tmp_path, model.tokenizer, model.max_seq_len, Options(limit=LIMIT))
     samples = ask(model, made)
-    results, expected = theirs(harness, "gsm8k", tmp_path, "gsm8k", 5, False, max_gen_toks=8)
+    results, expected = theirs(harness, "gsm8k", tmp_path / "gsm8k", 5, False, max_gen_toks=8)
     by_filter = {
         sample["filter"]: {s["doc_id"]: s for s in expected if s["filter"] == sample["filter"]} for sample in expected
     }
@@ -203,14 +188,13 @@ def test_gsm8k_answers(text, exact, strict):
 
 def test_perplexity_equals_the_harness(harness, model):
     """Texts shorter and longer than what the model sees, which here is little."""
-    theirs_, _ = harness
     documents = ["The cat sat on the mat.", "A short line.\nAnd another one, with words enough for windows. " * 12]
     requests = [Instance("loglikelihood_rolling", {}, (document,), 0) for document in documents]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(theirs_, "_max_length", 32)
-        patch.setattr(theirs_, "custom_prefix_token_id", model.tokenizer.eos_id)
+        patch.setattr(harness, "_max_length", 32)
+        patch.setattr(harness, "custom_prefix_token_id", model.tokenizer.eos_id)
         patch.setattr(model, "max_seq_len", 32)
-        wanted = theirs_.loglikelihood_rolling(requests, disable_tqdm=True)
+        wanted = harness.loglikelihood_rolling(requests, disable_tqdm=True)
         found = perplexity(model, documents)
         adapted = FastllmLM(model).loglikelihood_rolling(requests)
     size = sum(len(document.encode()) for document in documents)
@@ -220,10 +204,9 @@ def test_perplexity_equals_the_harness(harness, model):
 
 def test_adapter(tmp_path, harness, model, with_train):
     """The harness with fastllm's model gives what it gives with transformers'."""
-    theirs_, manager = harness
     ours = FastllmLM(model)
     for name, folder, chat in (("arc_easy", "ai2_arc/ARC-Easy", False), ("arc_easy", "ai2_arc/ARC-Easy", True)):
-        found, expected = (theirs((lm, manager), name, with_train, folder, 0, chat) for lm in (ours, theirs_))
+        found, expected = (theirs(lm, name, with_train / folder, 0, chat) for lm in (ours, harness))
         for mine, other in zip(found[1], expected[1], strict=True):
             assert mine["arguments"] == other["arguments"]
             for (a, greedy), (b, likeliest) in (
@@ -233,4 +216,4 @@ def test_adapter(tmp_path, harness, model, with_train):
                 assert greedy == likeliest
         assert found[0]["acc,none"] == expected[0]["acc,none"]
     generated = [Instance("generate_until", {}, ("The cat", {"until": ["\n"], "max_gen_toks": 6}), 0)]
-    assert ours.generate_until(generated) == theirs_.generate_until(generated, disable_tqdm=True)
+    assert ours.generate_until(generated) == harness.generate_until(generated, disable_tqdm=True)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fastllm import run_dir
 from fastllm.cli import main
+from fastllm.evaluation import evaluate, load_model
 from fastllm.posttraining.grpo import COMPLETIONS
 from fastllm.posttraining.rendering import DEFAULT_TEMPLATE
 from fastllm.run_lock import LOCK
@@ -29,6 +30,14 @@ STEPS, STOP = 5, 3  # of a run, and those after which it is stopped or killed
 REWARDS = """
 def vowels(completion):
     return sum(c in "aeiou" for c in completion) / max(1, len(completion))
+"""
+# A task that is asked during training.
+ASKED = """
+files = ["questions.jsonl"]
+chat = true
+context = "{q}"
+choices = ["{a}", "{b}"]
+answer = 0
 """
 COMMON = (
     "--train.steps", STEPS, "--train.epochs", 9, "--train.batch-size", 5, "--train.micro-batch", 2,
@@ -46,6 +55,7 @@ METHODS: dict[str, tuple[object, ...]] = {
     "grpo": GRPO,
     UPDATES: (*GRPO, "--grpo.updates", 2, "--grpo.kl", 0.1),
 }
+ASKED_METRICS = ("eval.asked.acc", "eval.asked.acc_norm")
 KILLED = ("sft", "dpo", "grpo", UPDATES)
 TENSOR = ("--parallel.tensor-parallel", 2)
 # What two ranks do: a method, and how.
@@ -64,6 +74,11 @@ def data(tmp_path_factory, base) -> Path:
     small_tune.write_rows(folder / "pairs.jsonl", small_tune.pairs(range(40)))
     small_tune.write_rows(folder / "prompts.jsonl", [{"prompt": small_tune.question(i)} for i in range(40)])
     (folder / "rewards.py").write_text(REWARDS)
+    questions = [
+        {"q": small_tune.question(i), "a": small_tune.answer(i), "b": small_tune.answer(i + 1)} for i in range(9)
+    ]
+    small_tune.write_rows(folder / "questions.jsonl", questions)
+    (folder / "asked.toml").write_text(ASKED)
     (folder / "base").symlink_to(base)
     small_tune.save_run(folder / "teacher", small_tune.small_gpt(seed=3), small_tune.tokenizer())
     return folder
@@ -74,6 +89,7 @@ def words_of(method: str, data: Path, out: Path) -> list[str]:
     kind = "prompts" if "grpo" in options else "pairs" if command == "align" else "chats"
     rewards = ("--grpo.reward", f"{data / 'rewards.py'}:vowels") if kind == "prompts" else ()
     words = (command, data / "base", *options, *rewards, "--data", data / f"{kind}.jsonl", *COMMON, "--out", out)
+    words += ("--train.eval-tasks", data / "asked.toml")
     return [*map(str, words)]
 
 
@@ -214,7 +230,7 @@ def test_two_ranks_give_the_same_numbers(number, on_ranks, finished):
     """5 items a step in micro-batches of 2: unevenly shared, and in one micro-batch a rank has none."""
     ours, expected = on_ranks / str(number), finished(ON_RANKS[number][0])
     assert run_dir.load_metadata(ours)["world_size"] == 2
-    for name in ("loss", "grad_norm", "validation_loss", "entropy", "length", "reward", "margin", "kl"):
+    for name in ("loss", "grad_norm", "validation_loss", "entropy", "length", "reward", "margin", "kl", *ASKED_METRICS):
         values = [torch.tensor(small_tune.log(run, name)) for run in (ours, expected)]
         torch.testing.assert_close(*values, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
     theirs = load_file(expected / run_dir.WEIGHTS)
@@ -222,6 +238,18 @@ def test_two_ranks_give_the_same_numbers(number, on_ranks, finished):
         assert (weight - theirs[name]).norm() <= 1e-3 * theirs[name].norm(), name
     if (expected / COMPLETIONS).exists():
         assert completions(ours) == completions(expected)
+
+
+@pytest.mark.parametrize("method", ["sft", "adapters"])
+def test_tasks_are_asked_of_the_model_as_it_is(method, data, finished):
+    """The last answers are those of the weights that are saved: of adapters, with these merged into them."""
+    run = finished(method)
+    model = load_model(run, torch.device("cpu"), torch.float32)
+    found = evaluate(model, [str(data / "asked.toml")])["asked"]
+    for metric in ("acc", "acc_norm"):
+        asked = small_tune.log(run, f"eval.asked.{metric}")
+        assert len(asked) == 4  # before the first step, every two, and at the end
+        assert asked[-1] == found[metric]
 
 
 # ---- what is refused ----
