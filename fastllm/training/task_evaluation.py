@@ -74,9 +74,12 @@ def task_evaluation(
 
     def items() -> list[Prepared]:
         data = Path(settings.eval_tasks_data) if settings.eval_tasks_data else installed_data()
-        options = Options(limit=settings.eval_tasks_limit or None, too_long="truncate")
-        tasks = find_tasks(settings.eval_tasks)
-        return [prepare(task, data, tokenizer, model.max_seq_len, options) for task in tasks]
+        found = []
+        for task in find_tasks(settings.eval_tasks):
+            limit = -(-settings.eval_tasks_limit // len(task.groups)) or None
+            options = Options(limit=limit, too_long="truncate")
+            found.append(prepare(task, data, tokenizer, model.max_seq_len, options))
+        return found
 
     every = settings.eval_tasks_every or settings.eval_every
     return TaskEvaluation(run_on_all_ranks(items), model, tokenizer, precision, every, merge)

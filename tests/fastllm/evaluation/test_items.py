@@ -90,13 +90,13 @@ def test_pairs():
     without, _ = encode_pair(encode, "Answer:", encode("Answer:"), " Paris")
     assert with_space == without
     begins, _ = encode_pair(encode, "", [7], "Paris")
-    assert begins == ([7, *encode("Paris")], 1)
+    assert ([*begins.tokens], begins.start) == ([7, *encode("Paris")], 1)
 
     def with_bos(text):
         return [7, *encode(text)]
 
     begins, _ = encode_pair(with_bos, "", with_bos(""), "Paris")
-    assert begins == ([7, *encode("Paris")], 1)
+    assert ([*begins.tokens], begins.start) == ([7, *encode("Paris")], 1)
     with pytest.raises(UserError, match="no token to score"):
         encode_pair(encode, "A", encode("A"), "")
 
