@@ -34,7 +34,9 @@ class Progress:
         elif (seconds := time.monotonic() - self._began) >= self._next:
             self._next *= 2
             share = f"{100 * self._done // self._total} % " if self._total else ""
-            console.say("", f"{self._what}: {share}after {seconds:.0f} s")
+            left = seconds * (self._total / self._done - 1) if self._total and self._done else 0.0
+            more = f", about {left:.0f} s left" if left > 0 else ""
+            console.say("", f"{self._what}: {share}after {seconds:.0f} s{more}")
 
     def enter(self, what: str) -> None:
         """A further part of the work, of unknown length."""
@@ -55,6 +57,7 @@ def progress(what: str, total: int) -> Iterator[Progress]:
         bars.BarColumn(),
         bars.TaskProgressColumn(),
         bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
     )
     with bars.Progress(*columns, console=terminal, transient=True) as bar:
         yield Progress(what, total, bar)

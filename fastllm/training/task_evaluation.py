@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from .. import console
 from ..config import LoopConfig, ModelConfig
 from ..data.tokenizer import Tokenizer
 from ..distributed.mesh import run_on_all_ranks
-from ..evaluation import GPTModel, Options, Prepared, ask, find_tasks, prepare
+from ..errors import UserError
+from ..evaluation import GPTModel, Options, Prepared, Sample, ask, find_tasks, prepare
 from ..evaluation.rows import installed_data
 from .inference_model import Merge, inference_model
 from .metrics import TASK_PREFIX
@@ -44,21 +46,31 @@ class TaskEvaluation:
         self._whole = partial(inference_model, config=model_config, precision=precision, merge=merge)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The mean of each metric, by its name in the log. All ranks call this together."""
+        """The mean of each metric, by its name in the log; NaN where the model's logits are not finite.
+
+        All ranks call this together.
+        """
         gpt = GPTModel(self._whole(model), self.tokenizer)
         rank, ranks = dist.get_rank(), dist.get_world_size()
         names, sums = [], []
         for task in self.tasks:
             own = Prepared(task.task, task.split, task.items[rank::ranks], task.rows)
-            with console.quietly():
-                samples = ask(gpt, own)
+            samples = self._samples(gpt, own)
             for metric in task.task.metrics:
                 names.append(f"{TASK_PREFIX}{task.task.name}.{metric}")
-                sums += [sum(sample.metrics[metric] for sample in samples), len(samples)]
+                right = math.nan if samples is None else sum(sample.metrics[metric] for sample in samples)
+                sums += [right, len(own.items)]
         totals = torch.tensor(sums, dtype=torch.float64, device=gpt.gpt.head_weight.device)
         dist.all_reduce(totals)
         values = (totals[0::2] / totals[1::2]).tolist()
         return dict(zip(names, values, strict=True))
+
+    def _samples(self, model: GPTModel, own: Prepared) -> list[Sample] | None:
+        try:
+            with console.quietly():
+                return ask(model, own)
+        except UserError:  # of logits; training has its own remedies
+            return None
 
 
 def task_evaluation(
