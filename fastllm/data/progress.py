@@ -35,7 +35,7 @@ class Progress:
             self._next *= 2
             share = f"{100 * self._done // self._total} % " if self._total else ""
             left = seconds * (self._total / self._done - 1) if self._total and self._done else 0.0
-            more = f", about {left:.0f} s left" if left > 0 else ""
+            more = f", about {left:.0f} s left" if left >= 0.5 else ""
             console.say("", f"{self._what}: {share}after {seconds:.0f} s{more}")
 
     def enter(self, what: str) -> None:
