@@ -37,6 +37,8 @@ def harness_task(name: str, folder: Path, shots: int, generation: Mapping[str, A
         config["generation_kwargs"] |= generation
     if config.get("test_split") and not splits["test"]:
         config["test_split"] = "validation"
+    if config.get("training_split") and not splits["train"]:
+        del config["training_split"]  # of which it would make shots, also where none are asked for
     task = ConfigurableTask(config=config)
     task.set_config("num_fewshot", shots)
     task.set_fewshot_seed(SHOTS_SEED)
