@@ -18,7 +18,7 @@ from ..inference.paged_gpt import PagedGPT, PromptRows, Rows
 from ..kernels import cross_entropy
 from ..model.gpt import GPT
 
-ROWS = 1024  # tokens of a batch on a CPU
+ROWS = 2048  # tokens of a batch on a CPU
 GPU_ROWS = 16384
 HEAD_ROWS = 256  # rows whose logits exist at once
 
@@ -63,7 +63,7 @@ class GPTScorer:
 
     Args:
         model: its weights are copied, packed, at the first use.
-        rows: tokens of a batch; None: 1,024 on a CPU and 16,384 on a GPU. A longer sequence is a batch by itself.
+        rows: tokens of a batch; None: 2,048 on a CPU and 16,384 on a GPU. A longer sequence is a batch by itself.
     """
 
     def __init__(self, model: GPT, *, rows: int | None = None) -> None:
@@ -71,7 +71,7 @@ class GPTScorer:
         self.rows = rows or (GPU_ROWS if model.head_weight.is_cuda else ROWS)
         self.gpt = model
         self._paged: PagedGPT | None = None
-        self._slots = 0
+        self._slots = self._positions = 0
 
     def plan(self, sequences: Sequence[Scored]) -> int:
         return _new_tokens(_sorted(sequences)[1])
@@ -99,12 +99,13 @@ class GPTScorer:
         yield batch.size, self._compute(paged, batch, sequences)
 
     def _packed(self, slots: int, positions: int) -> PagedGPT:
-        if self._paged is None or len(self._paged.cos) < positions:
+        """The model with a pool and tables of at least these sizes."""
+        if self._paged is None:
+            self._slots, self._positions = slots, positions
             self._paged = PagedGPT(self.gpt, 1, slots, positions)
-            self._slots = slots
-        elif slots > self._slots:
-            self._paged.allocate(1, slots)
-            self._slots = slots
+        elif slots > self._slots or positions > self._positions:
+            self._slots, self._positions = max(slots, self._slots), max(positions, self._positions)
+            self._paged.allocate(1, self._slots, self._positions)
         return self._paged
 
     @torch.inference_mode()

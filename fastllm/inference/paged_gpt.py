@@ -95,18 +95,18 @@ class PagedGPT:
     """
 
     def __init__(self, model: GPT, pages: int, page_size: int, max_seq_len: int, quantize: str | None = None) -> None:
-        self.config = config = model.config
+        self.config = model.config
         self.embedding = model.model.embed_tokens.weight.detach()
         self.head = pack_weight(model.head_weight.detach(), quantize=quantize)
         self.layers = [_Layer(block, quantize) for block in model.model.layers if isinstance(block, Block)]
         self.norm = _weight(model.model.norm)
-        self.cos, self.sin = (t.to(self.embedding.device) for t in rotary_tables(config, max_seq_len))
         self.device = self.embedding.device
-        self.allocate(pages, page_size)
+        self.allocate(pages, page_size, max_seq_len)
 
-    def allocate(self, pages: int, page_size: int) -> None:
-        """Make the pool anew; what it held is gone."""
+    def allocate(self, pages: int, page_size: int, max_seq_len: int) -> None:
+        """Make the pool and the rotary tables anew; what the pool held is gone."""
         config = self.config
+        self.cos, self.sin = (table.to(self.device) for table in rotary_tables(config, max_seq_len))
         shape = (config.layers, pages, page_size, config.kv_heads, config.head_dim)
         self.keys, self.values = self.embedding.new_empty(shape), self.embedding.new_empty(shape)
         self.pools = [*zip(self.keys, self.values, strict=True)]
