@@ -143,11 +143,12 @@ class PagedGPT:
                 q = rms_norm(q, layer.q_norm, eps=config.norm_eps)
                 k = rms_norm(k, layer.k_norm, eps=config.norm_eps)
             q = rope_append(q, k, v, self.cos, self.sin, rows.positions, keys, values, rows.slots)
-            x = packed_linear(self._attend(q, keys, values, rows).flatten(1), layer.o)
+            x = self._attend(q, keys, values, rows).flatten(1)
+            if layer is self.layers[-1] and rows.wanted is not None:  # nothing reads the others any more
+                x, residual = x[rows.wanted], residual[rows.wanted]
+            x = packed_linear(x, layer.o)
             h, residual = rms_norm(x, layer.mlp_norm, eps=config.norm_eps, residual=residual)
             x = packed_linear(packed_linear(h, layer.swiglu), layer.down)
-        if rows.wanted is not None:
-            x, residual = x[rows.wanted], None if residual is None else residual[rows.wanted]
         return rms_norm(x, self.norm, eps=config.norm_eps, residual=residual)[0]
 
     @property
