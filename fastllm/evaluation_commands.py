@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .evaluation.run import Key
 
 
+TEXT = "text"  # what results call the perplexity of texts
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvalArguments:
     """Evaluate a model on tasks: multiple choice, generated answers, or the perplexity of texts.
@@ -52,8 +55,16 @@ class EvalArguments:
                 raise UserError(f"--{name} must be at least {least}, it is {value}")
         if not self.tasks and not self.text:
             raise UserError("what is to be evaluated? fastllm eval MODEL --tasks mmlu, or --text FILE")
-        if self.out is not None and self.out.suffix != ".json":
-            raise UserError(f"--out must be a .json file, it is {self.out}")
+        if self.contamination and not self.tasks:
+            raise UserError("--contamination searches for the items of --tasks")
+        if self.out is not None:
+            if self.out.suffix != ".json" or self.out.is_dir():
+                raise UserError(f"--out must be a .json file, it is {self.out}")
+            if not self.out.parent.is_dir():
+                raise UserError(f"--out: there is no folder {self.out.parent}")
+        for path in self.contamination:
+            if not path.exists():
+                raise UserError(f"--contamination: there is no {path}")
 
 
 ARGUMENTS: dict[str, type] = {"eval": EvalArguments}
@@ -67,12 +78,14 @@ def eval(argv: list[str]) -> int:
 
     from .evaluation import Options, ask, find_tasks, load_model, perplexity, prepare, results, summary
     from .evaluation.contamination import contaminated
-    from .evaluation.perplexity import read_documents
+    from .evaluation.perplexity import checked_stride, read_documents
     from .evaluation.rows import installed_data
     from .evaluation.run import SAMPLES, Log
     from .hardware import compute_dtype
 
     tasks = find_tasks(chosen.tasks, chosen.subjects, chosen.shots)
+    if chosen.text and any(task.name == TEXT for task in tasks):
+        raise UserError(f"--tasks: a task is called {TEXT}, as the result of --text is: give it another name")
     other = _answers(chosen.compare) if chosen.compare else None
     documents = read_documents(chosen.text) if chosen.text else []
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,6 +97,7 @@ def eval(argv: list[str]) -> int:
         prepared = [prepare(task, data, model.tokenizer, model.max_seq_len, options) for task in tasks]
     if other is not None:
         results.check_comparable([item for part in prepared for item in part.items], other)
+    checked_stride(model, chosen.stride)
     began = time.monotonic()
     settings = {"dtype": str(dtype).removeprefix("torch."), "device": device.type, "data": str(data) if tasks else None,
                 "chat": chosen.chat or None, "fastllm": __version__}  # fmt: skip
@@ -94,8 +108,9 @@ def eval(argv: list[str]) -> int:
         for part in prepared:
             samples[part.task.name] = own = ask(model, part, log)
             found["tasks"][part.task.name] = summary(part, own, chosen.limit)
+        log.finish(sample for own in samples.values() for sample in own)
     if documents:
-        found["tasks"]["text"] = perplexity(model, documents, chosen.stride)
+        found["tasks"][TEXT] = perplexity(model, documents, chosen.stride)
     found["seconds"] = time.monotonic() - began
     if chosen.contamination:
         for name, overlap in contaminated(prepared, samples, chosen.contamination).items():
@@ -121,7 +136,12 @@ def _answers(path: Path) -> dict[Key, Sample]:
     return read_samples(file)[0]
 
 
+# What a model is made of.
+FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "config.toml", "generation_config.json",
+         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.*")  # fmt: skip
+
+
 def _identity(path: Path) -> list[Any]:
     """What tells a model's files from others: their names, sizes and times."""
-    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("tokenizer.json")])
+    files = [path] if path.is_file() else sorted({file for pattern in FILES for file in path.glob(pattern)})
     return [str(path.resolve()), *([file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files)]

@@ -7,10 +7,9 @@ from .rows import BadRow, Row
 from .run import Sample, ask, evaluate, summary
 from .scoring import GPTScorer, Score, Scored, Scorer
 from .task import DataSet, Files, Generation, Question, Source, Task
-from .tasks import TASKS, find_tasks
+from .tasks import find_tasks
 
 __all__ = [
-    "TASKS",
     "BadRow",
     "DataSet",
     "Files",

@@ -10,14 +10,15 @@ import numpy as np
 
 from ..data.corpus.shards import is_corpus, read_corpus
 from ..data.deduplication.decontamination import DecontaminationSettings, NgramTable
-from ..data.deduplication.words import Words, ngram_hashes
+from ..data.deduplication.evaluation_files import strings_of
+from ..data.deduplication.words import Hashes, Words, ngram_hashes
 from ..data.progress import progress
 from ..data.readers import ReaderOptions, Seen, open_source
 from ..data.token_data import TokenData, is_token_folder
 from ..errors import UserError
 from ..run_dir import TOKENS
 from . import statistics
-from .items import Item, Prepared
+from .items import Prepared
 from .run import Sample
 
 
@@ -26,8 +27,8 @@ def contaminated(
 ) -> dict[str, dict[str, Any]]:
     """By task, the items that share a run of 13 words (Brown et al. 2020, appendix C) with the data.
 
-    An item's text is its question with the right answer. One of fewer than 13 words, but of at least 8, is looked for
-    as a whole; a shorter one is not (``too_short`` counts them).
+    An item's texts are the strings of its row. One of fewer than 13 words, but of at least 8, is looked for as a whole;
+    a shorter one is not (``too_short`` counts the items that have no other).
 
     Args:
         prepared: the items.
@@ -42,13 +43,14 @@ def contaminated(
         UserError: a path has no text.
     """
     settings = DecontaminationSettings()
-    places: dict[int, list[tuple[int, np.ndarray]]] = {}  # by length of the n-grams: items and their hashes
+    places: dict[int, list[tuple[int, Hashes]]] = {}  # by length of the n-grams: items and their hashes
     items = [item for part in prepared for item in part.items]
     for number, item in enumerate(items):
-        hashes = Words(_text(item)).hashes()
-        length = min(len(hashes), settings.ngram)
-        if length >= settings.shortest:
-            places.setdefault(length, []).append((number, ngram_hashes(hashes, length)))
+        for text in strings_of(item.row.values):
+            hashes = Words(text).hashes()
+            length = min(len(hashes), settings.ngram)
+            if length >= settings.shortest:
+                places.setdefault(length, []).append((number, ngram_hashes(hashes, length)))
     tables = {length: NgramTable(np.unique(np.concatenate([h for _, h in parts]))) for length, parts in places.items()}
     seen = {length: np.zeros(len(table.hashes), np.bool_) for length, table in tables.items()}
     documents = 0
@@ -77,11 +79,6 @@ def contaminated(
             part, samples[part.task.name], [n in found for n in numbers], paths, settings.ngram, documents
         ) | {"too_short": sum(n not in looked_for for n in numbers)}
     return results
-
-
-def _text(item: Item) -> str:
-    question = item.question
-    return f"{question.prompt(question.gold)} {question.choices[question.gold]}"
 
 
 def _result(

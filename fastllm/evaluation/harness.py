@@ -48,7 +48,8 @@ class FastllmLM(TemplateLM):
         **others: Any,
     ) -> None:  # fmt: skip
         super().__init__()
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        cuda = torch.cuda.is_available()  # the harness asks for it by default
+        self._device = torch.device(device if device and (cuda or "cuda" not in device) else "cuda" if cuda else "cpu")
         if isinstance(pretrained, str):
             chosen = compute_dtype(self._device) if dtype == "auto" else getattr(torch, dtype)
             pretrained = load_model(Path(pretrained), self._device, chosen)
@@ -142,6 +143,12 @@ def _generation(options: dict[str, Any]) -> Generation:
 
 
 if __name__ == "__main__":
+    import sys
+
+    import lm_eval.models  # noqa: F401  # registers the harness's own, which it does only where there are none
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except UserError as error:
+        sys.exit(f"fastllm: error: {error}")

@@ -7,7 +7,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -29,9 +29,12 @@ class Item:
         task, group, number: which it is; ``number`` is that of its row in the split, counted from 0.
         question: what is asked.
         contexts: the prompts as the model reads them: one, or one for each choice.
+        row: where it is from.
+        digest: equal ones are of the same question, asked and judged in the same way.
         sequences: by choice, the tokens to score; of a generation task none.
         prompt: of a generation task, the tokens to continue.
         shots: that the prompt has.
+        retokenized: choices that the tokenizer joins with the end of their prompt.
     """
 
     task: str
@@ -39,19 +42,16 @@ class Item:
     number: int
     question: Question
     contexts: tuple[str, ...]
+    row: Row
+    digest: str
     sequences: tuple[Scored, ...] = ()
     prompt: tuple[int, ...] = ()
     shots: int = 0
+    retokenized: int = 0
 
     @property
     def key(self) -> tuple[str, str, int]:
         return self.task, self.group, self.number
-
-    @property
-    def digest(self) -> str:
-        """Of contexts, choices and answer: equal items are the same question asked in the same way."""
-        asked = json.dumps([self.contexts, self.question.choices, self.question.gold])
-        return hashlib.blake2b(asked.encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -140,6 +140,12 @@ class _Maker:
 
     def item(self, group: str, number: int, row: Row, question: Question, shots: Sequence[Question]) -> Item:
         """Its length is allowed, or ``too_long`` has the row."""
+        try:
+            return self._fitting(group, number, row, question, shots)
+        except UserError as error:
+            raise UserError(f"{self.task.name}, {row.where}: {error}") from None
+
+    def _fitting(self, group: str, number: int, row: Row, question: Question, shots: Sequence[Question]) -> Item:
         least = 0 if self.options.too_long == "fewer-shots" else len(shots)
         item, excess = self._item(group, number, row, question, shots)
         for n in range(len(shots) - 1, least - 1, -1):
@@ -147,6 +153,7 @@ class _Maker:
                 break
             item, excess = self._item(group, number, row, question, shots[:n])
         self.counts["fewer_shots"] += item.shots < len(shots)
+        self.counts["retokenized"] += item.retokenized
         if excess > 0:
             if self.options.too_long != "truncate":
                 self.too_long.append((row, excess + self.max_seq_len))
@@ -159,24 +166,30 @@ class _Maker:
         self, group: str, number: int, row: Row, question: Question, shots: Sequence[Question]
     ) -> tuple[Item, int]:
         """And how many tokens it is too long."""
-        name, n = self.task.name, len(shots)
-        texts = [self._context(group, shots, question, choice) for choice in range(len(question.prompts))]
-        if self.task.generation is not None:
+        texts = tuple(self._context(group, shots, question, choice) for choice in range(len(question.prompts)))
+        delimiter, how = "" if self.chat else self.task.delimiter, self.task.generation
+        item = Item(self.task.name, group, number, question, texts, row, self._digest(texts, question, delimiter),
+                    shots=len(shots))  # fmt: skip
+        if how is not None:
             prompt = tuple(self._encode(texts[0]))
-            excess = len(prompt) + self.task.generation.max_tokens - self.max_seq_len
-            return Item(name, group, number, question, tuple(texts), prompt=prompt, shots=n), excess
-        delimiter = "" if self.chat else self.task.delimiter
+            return replace(item, prompt=prompt), len(prompt) + how.max_tokens - self.max_seq_len
         contexts = texts if len(texts) > 1 else texts * len(question.choices)
         encoded = {text: self._encode(text) for text in set(texts)}
-        sequences = []
+        sequences, retokenized = [], 0
         for choice, context in zip(question.choices, contexts, strict=True):
             sequence, moved = encode_pair(self._encode, context, encoded[context], delimiter + choice)
             sequences.append(sequence)
-            self.counts["retokenized"] += moved
+            retokenized += moved
         if len(texts) == 1 and len({(*s.tokens[s.start :],) for s in sequences}) < len(set(question.choices)):
-            raise UserError(f"{name}, {row.where}: the tokenizer encodes two different choices to the same tokens")
+            raise UserError("the tokenizer encodes two different choices to the same tokens")
         excess = max(len(s.tokens) - 1 for s in sequences) - self.max_seq_len
-        return Item(name, group, number, question, tuple(texts), tuple(sequences), shots=n), excess
+        return replace(item, sequences=tuple(sequences), retokenized=retokenized), excess
+
+    def _digest(self, contexts: Sequence[str], question: Question, delimiter: str) -> str:
+        how = self.task.generation
+        asked = [contexts, question.choices, question.gold, delimiter, None if how is None else asdict(how)]
+        text = json.dumps([*asked, self.options.too_long]).encode(errors="surrogatepass")
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
 
     def _context(self, group: str, shots: Sequence[Question], question: Question, choice: int) -> str:
         if not self.chat:
@@ -197,25 +210,22 @@ class _Maker:
                 return self.tokenizer.encode_with_special(text)
             return self.tokenizer.encode(text) or [self.tokenizer.eos_id]
         except TypeError:  # a lone surrogate
-            raise UserError(f"{self.task.name}: a text is not valid Unicode: {text[:40]!r}") from None
+            raise UserError(f"a text is not valid Unicode: {text[:40]!r}") from None
 
     def _truncated(self, item: Item) -> Item:
-        room = self.max_seq_len + 1
         if self.task.generation is not None:
             kept = self.max_seq_len - self.task.generation.max_tokens
             if kept < 1:
                 longest = f"the answer alone may have {self.task.generation.max_tokens}"
-                raise UserError(f"{self.task.name}: the model sees {self.max_seq_len} tokens, {longest}")
-            return Item(*item.key, item.question, item.contexts, prompt=item.prompt[-kept:], shots=item.shots)
+                raise UserError(f"the model sees {self.max_seq_len} tokens, {longest}")
+            return replace(item, prompt=item.prompt[-kept:])
         cut = []
         for tokens, start in item.sequences:
-            off = max(len(tokens) - room, 0)
+            off = max(len(tokens) - self.max_seq_len - 1, 0)
             if off >= start:
-                raise UserError(
-                    f"{self.task.name}: a choice alone is longer than the model's {self.max_seq_len} tokens"
-                )
+                raise UserError(f"a choice alone is longer than the model's {self.max_seq_len} tokens")
             cut.append(Scored(tokens[off:], start - off))
-        return Item(*item.key, item.question, item.contexts, tuple(cut), shots=item.shots)
+        return replace(item, sequences=tuple(cut))
 
 
 def encode_pair(encode: Encode, context: str, before: list[int], continuation: str) -> tuple[Scored, bool]:

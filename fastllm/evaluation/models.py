@@ -60,8 +60,10 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
     Raises:
         UserError: there is none, it can't be read, or transformers has no such model.
     """
+    if not path.exists():
+        raise UserError(f"there is no model {path}: no run folder, Hugging Face folder or GGUF file")
     config = path / CONFIG
-    if config.is_file() and read_json(config).get("model_type") not in DEFAULTS:
+    if config.is_file() and read_json(config).get("model_type") not in [*DEFAULTS]:
         return _load_theirs(path, device, dtype)
     model, tokenizer = load(path, device, dtype=dtype)
     return GPTModel(model, tokenizer, path.name)
@@ -80,12 +82,23 @@ def _load_theirs(path: Path, device: torch.device, dtype: torch.dtype) -> Model:
         raise UserError(f"{path} has no {TOKENIZER}")
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"transformers can't load {path}: {one_line(error)}") from error
-    model.to(device).eval()  # type: ignore[arg-type]  # the decorator of transformers hides the device
+        found: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, **options
+        )
+    except Exception as error:  # of any kind, by what is wrong in the files
+        raise UserError(f"transformers can't load {path}: {type(error).__name__}: {one_line(error)}") from error
+    model, loading = found
+    lacking = sorted([*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])])
+    if lacking:
+        raise UserError(f"the weights of {path} don't fit its {CONFIG}: {', '.join(lacking[:3])} would be random")
+    model.to(device).eval()
     patch(model)
     vocab_size = len(model.get_output_embeddings().weight)
     tokenizer = Tokenizer.load(path / TOKENIZER, read_eos_ids(vocab_size, path / GENERATION, path / CONFIG))
     tokenizer.chat_template = read_chat_template(path)
-    return TransformersModel(model, tokenizer, path.name)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"{path}: {TOKENIZER} has {tokenizer.vocab_size} tokens, the model {vocab_size}")
+    adapted = TransformersModel(model, tokenizer, path.name)
+    if not adapted.is_causal():
+        raise UserError(f"{path}: a token of {type(model).__name__} sees those after it; tasks need a causal model")
+    return adapted

@@ -50,6 +50,18 @@ def windows(tokens: Sequence[int], prefix: Sequence[int], length: int, stride: i
         done = end
 
 
+def checked_stride(model: Model, stride: int | None) -> int:
+    """What ``stride`` stands for; UserError where it is no stride."""
+    if stride is not None and not 1 <= stride <= model.max_seq_len:
+        most = f"{model.max_seq_len:,} tokens that the model sees"
+        raise UserError(f"--stride must be from 1 to the {most}, it is {stride}")
+    return stride or model.max_seq_len
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf
+
+
 def perplexity(model: Model, documents: Sequence[str], stride: int | None = None) -> dict[str, Any]:
     """The log-probability of texts, by token, word, and byte of UTF-8.
 
@@ -63,16 +75,17 @@ def perplexity(model: Model, documents: Sequence[str], stride: int | None = None
         ``bits_per_byte`` with its standard error over documents, and ``n`` documents, ``tokens``, ``words``, ``bytes``.
     """
     length = model.max_seq_len
-    stride = length if stride is None else stride
-    if not 1 <= stride <= length:
-        raise UserError(f"--stride must be from 1 to the {length:,} tokens that the model sees, it is {stride}")
+    stride = checked_stride(model, stride)
     tokenizer = model.tokenizer
     prefix = tokenizer.encode("") or [tokenizer.eos_id]
     parts: list[Scored] = []
     owner: list[int] = []
     tokens = 0
     for place, document in enumerate(documents):
-        ids = tokenizer.encode(document, add_special_tokens=False)
+        try:
+            ids = tokenizer.encode(document, add_special_tokens=False)
+        except TypeError:  # a lone surrogate
+            raise UserError(f"--text: document {place + 1:,} is not valid Unicode: {document[:40]!r}") from None
         tokens += len(ids)
         found = [*windows(ids, prefix, length, stride)]
         parts += found
@@ -88,8 +101,8 @@ def perplexity(model: Model, documents: Sequence[str], stride: int | None = None
     total, size = sum(nats), sum(sizes)
     bits = total / math.log(2) / size
     result: dict[str, Any] = {
-        "bits_per_byte": bits, "perplexity": math.exp(total / tokens), "word_perplexity": math.exp(total / words),
-        "byte_perplexity": math.exp(total / size), "n": len(documents), "tokens": tokens, "words": words, "bytes": size,
+        "bits_per_byte": bits, "perplexity": _exp(total / tokens), "word_perplexity": _exp(total / words),
+        "byte_perplexity": _exp(total / size), "n": len(documents), "tokens": tokens, "words": words, "bytes": size,
         "window": length, "stride": stride,
     }  # fmt: skip
     if (n := len(documents)) > 1:  # of a ratio of sums over documents

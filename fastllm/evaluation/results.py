@@ -46,7 +46,7 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 def read_results(path: Path) -> dict[str, Any]:
     """UserError where ``path`` has no results."""
     found = read_json(path, LIMIT)
-    if not isinstance(found.get("tasks"), dict):
+    if not isinstance(found.get("tasks"), dict) or not isinstance(found.get("model"), str):
         raise UserError(f"{path} holds no results of fastllm eval")
     return found
 
@@ -90,7 +90,8 @@ def table(results: Mapping[str, Any]) -> str:
     """For a terminal."""
     rows = [("task", "metric", "value", "95 % interval", "items")]
     for name, task in results["tasks"].items():
-        rows += [(t, m, f"{v:.4f}", shown_interval(i), f"{n:,}") for t, m, v, i, n in lines(name, task)]
+        rows += [(t, m, f"{v:.4f}" if v < 1e6 else f"{v:.3g}", shown_interval(i), f"{n:,}")
+                 for t, m, v, i, n in lines(name, task)]  # fmt: skip
     text = _aligned(rows)
     for name, task in results["tasks"].items():
         text += [f"note: {note}" for note in notes(name, task)]
@@ -223,8 +224,14 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
     off = [[max(0.0, v - i[0]) for _, v, i in bars], [max(0.0, i[1] - v) for _, v, i in bars]]
     colors = ["tab:blue" if label.endswith(")") else "lightsteelblue" for label, _, _ in bars]
     axes.barh(places, values, xerr=off, color=colors, ecolor="dimgray", capsize=2)
-    axes.set_yticks(places, [label.replace("_", " ") for label, _, _ in bars], fontsize=8)
-    axes.set(xlim=(0, 1), ylim=(len(bars) - 0.4, -0.6), title=results["model"], xlabel="share, with its 95 % interval")
+    axes.set_yticks(places, [_plain(label.replace("_", " ")) for label, _, _ in bars], fontsize=8)
+    limits: dict[str, Any] = {"xlim": (0, 1), "ylim": (len(bars) - 0.4, -0.6)}
+    axes.set(title=_plain(results["model"]), xlabel="share, with its 95 % interval", **limits)
     axes.grid(axis="x", alpha=0.3)
     with atomic(path) as part:
         figure.savefig(part, format="png")
+
+
+def _plain(text: str) -> str:
+    """``text`` for matplotlib, which takes what is between dollars for a formula."""
+    return text.replace("$", r"\$")

@@ -47,7 +47,7 @@ class Row:
     def integer(self, key: str) -> int:
         """A whole number, or a text that is one."""
         value = self._value(key)
-        if isinstance(value, str) and value.strip().isdecimal():
+        if isinstance(value, str) and value.strip().isdecimal() and len(value) < 10:
             return int(value)
         if not isinstance(value, int):  # a bool too: of BoolQ
             raise BadRow(f"{key} must be a whole number, it is {shown(value)}")
@@ -160,7 +160,7 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     lines = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
         names = list(columns) or next(lines, [])
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(filter(None, lines), 1):  # a blank line is none
             if len(line) == len(names):
                 yield Row(dict(zip(names, line, strict=True)), path, number)
             else:
@@ -179,7 +179,7 @@ def _arrow(path: Path) -> Iterator[dict[str, Any]]:
             reader = arrow.ipc.open_file(file) if is_file else arrow.ipc.open_stream(file)
             for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
                 yield from batch.to_pylist()
-        except (arrow.ArrowException, UnicodeDecodeError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"can't read {path}: {one_line(error)}") from error
 
 
@@ -189,7 +189,7 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         try:
             for batch in arrow.parquet.ParquetFile(file).iter_batches(1024):
                 yield from batch.to_pylist()
-        except (arrow.ArrowException, UnicodeDecodeError) as error:
+        except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(f"can't read {path}: {one_line(error)}") from error
 
 

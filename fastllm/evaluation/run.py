@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self, get_args
@@ -58,7 +59,11 @@ def ask(model: Model, prepared: Prepared, log: Log | None = None) -> list[Sample
     """The samples of a task's items in their order; those that ``log`` has already are not asked again."""
     items = {item.key: item for item in prepared.items}
     known = log.known if log is not None else {}
-    found = {key: known[key] for key, item in items.items() if key in known and known[key].digest == item.digest}
+    found = {
+        key: known[key]
+        for key, item in items.items()
+        if key in known and known[key].digest == item.digest and known[key].metrics.keys() == {*prepared.task.metrics}
+    }
     left = [item for key, item in items.items() if key not in found]
     answers = _generated if prepared.task.generation is not None else _scored
     for sample in answers(model, prepared.task, left):
@@ -205,15 +210,29 @@ class Log:
             return self
         if self.path.exists():
             self.known, intact = read_samples(self.path, self.identity)
-            os.truncate(self.path, intact)  # the line that a killed process was writing
         else:
-            write_atomic(self.path, json.dumps({"evaluation": self.identity}).encode() + b"\n")
+            write_atomic(self.path, self._head())
+            intact = self.path.stat().st_size
         self._file = open(self.path, "a", encoding="utf-8")  # __exit__ closes it
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process writes {self.path}: name another --out") from None
+        os.truncate(self.path, intact)  # the line that a killed process was writing
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _head(self) -> bytes:
+        return json.dumps({"evaluation": self.identity}).encode() + b"\n"
+
+    def finish(self, samples: Iterable[Sample]) -> None:
+        """Keep these alone, in their order."""
+        if self.path is not None:
+            lines = (json.dumps(sample.line()).encode() + b"\n" for sample in samples)
+            write_atomic(self.path, b"".join((self._head(), *lines)))
 
     def add(self, sample: Sample) -> None:
         if self._file is not None:
@@ -228,15 +247,18 @@ def read_samples(path: Path, identity: dict[str, Any] | None = None) -> tuple[di
     content = read_bytes(path, SAMPLES_LIMIT)
     intact = content.rfind(b"\n") + 1
     lines = content[:intact].splitlines()
+    number = 1
     try:
-        head = json.loads(lines[0])["evaluation"] if lines else None
+        head = json.loads(lines[0] if lines else b"")["evaluation"]
         if identity is not None and head != identity:
             changed = [key for key in identity if not isinstance(head, dict) or head.get(key) != identity[key]]
             what = ", ".join(changed) or "evaluation"
             raise UserError(f"{path} holds answers of another {what}: name another --out, or remove it")
-        samples = [_sample(json.loads(line)) for line in lines[1:]]
+        samples = []
+        for number, line in enumerate(lines[1:], 2):  # noqa: B007  # for the message
+            samples.append(_sample(json.loads(line)))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no file of samples: {one_line(error)}") from None
+        raise UserError(f"{path} is no file of samples, line {number:,}: {one_line(error)}") from None
     return {sample.key: sample for sample in samples}, intact
 
 

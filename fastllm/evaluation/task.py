@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ..errors import UserError
+from ..input_files import one_line
 from .rows import BadRow, Row, find_folder, find_split, read_rows
 
 SHOTS_SEED = 1234  # the harness's
@@ -222,6 +223,9 @@ class Task:
             except BadRow as reason:
                 found.append(None)
                 problems.append(f"{row.where}: {reason}")
+            except Exception as error:  # of a task of the user's own
+                found.append(None)
+                problems.append(f"{row.where}: {type(error).__name__}: {one_line(error)}")
         return found, problems
 
 

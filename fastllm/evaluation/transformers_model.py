@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
@@ -36,7 +37,17 @@ class TransformersModel:
         config = model.config.get_text_config()
         lengths = (getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
         self.max_seq_len = next((n for n in lengths if isinstance(n, int) and n > 0), 2048)
+        # Not what the folder says of sampling and penalties, which generate() would take.
+        model.generation_config = GenerationConfig()
         self.rows = GPU_ROWS if model.device.type == "cuda" else ROWS
+
+    @torch.inference_mode()
+    def is_causal(self) -> bool:
+        """Whether a token's logits are the same whatever follows it."""
+        tokens = torch.tensor([[1, 2, 3], [1, 2, 4]], device=self.model.device) % self.tokenizer.vocab_size
+        logits = self.model(tokens, use_cache=False).logits[:, :2]
+        rounding = max(1e-5, 2 * torch.finfo(logits.dtype).eps)
+        return bool((logits[0] - logits[1]).abs().max() <= rounding * logits.abs().max())
 
     def plan(self, sequences: Sequence[Scored]) -> int:
         return sum(len(inputs) for inputs in _by_inputs(sequences))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import runpy
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from .task import Files, Generation, Metric, Question, Task
 
 KINDS = ("multiple_choice", "generation")
 _FIELD = re.compile(r"\{\{|\}\}|\{([A-Za-z_]\w*)\}")
+_NO_FIELD = re.compile(r"[{}][^{}]*\}?")  # what is left of one that is none
 # The keys of a file, with the type of each.
 _KEYS: dict[str, type | tuple[type, ...]] = {
     "name": str, "kind": str, "files": list, "shots_files": list, "shots": int, "context": str, "delimiter": str,
@@ -41,7 +43,7 @@ def _read_python(path: Path) -> list[Task]:
         raise UserError(f"there is no file {path}")
     try:
         names = runpy.run_path(str(path))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path} failed: {type(error).__name__}: {one_line(error)}") from error
     found = names.get("TASKS", [names["TASK"]] if "TASK" in names else None)
     if not isinstance(found, list) or not found or not all(isinstance(task, Task) for task in found):
@@ -63,9 +65,17 @@ def _read_toml(path: Path) -> Task:
             raise UserError(f"{path}: {key} must be {_type_name(wanted)}, it is {shown(value)}")
         if isinstance(value, list) and not all(isinstance(part, str) for part in value):
             raise UserError(f"{path}: {key} must be a list of texts")
+    for key in ("context", "choices", "target"):
+        for text in [values[key]] if isinstance(values.get(key), str) else values.get(key, []):
+            if wrong := _NO_FIELD.search(_FIELD.sub("", text)):
+                raise UserError(f"{path}: {key}: {wrong[0]!r} is no {{field}} of a row; {{{{ and }}}} are braces")
+    if values.get("shots", 0) < 0:
+        raise UserError(f"{path}: shots must not be negative, it is {values['shots']}")
     for key in ("files", "context", *(("choices", "answer") if kind == KINDS[0] else ())):
         if not values.get(key) and values.get(key) != 0:
             raise UserError(f"{path}: {key} is missing")
+    if isinstance(values.get("choices"), str) and not re.fullmatch(r"\{\w+\}", values["choices"]):
+        raise UserError(f"{path}: choices must be a list, or the {{field}} of one, it is {shown(values['choices'])}")
     delimiter = values.get("delimiter", "" if values.get("chat") else " ")
     options: dict[str, Any] = {
         "source": Files(_paths(path, values["files"]), _paths(path, values.get("shots_files", []))),
@@ -76,13 +86,17 @@ def _read_toml(path: Path) -> Task:
     if kind == KINDS[0]:
         question = _choice_question(values["context"], values["choices"], values["answer"])
         return Task(name, question=question, metrics=("acc", "acc_norm"), **options)
+    for key in ("pattern", "extract", "stop", "ignore"):
+        given = values.get(key)
+        if given == "" or (isinstance(given, list) and "" in given):
+            raise UserError(f"{path}: {key} is empty: leave it out")
     if ("target" in values) == ("pattern" in values):
         raise UserError(f"{path}: generation needs target or pattern, one of both")
     for key in ("pattern", "extract", "ignore"):
         for pattern in [values[key]] if isinstance(values.get(key), str) else values.get(key, []):
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise UserError(f"{path}: {key} {pattern!r} is no regular expression: {error}") from None
     generation = Generation(
         max_tokens=values.get("max_tokens", 256), stop=tuple(values.get("stop", ())), extract=values.get("extract", ""),
@@ -120,7 +134,9 @@ def filled(template: str, row: Row) -> str:
         if found[1] is None:
             return found[0][0]
         inside = row.values.get(found[1])
-        return str(inside) if isinstance(inside, int | float) else row.text(found[1])
+        if isinstance(inside, int | float) and math.isfinite(inside):
+            return str(inside)
+        return row.text(found[1])
 
     return _FIELD.sub(value, template)
 
@@ -137,17 +153,24 @@ def _choice_question(context: str, choices: str | list[str], answer: str | int) 
 
 
 def _gold(answer: str | int, texts: list[str], row: Row) -> int:
-    """The place of the answer: a number from 0, a letter from A, or the text of a choice."""
-    if isinstance(answer, int):
-        return answer
-    given = filled(answer, row).strip()
-    if given in texts:
-        return texts.index(given)
-    if given.isdecimal():
-        return int(given)
+    """The place of the answer, which is given as a number from 0, a letter from A, or the text of a choice."""
+    whole = None if isinstance(answer, int) else _FIELD.fullmatch(answer)
+    value = row.values.get(whole[1]) if whole and whole[1] else answer
+    if isinstance(value, int):
+        return value
+    given = filled(str(answer), row).strip()
+    places = {place for place, text in enumerate(texts) if text.strip() == given}
+    if given.isdecimal() and len(given) < 10:
+        places.add(int(given))
     if len(given) == 1 and "A" <= given <= "Z":
-        return ord(given) - ord("A")
-    raise BadRow(f"the answer {shown(given)} is none of the choices, no number and no letter")
+        places.add(ord(given) - ord("A"))
+    if not places:
+        raise BadRow(f"the answer {shown(given)} is none of the choices, no number and no letter")
+    if len(places) > 1:
+        raise BadRow(
+            f"the answer {shown(given)} may be choice {' or '.join(str(place + 1) for place in sorted(places))}"
+        )
+    return places.pop()
 
 
 def _generation_question(context: str, target: str | None, pattern: str) -> Callable[[Row], Question]:

@@ -32,6 +32,7 @@ from ..distributed.mesh import (
 )
 from ..distributed.parallelize import parallelize
 from ..errors import UserError
+from ..evaluation import find_tasks
 from ..files import write_atomic
 from ..inference.load import load
 from ..input_files import read_bytes
@@ -119,6 +120,7 @@ def tune(method: Method, config: TuneConfig, output_dir: Path | None = None, res
         keep_freed_memory()
     precision = pick_precision(config.train.precision, device)
     torch.set_float32_matmul_precision("high")
+    find_tasks(config.train.eval_tasks)  # before the data is read
 
     with process_group(device) as heartbeat, ExitStack() as lock, ExitStack() as resources:
         dims = ParallelDims.from_config(config.parallel, device.type)

@@ -33,6 +33,7 @@ from ..distributed.mesh import (
 )
 from ..distributed.parallelize import build_model
 from ..errors import UserError
+from ..evaluation import find_tasks
 from ..files import write_atomic
 from ..hardware import compute_dtype, host_memory
 from ..inference import Engine, SamplingParams
@@ -94,6 +95,7 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
         keep_freed_memory()
     precision = pick_precision(config.train.precision, device)
     check_memory(config, device)
+    find_tasks(config.train.eval_tasks)  # before the data is read
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
 
     with process_group(device) as heartbeat, ExitStack() as lock:
@@ -113,7 +115,12 @@ def train(config: Config, output_dir: Path | None = None, resume: bool = False, 
         where = f"{metadata['precision']} on {metadata['device']}" + (f", {dims}" if dims.mesh.size() > 1 else "")
         console.say("model", f"{metadata['parameters'] / 1e6:.1f}M parameters, {where}")
         tokenizer = data.tokens.tokenizer
-        tasks = task_evaluation(config.train, config.model, tokenizer, precision)
+        try:
+            tasks = task_evaluation(config.train, config.model, tokenizer, precision)
+        except UserError:
+            if rank0 and not resume:
+                shutil.rmtree(run.folder, ignore_errors=True)  # it was new or empty, and nothing was trained
+            raise
         with StopSignals() as signals:
             objective = NextTokenPrediction()
             trainer = Trainer(

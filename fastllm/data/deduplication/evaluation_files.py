@@ -32,7 +32,7 @@ def evaluation_texts(path: str | Path) -> Iterator[str]:
             file.seek(0)
             if head.startswith(TABLES):
                 for value in _table_values(path, file, head):
-                    yield from _strings(value)
+                    yield from strings_of(value)
                 return
             stream: IO[bytes] = file
             if head.startswith(b"\x1f\x8b"):
@@ -63,7 +63,7 @@ def _text_file(path: str | Path, file: io.TextIOBase) -> Iterator[str]:
         yield from _one_value(path, first + file.read(JSON_LIMIT - len(first)))
         return
     while True:
-        yield from _strings(value)
+        yield from strings_of(value)
         line = file.readline(JSON_LIMIT)
         number += 1
         if not line:
@@ -83,7 +83,7 @@ def _one_value(path: str | Path, content: str) -> Iterator[str]:
             raise UserError(f"evaluation file {path} is not valid JSON: {one_line(error)}") from None
         yield from _paragraphs(io.StringIO(content))
         return
-    yield from _strings(value)
+    yield from strings_of(value)
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
@@ -98,7 +98,7 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
             paragraph = []
 
 
-def _strings(value: Any) -> Iterator[str]:
+def strings_of(value: Any) -> Iterator[str]:
     """The strings in a JSON value, but for the names of fields."""
     open_ = [value]
     while open_:

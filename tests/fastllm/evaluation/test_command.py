@@ -7,6 +7,8 @@ import json
 import pytest
 
 from fastllm.cli import main
+from fastllm.errors import UserError
+from fastllm.evaluation.run import Log
 
 from . import small
 
@@ -21,6 +23,7 @@ def run(tmp_path_factory):
     (folder / "capitals.toml").write_text(
         'files = ["q.jsonl"]\ncontext = "The capital of {land} is"\nchoices = ["{right}", "{wrong}"]\nanswer = 0\n'
     )
+    (folder / "text.toml").write_text((folder / "capitals.toml").read_text())
     options = "--model.dim 32 --model.layers 1 --model.heads 2 --model.max-seq-len 64 --train.global-batch-tokens 256"
     options += " --train.steps 60 --train.eval-every 30 --optim.lr 0.02 --model.vocab-size 300"
     argv = ["train", "--data", str(folder / "book.txt"), "--out", str(folder / "run"), *options.split()]
@@ -69,6 +72,10 @@ def test_tasks_during_training(run, capsys):
         (["--tasks", "gsm8k", "--data", "."], "has no folder openai/gsm8k or gsm8k"),
         (["--text", "none.txt"], "can't read none.txt"),
         (["--tasks", "copa", "--compare", "none.json"], "can't read none.json"),
+        (["--tasks", "copa", "--contamination", "none.txt"], "--contamination: there is no none.txt"),
+        (["--text", "{run}/book.txt", "--contamination", "{run}/book.txt"], "searches for the items of --tasks"),
+        (["--tasks", "copa", "--out", "none/r.json"], "--out: there is no folder none"),
+        (["--tasks", "{run}/text.toml", "--text", "{run}/book.txt"], "a task is called text"),
         (["--text", "{run}/book.txt", "--stride", "65"], "--stride must be from 1 to the 64 tokens"),
     ],
 )
@@ -77,9 +84,39 @@ def test_mistakes(run, capsys, options, reason):
     assert reason in capsys.readouterr().err
 
 
+def test_changed_files_of_the_model(run, capsys):
+    """Answers of other weights or another configuration are not taken for its own."""
+    assert eval_(run, "--tasks", run / "capitals.toml", "--out", run / "c.json") == 0
+    (run / "run/config.toml").touch()
+    assert eval_(run, "--tasks", run / "capitals.toml", "--out", run / "c.json") == 2
+    assert "holds answers of another model" in capsys.readouterr().err
+
+
+def test_an_unknown_task_stops_training_before_it_begins(run, capsys):
+    options = ["--data", str(run / "book.txt"), "--out", str(run / "new"), "--train.eval-tasks"]
+    assert main(["train", *options, "capitls"]) == 2
+    assert "there is no task 'capitls'" in capsys.readouterr().err
+    (run / "long.toml").write_text(
+        'kind = "generation"\nfiles = ["q.jsonl"]\ncontext = "{land}"\ntarget = "{right}"\nchat = true\n'
+    )
+    assert main(["train", *options, str(run / "long.toml"), "--model.max-seq-len", "64"]) == 2
+    assert "no chat template" in capsys.readouterr().err
+    assert not (run / "new").exists()
+
+
+def test_two_processes_with_one_file(run, capsys):
+    with Log(run / "t.samples.jsonl", {}):
+        (run / "t.samples.jsonl").write_bytes(b"")
+        with pytest.raises(UserError, match="is no file of samples, line 1"), Log(run / "t.samples.jsonl", {}):
+            pass
+        (run / "t.samples.jsonl").write_bytes(b'{"evaluation": {}}\n')
+        with pytest.raises(UserError, match="another process writes"), Log(run / "t.samples.jsonl", {}):
+            pass
+
+
 def test_no_model(run, capsys):
     assert eval_(run, "--tasks", run / "capitals.toml", model="none") == 2
-    assert "there is no run folder" in capsys.readouterr().err
+    assert "there is no model" in capsys.readouterr().err
 
 
 def test_help_fits_a_screen(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -200,6 +201,12 @@ def test_generation(tmp_path):
         (GENERATION + 'target = "a"\npattern = "b"', "generation needs target or pattern"),
         (GENERATION + 'pattern = "("', r"pattern '\(' is no regular expression"),
         (GENERATION.replace("= 5", "= 0") + 'target = "a"', "max_tokens must be at least 1"),
+        (CHOICE.replace("{land}", "{ land }"), r"context: .*land.* is no \{field\} of a row"),
+        (CHOICE.replace('["{a}", "{b}"]', '"{a} or"'), r"choices must be a list, or the \{field\} of one"),
+        (CHOICE + "shots = -1", "shots must not be negative"),
+        (GENERATION + 'pattern = ""', "pattern is empty"),
+        (GENERATION.replace('["."]', '[""]') + 'target = "a"', "stop is empty"),
+        (GENERATION + f'pattern = "x{{{10**30}}}"', "is no regular expression"),
         ("=", "is not valid TOML"),
     ],
 )
@@ -214,6 +221,12 @@ def test_bad_task_files(tmp_path, text, reason):
         ({"a": "x", "b": "y", "right": "A"}, "there is no land; it has a, b, right"),
         ({"land": "F", "a": "x", "b": "y", "right": "C"}, "the answer is choice 3, there are 2"),
         ({"land": "F", "a": "x", "b": "y", "right": "France"}, "the answer 'France' is none of the choices"),
+        ({"land": "F", "a": "B", "b": "A", "right": "A"}, "the answer 'A' may be choice 1 or 2"),
+        ({"land": "F", "a": "1", "b": "0", "right": "1"}, "the answer '1' may be choice 1 or 2"),
+        ({"land": "F", "a": "x", "b": "x", "right": "x"}, "may be choice 1 or 2"),
+        ({"land": "F", "a": "x", "b": "y", "right": "9" * 5000}, "is none of the choices"),
+        ({"land": math.nan, "a": "x", "b": "y", "right": "A"}, "land must be a text"),
+        ({"land": "\ud800", "a": "x", "b": "y", "right": "A"}, "a text is not valid Unicode"),
         ({"land": ["F"], "a": "x", "b": "y", "right": "A"}, "land must be a text"),
     ],
 )
@@ -238,13 +251,35 @@ TASK = Task("mine", Files((Path(__file__).with_name("q.jsonl"),)), question, met
     model = small.model()
     made = prepare(task, None, model.tokenizer, model.max_seq_len, Options())
     assert summary(made, ask(model, made), None)["n"] == 1
+    star = "from fastllm.evaluation import *\nfrom pathlib import Path\n" + text.replace("from fastllm", "#")
+    assert own(tmp_path, star, [], "star.py").name == "mine"
+    failing = text.replace('row.integer("right")', "1 / 0")
+    task = own(tmp_path, failing, [{"q": "Is it?"}], "failing.py")
+    with pytest.raises(UserError, match="row 1: ZeroDivisionError"):
+        prepare(task, None, model.tokenizer, model.max_seq_len, Options())
     for content, reason in (
+        ("import sys; sys.exit(0)", "failed: SystemExit"),
         ("1 / 0", "failed: ZeroDivisionError"),
         ("TASK = 5", "must set TASK"),
         ("", "must set TASK"),
     ):
         with pytest.raises(UserError, match=reason):
             own(tmp_path, content, [], "bad.py")
+
+
+@pytest.mark.parametrize("change", ['delimiter = "-"', 'target = "{other}"', "max_tokens = 4", 'ignore = ["x"]'])
+def test_what_changes_an_answer_is_in_the_digest(tmp_path, change):
+    """So that an answer to the same question in other circumstances is not taken for it."""
+    rows = [{"question": "Q?", "land": "F", "a": "x", "b": "y", "right": "A", "other": "B"}]
+    before = CHOICE if "delimiter" in change else GENERATION + 'target = "{right}"\n'
+    if "target" in change:
+        after = before.replace('target = "{right}"', change)
+    else:
+        after = before.replace("max_tokens = 5", "" if "max_tokens" in change else "max_tokens = 5") + change
+    model = small.model(chat=True)
+    digests = [prepare(own(tmp_path, text, rows), None, model.tokenizer, model.max_seq_len, Options()).items[0].digest
+               for text in (before, before, after)]  # fmt: skip
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_unknown_tasks():

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import statistics as standard
+from dataclasses import replace
 
 import pytest
 
@@ -156,8 +157,7 @@ def test_continues_where_it_was_killed(tmp_path, made, model):
         pass
     with Log(path, {"model": 1}) as log:  # of questions in other words, none is known
         other = prepare(made.task, tmp_path, model.tokenizer, model.max_seq_len, Options(chat=False))
-        for item in other.items:
-            object.__setattr__(item, "contexts", (item.contexts[0] + "?",))
+        other.items = [replace(item, digest="other words") for item in other.items]
         asked.clear()
         ask(Counting(), other, log)
     assert asked == [4 * 12]
@@ -207,9 +207,12 @@ def test_contamination(tmp_path, model):
         f"Once upon a time. {long.upper().replace('?', '')} 0 ONE ... Who knows the name of the longest river? W."
     )
     found = contaminated([made], samples, [text])[task.name]
-    # The 13 words are in both of the first; the fourth has 8 words with "Question", "Answer" and its choice.
+    # The 13 words are in both of the first; the last two have no text of 8 words.
     assert found["numbers"] == [["anatomy", 0], ["anatomy", 1]]
-    assert (found["items"], found["too_short"], found["clean"]["n"], found["contaminated"]["n"]) == (2, 1, 3, 2)
+    assert (found["items"], found["too_short"], found["clean"]["n"], found["contaminated"]["n"]) == (2, 2, 3, 2)
+    # A shorter question is looked for as a whole, without what the task puts around it.
+    text.write_text("x, which river is the longest one that flows through Europe from west to east? w it is.")
+    assert contaminated([made], samples, [text])[task.name]["numbers"] == [["anatomy", 2]]
     text.write_text("nothing of it")
     assert contaminated([made], samples, [text])[task.name]["items"] == 0
     (tmp_path / "empty.txt").touch()
@@ -258,8 +261,11 @@ def test_perplexity(model):
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / size)
     assert (found["n"], found["tokens"], found["bytes"]) == (2, tokens, size)
     assert found["stderr"] > 0
+    assert perplexity(model, ["パリはフランスの首都" * 40])["word_perplexity"] == math.inf  # one word, for the harness
     with pytest.raises(UserError, match="--stride must be from 1 to the 256"):
         perplexity(model, documents, stride=257)
+    with pytest.raises(UserError, match="document 2 is not valid Unicode"):
+        perplexity(model, ["a", "b\ud800"])
 
 
 def test_documents(tmp_path):

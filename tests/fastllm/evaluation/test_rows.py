@@ -66,7 +66,7 @@ def test_a_csv_file_keeps_quotes_and_line_ends(tmp_path, model):
 def test_bad_rows_of_csv(tmp_path, model, line, reason):
     small.write_mmlu(tmp_path, SUBJECTS)
     path = tmp_path / "test/virology_test.csv"
-    path.write_text("Good?,1,2,3,4,A\n" + line + "\nGood too?,1,2,3,4,D\n")
+    path.write_text("Good?,1,2,3,4,A\n" + line + "\nGood too?,1,2,3,4,D\n\n")
     with pytest.raises(UserError, match="1 of 6 rows can't be used") as error:
         mmlu(model, tmp_path)
     assert f"{path}, row 2" in str(error.value)
@@ -126,7 +126,8 @@ def test_a_file_of_another_encoding(tmp_path, model):
 @pytest.mark.parametrize(
     ("name", "content"),
     [("a.jsonl", b'{"a": 1}\n{'), ("a.json", b"[1,"), ("a.csv", b'a,b\n"1'), ("a.arrow", b"ARROW1 no"),
-     ("b.arrow", b"\xff\xff\xff\xff\x10\x00\x00\x00"), ("a.parquet", b"PAR1 no")],
+     ("b.arrow", b"\xff\xff\xff\xff\x10\x00\x00\x00"), ("a.parquet", b"PAR1 no"),
+     ("c.arrow", b"ARROW1\x00\x00" + bytes(64))],
 )  # fmt: skip
 def test_damaged_files(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)

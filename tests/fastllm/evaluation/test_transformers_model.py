@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -82,6 +83,37 @@ def test_tasks(tmp_path, model):
     (task,) = find_tasks(["mmlu"], ("anatomy",))
     made = prepare(task, tmp_path, model.tokenizer, model.max_seq_len, Options(too_long="truncate"))
     assert len(ask(model, made)) == 3
+
+
+def test_settings_of_generation_in_the_folder_do_not_count(folder, model, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    settings = {"repetition_penalty": 3.0, "do_sample": True, "no_repeat_ngram_size": 2, "eos_token_id": 0}
+    (tmp_path / "copy/generation_config.json").write_text(json.dumps(settings))
+    other = load_model(tmp_path / "copy", torch.device("cpu"), torch.float32)
+    prompts, how = [[5, 6, 7], [8]], Generation(max_tokens=6)
+    assert dict(other.generate(prompts, how)) == dict(model.generate(prompts, how))
+
+
+def test_weights_that_are_missing(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy/config.json").read_text())
+    config |= {"n_layer": 3, "num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}
+    (tmp_path / "copy/config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="would be random"):
+        load_model(tmp_path / "copy", torch.device("cpu"), torch.float32)
+    (tmp_path / "copy/model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match="transformers can't load"):
+        load_model(tmp_path / "copy", torch.device("cpu"), torch.float32)
+
+
+def test_a_model_that_sees_what_follows(tmp_path):
+    tokenizer = small.model().tokenizer
+    tokenizer.save(tmp_path / "tokenizer.json")
+    config = transformers.BertConfig(vocab_size=tokenizer.vocab_size, hidden_size=32, num_hidden_layers=2,
+                                     num_attention_heads=2, intermediate_size=64)  # fmt: skip
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="sees those after it"):
+        load_model(tmp_path, torch.device("cpu"), torch.float32)
 
 
 def test_folders_that_cannot_be_read(tmp_path):
