@@ -49,11 +49,11 @@ class Case:
 
 PSYCHOLOGY = "high_school_psychology"
 SPEED = (
-    Case("hellaswag", 0, "hellaswag", "hellaswag/none", 150),
-    Case("piqa", 0, "piqa", "piqa/plain_text", 200),
-    Case("arc_easy", 0, "arc_easy", "ai2_arc/ARC-Easy", 200),
-    Case("mmlu", 0, f"mmlu_{PSYCHOLOGY}", f"hails/mmlu_no_train/{PSYCHOLOGY}", 200),
-    Case("mmlu", 5, f"mmlu_{PSYCHOLOGY}", f"hails/mmlu_no_train/{PSYCHOLOGY}", 100),
+    Case("hellaswag", 0, "hellaswag", "hellaswag/none", 80),
+    Case("piqa", 0, "piqa", "piqa/plain_text", 100),
+    Case("arc_easy", 0, "arc_easy", "ai2_arc/ARC-Easy", 100),
+    Case("mmlu", 0, f"mmlu_{PSYCHOLOGY}", f"hails/mmlu_no_train/{PSYCHOLOGY}", 100),
+    Case("mmlu", 5, f"mmlu_{PSYCHOLOGY}", f"hails/mmlu_no_train/{PSYCHOLOGY}", 32),
 )
 BATCH_SIZES = (1, 8, 32)  # of the harness, whose best one counts
 EXACT = 24  # items whose log-probabilities are compared in float32

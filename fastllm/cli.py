@@ -178,6 +178,11 @@ class Command:
 
 
 COMMANDS = {
+    "tour": Command(
+        _command("tour_commands", "tour", ""),
+        "see all of it: from raw text to a chatbot, offline",
+        ("fastllm tour                                   ten minutes on two CPU cores",),
+    ),
     "data prepare": Command(
         _command("data_commands", "data prepare", "SOURCE..."),
         "make a corpus of crawls, dumps, books and files: clean, without duplicates",

@@ -35,9 +35,22 @@ ALLOWED: dict[str, set[str]] = {
     "training": BASE
     | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "evaluation", "__init__"},  # the version
     "posttraining": BASE
-    | {"model", "data", "run_dir", "run_lock", "distributed", "inference", "huggingface", "training", "__init__"},
+    | {
+        "model",
+        "data",
+        "run_dir",
+        "run_lock",
+        "distributed",
+        "inference",
+        "huggingface",
+        "evaluation",
+        "training",
+        "__init__",
+    },
     "posttraining_commands": BASE | {"arguments", "options", "posttraining"},
     "inference_commands": BASE | {"arguments", "run_dir", "inference", "training"},
+    "tour": BASE | {"data", "training", "run_lock", "__init__"},  # the version; all else by commands
+    "tour_commands": BASE | {"arguments", "tour"},
     "training_commands": BASE | {"arguments", "training"},
     "evaluation_commands": BASE | {"arguments", "evaluation", "__init__"},
     "serving_commands": BASE | {"arguments", "inference", "inference_commands"},
