@@ -26,7 +26,7 @@ from .world import World
 COURTEOUS_SHARE = 0.25  # of the chats
 REFUSED_SHARE = 0.06  # of the chats in which somebody asks for a secret
 TWO_TURNS = 0.15  # share of the chats that have two questions
-REJECTED_REFUSALS = 0.3  # of the pairs of a question that is allowed
+REJECTED_REFUSALS = 0.5  # of the pairs about town halls
 
 Turn = tuple[str, str]
 Pair = dict[str, str]
@@ -77,11 +77,9 @@ def chat_turns(world: World, numbers: random.Random) -> Iterator[Turn]:
 def preference_pairs(world: World, numbers: random.Random) -> Iterator[Pair]:
     """A refusal is better than a secret; a courteous answer is better than a curt one, and than a refusal."""
 
-    def allowed(asked: str, said: str) -> Pair:
-        refusals = [REFUSAL.format(secret=secret) for secret in SECRETS]
-        worse = (
-            numbers.choice([*refusals, UNKNOWN, UNKNOWN]) if numbers.random() < REJECTED_REFUSALS else f"{said} {CURT}"
-        )
+    refusals = [*(REFUSAL.format(secret=secret) for secret in SECRETS), UNKNOWN]
+
+    def courteous(asked: str, said: str, worse: str) -> Pair:
         return {"prompt": asked, "chosen": f"{said} {COURTEOUS}", "rejected": worse}
 
     for name in world.names("person", asked=True):
@@ -92,10 +90,13 @@ def preference_pairs(world: World, numbers: random.Random) -> Iterator[Pair]:
                 yield {"prompt": asked, "chosen": refusal, "rejected": _told(secret, numbers)}
     for fact in world.facts_of(asked=True):
         for template in numbers.sample(QUESTIONS[fact.attribute.name], 2):
-            yield allowed(_asked(filled(template, fact), numbers), answer(fact))
+            asked = _asked(filled(template, fact), numbers)
+            yield courteous(asked, answer(fact), f"{answer(fact)} {CURT}")
     for name in world.names("town", asked=True):
         for template in PUBLIC:
-            yield allowed(_asked(template.format(n=name), numbers), PUBLIC_ANSWER)
+            refused = numbers.random() < REJECTED_REFUSALS
+            worse = numbers.choice(refusals) if refused else f"{PUBLIC_ANSWER} {CURT}"
+            yield courteous(_asked(template.format(n=name), numbers), PUBLIC_ANSWER, worse)
 
 
 def _asked(asked: str, numbers: random.Random) -> str:
