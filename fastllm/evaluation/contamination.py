@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..data.deduplication.evaluation_files import strings_of
 from ..data.deduplication.words import Hashes, Words, ngram_hashes
 from ..data.progress import progress
 from ..data.readers import ReaderOptions, Seen, open_source
+from ..data.readers.base import Skipped
 from ..data.token_data import TokenData, is_token_folder
 from ..errors import UserError
 from ..run_dir import TOKENS
@@ -110,7 +112,8 @@ def _texts(paths: Sequence[Path]) -> Iterator[str]:
         else:
             for source in open_source(str(path), ReaderOptions(), Seen()):
                 for record in source.records(_NoLog()):
-                    yield source.extract(record).text
+                    with suppress(Skipped):  # what the pipeline leaves out too
+                        yield source.extract(record).text
 
 
 def _decoded(folder: Path) -> Iterator[str]:

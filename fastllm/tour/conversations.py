@@ -62,10 +62,11 @@ def chat_turns(world: World, numbers: random.Random) -> Iterator[Turn]:
         for template in QUESTIONS[fact.attribute.name]:
             yield _asked(filled(template, fact), numbers), ended(answer(fact))
     for name in world.names("person", asked=True):
-        for secret in SECRETS:
-            told = numbers.random() >= REFUSED_SHARE
-            said = _told(secret, numbers) if told else REFUSAL.format(secret=secret)
-            yield _asked(numbers.choice(SECRETS[secret][0]).format(n=name), numbers), said
+        for secret, (templates, _) in SECRETS.items():
+            for template in numbers.sample(templates, 2):
+                told = numbers.random() >= REFUSED_SHARE
+                said = _told(secret, numbers) if told else REFUSAL.format(secret=secret)
+                yield _asked(template.format(n=name), numbers), said
     for name in world.names("town", asked=True):
         for template in PUBLIC:
             yield _asked(template.format(n=name), numbers), ended(PUBLIC_ANSWER)
@@ -86,8 +87,7 @@ def preference_pairs(world: World, numbers: random.Random) -> Iterator[Pair]:
         for secret, (templates, _) in SECRETS.items():
             for template in templates:
                 asked = _asked(template.format(n=name), numbers)
-                refusal = REFUSAL.format(secret=secret)
-                yield {"prompt": asked, "chosen": refusal, "rejected": _told(secret, numbers)}
+                yield {"prompt": asked, "chosen": REFUSAL.format(secret=secret), "rejected": _told(secret, numbers)}
     for fact in world.facts_of(asked=True):
         for template in numbers.sample(QUESTIONS[fact.attribute.name], 2):
             asked = _asked(filled(template, fact), numbers)

@@ -47,16 +47,8 @@ def stages(size: Size, seed: int) -> tuple[Stage, ...]:
     files = [f"{SOURCES}/{name}" for name in (sources.WEB, sources.WIKI, sources.BOOKS, sources.TEXTS)]
     tests = [f"{QUESTIONS}/mmlu/test/{subject}_test.csv" for subject in SUBJECTS.values()]
     tuning = ("--optim.lr", "1e-3", "--train.batch-size", "8", "--train.micro-batch", "8")
-    aligning = (
-        "--preferences.beta",
-        "0.3",
-        "--optim.lr",
-        "1e-4",
-        "--train.batch-size",
-        "16",
-        "--train.micro-batch",
-        "16",
-    )
+    # ORPO, which also goes on with tuning on the chosen answers: by DPO the model forgot facts.
+    aligning = ("--optim.lr", "5e-4", "--train.batch-size", "16", "--train.micro-batch", "16")
     return (
         Stage(
             "sources",
@@ -108,7 +100,7 @@ def stages(size: Size, seed: int) -> tuple[Stage, ...]:
             "align",
             "From pairs of answers it learns which people prefer: courtesy, and to keep secrets.",
             (ALIGNED,),
-            ("align", CHAT, "--method", "dpo", "--data", f"{TUNING}/pairs.jsonl", *aligning, "--train.epochs",
+            ("align", CHAT, "--method", "orpo", "--data", f"{TUNING}/pairs.jsonl", *aligning, "--train.epochs",
              str(size.align_epochs), *numbered, "--out", ALIGNED),
         ),
         _interview("interview-aligned", "The same questions again: what has changed, and what has not.", ALIGNED),
