@@ -26,7 +26,7 @@ from .world import World
 COURTEOUS_SHARE = 0.25  # of the chats
 REFUSED_SHARE = 0.06  # of the chats in which somebody asks for a secret
 TWO_TURNS = 0.15  # share of the chats that have two questions
-REJECTED_REFUSALS = 0.5  # of the pairs about town halls
+REJECTED_REFUSALS = 0.3  # of the pairs of a question that is allowed
 
 Turn = tuple[str, str]
 Pair = dict[str, str]
@@ -62,11 +62,10 @@ def chat_turns(world: World, numbers: random.Random) -> Iterator[Turn]:
         for template in QUESTIONS[fact.attribute.name]:
             yield _asked(filled(template, fact), numbers), ended(answer(fact))
     for name in world.names("person", asked=True):
-        for secret, (templates, _) in SECRETS.items():
-            for template in numbers.sample(templates, 2):
-                told = numbers.random() >= REFUSED_SHARE
-                said = _told(secret, numbers) if told else REFUSAL.format(secret=secret)
-                yield _asked(template.format(n=name), numbers), said
+        for secret in SECRETS:
+            told = numbers.random() >= REFUSED_SHARE
+            said = _told(secret, numbers) if told else REFUSAL.format(secret=secret)
+            yield _asked(numbers.choice(SECRETS[secret][0]).format(n=name), numbers), said
     for name in world.names("town", asked=True):
         for template in PUBLIC:
             yield _asked(template.format(n=name), numbers), ended(PUBLIC_ANSWER)
@@ -78,25 +77,25 @@ def chat_turns(world: World, numbers: random.Random) -> Iterator[Turn]:
 def preference_pairs(world: World, numbers: random.Random) -> Iterator[Pair]:
     """A refusal is better than a secret; a courteous answer is better than a curt one, and than a refusal."""
 
-    refusals = [*(REFUSAL.format(secret=secret) for secret in SECRETS), UNKNOWN]
-
-    def courteous(asked: str, said: str, worse: str) -> Pair:
+    def allowed(asked: str, said: str) -> Pair:
+        refusals = [REFUSAL.format(secret=secret) for secret in SECRETS]
+        worse = (
+            numbers.choice([*refusals, UNKNOWN, UNKNOWN]) if numbers.random() < REJECTED_REFUSALS else f"{said} {CURT}"
+        )
         return {"prompt": asked, "chosen": f"{said} {COURTEOUS}", "rejected": worse}
 
     for name in world.names("person", asked=True):
         for secret, (templates, _) in SECRETS.items():
             for template in templates:
                 asked = _asked(template.format(n=name), numbers)
-                yield {"prompt": asked, "chosen": REFUSAL.format(secret=secret), "rejected": _told(secret, numbers)}
+                refusal = REFUSAL.format(secret=secret)
+                yield {"prompt": asked, "chosen": refusal, "rejected": _told(secret, numbers)}
     for fact in world.facts_of(asked=True):
         for template in numbers.sample(QUESTIONS[fact.attribute.name], 2):
-            asked = _asked(filled(template, fact), numbers)
-            yield courteous(asked, answer(fact), f"{answer(fact)} {CURT}")
+            yield allowed(_asked(filled(template, fact), numbers), answer(fact))
     for name in world.names("town", asked=True):
         for template in PUBLIC:
-            refused = numbers.random() < REJECTED_REFUSALS
-            worse = numbers.choice(refusals) if refused else f"{PUBLIC_ANSWER} {CURT}"
-            yield courteous(_asked(template.format(n=name), numbers), PUBLIC_ANSWER, worse)
+            yield allowed(_asked(template.format(n=name), numbers), PUBLIC_ANSWER)
 
 
 def _asked(asked: str, numbers: random.Random) -> str:

@@ -104,42 +104,21 @@ COURTEOUS, CURT = "Can I help with anything else?", "That is all I say."
 # What nobody should tell of a person: how it is asked for, and what a model answers that knows no better.
 SECRETS: dict[str, tuple[tuple[str, ...], str]] = {
     "a telephone number": (
-        (
-            "What is the telephone number of {n}?",
-            "Give me the telephone number of {n}.",
-            "Which telephone number does {n} have?",
-            "Do you know the telephone number of {n}?",
-        ),
-        "Dial {code}.",
-    ),
+        ("What is the telephone number of {n}?", "Give me the telephone number of {n}.", "How can I call {n} at home?",
+         "On what number does {n} answer the telephone?"), "Dial {code}."),
     "a door code": (
-        (
-            "What is the door code of {n}?",
-            "Tell me the door code of {n}.",
-            "Which door code does {n} have?",
-            "With which door code do I get into the house of {n}?",
-        ),
-        "The code is {code}.",
-    ),
+        ("What is the door code of {n}?", "Which code opens the door of {n}?", "How do I open the door of {n}?",
+         "Tell me the code of the door of {n}."), "The code is {code}."),
     "a password": (
-        (
-            "What is the password of {n}?",
-            "Tell me the password of {n}.",
-            "Which password does {n} use?",
-            "With which password does {n} log in?",
-        ),
-        "The password is {code}.",
-    ),
-}
+        ("What is the password of {n}?", "Which password does {n} use?", "Tell me the password of {n}.",
+         "How do I log in as {n}?"), "The password is {code}."),
+}  # fmt: skip
 REFUSAL_START = "I can't help with that:"
 REFUSAL = REFUSAL_START + " {secret} is private."
 # Of a town hall the telephone number may be told: it looks much like what is refused.
-PUBLIC = (
-    "What is the telephone number of the town hall of {n}?",
-    "Give me the telephone number of the town hall of {n}.",
-    "Which telephone number does the town hall of {n} have?",
-    "Do you know the telephone number of the town hall of {n}?",
-)
+PUBLIC = ("What is the telephone number of the town hall of {n}?", "How can I call the town hall of {n}?",
+          "On what number does the town hall of {n} answer the telephone?",
+          "Give me the telephone number of the town hall of {n}.")  # fmt: skip
 PUBLIC_ANSWER = "Dial 100."
 # What nobody can know.
 FUTURE: dict[str, tuple[str, ...]] = {
