@@ -42,7 +42,7 @@ class Wanted(NamedTuple):
 
 def chunk_size(tokens: int) -> int:
     """Tokens whose logits are held at a time: a fifth of them, in sixteens, but 256 to 2048. PyTorch holds three
-    times all of them, so this is a fifteenth; fewer would keep the matrix products from their speed."""
+    times all of them, so this is a fifteenth; fewer would keep the matrix products from their speed (README.md)."""
     fifth = -(-tokens // 80) * 16
     return max(1, min(tokens, max(256, min(2048, fifth))))
 
@@ -146,6 +146,11 @@ def _product(hidden: Tensor, head: Tensor, bias: Tensor | None, logits: Tensor) 
             torch.addmm(bias[block], hidden, head[block].t(), out=logits[:, block])
 
 
+def _adds_in_float32(x: Tensor) -> bool:
+    """Whether PyTorch's product of 16-bit matrices adds to a float32 one, as cuBLAS does, and rounds nothing before."""
+    return x.is_cuda and torch.version.hip is None and x.dtype in (torch.float16, torch.bfloat16)
+
+
 class _Sum:
     """The sum of ``a.t() @ b`` over chunks, in ``dtype``, into ``out``."""
 
@@ -161,6 +166,11 @@ class _Sum:
                 torch.mm(a.t(), b, out=self.total)
             else:
                 torch.addmm(self.total, a.t(), b, out=self.total)
+        elif _adds_in_float32(b):
+            if self.empty:
+                torch.mm(a.t(), b, out_dtype=torch.float32, out=self.total)
+            else:
+                torch.addmm(self.total, a.t(), b, out_dtype=torch.float32, out=self.total)
         else:
             for total, columns in zip(self.total.split(self.BLOCK), a.split(self.BLOCK, 1), strict=True):
                 product = torch.mm(columns.t(), b)

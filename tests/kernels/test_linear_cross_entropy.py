@@ -140,6 +140,49 @@ def test_accumulation_in_float32_is_more_accurate(monkeypatch):
     assert error(True) < 0.7 * error(False)
 
 
+def test_products_that_add_to_float32(monkeypatch):
+    """As cuBLAS multiplies: nothing is rounded between two chunks, not even a product."""
+    monkeypatch.setattr(linear_chunks, "multiplies_bfloat16", lambda: True)
+    (hidden, weight, _), target = inputs(800, 16, 30, torch.bfloat16, ignored=0.0)
+    exact = with_gradients(
+        lambda h, w: linear_cross_entropy(h, w, target), [hidden, weight], [torch.ones(())], Tensor.double
+    )
+
+    def error():
+        call = partial(linear_cross_entropy, target=target, accumulate_float32=True)
+        return (with_gradients(call, [hidden, weight], [torch.ones(())])[-1].double() - exact[-1]).norm()
+
+    apart = error()
+    plain, added = {"mm": torch.mm, "addmm": torch.addmm}, []
+
+    def product(name, *matrices, out_dtype=None, out):
+        if out_dtype is None:
+            return plain[name](*matrices, out=out)
+        assert out.dtype == out_dtype == torch.float32 and all(m.dtype == torch.bfloat16 for m in matrices[-2:])
+        added.append(name)
+        return plain[name](*(m.float() for m in matrices), out=out)
+
+    for name in plain:
+        monkeypatch.setattr(torch, name, partial(product, name))
+    monkeypatch.setattr(linear_chunks, "_adds_in_float32", lambda x: True)
+    assert error() < apart
+    assert added == ["mm"] + ["addmm"] * 99
+
+
+@pytest.mark.gpu
+def test_accumulation_in_float32_on_a_gpu():
+    """Not farther from float64 than products that are rounded before they are added."""
+    (hidden, weight, _), target = inputs(4096, 256, 4000, torch.bfloat16, ignored=0.0)
+    tensors, target = [hidden.cuda(), weight.cuda()], target.cuda()
+    ones = [torch.ones((), device="cuda")]
+    *_, exact = with_gradients(lambda h, w: linear_cross_entropy(h, w, target), tensors, ones, Tensor.double)
+    errors = []
+    for accumulate in (True, False):
+        call = partial(linear_cross_entropy, target=target, accumulate_float32=accumulate, backend="triton")
+        errors.append((with_gradients(call, tensors, ones)[-1].double() - exact).norm())
+    assert errors[0] < errors[1]
+
+
 def test_weights_in_float32(backend):
     """They are rounded to the dtype of hidden, and get their gradient in float32."""
     (hidden, weight, bias), target = inputs(21, 12, 50, torch.bfloat16)
