@@ -38,9 +38,10 @@ from unittest import mock
 
 from . import machine_code
 from .machine_code import Row, read_amd, read_cubin, short_names
-from .targets import TARGETS, current_target
+from .targets import TARGETS, current_target, specialized_attention
 
 SAMPLE = 16
+LOSSES = {"tensor_core": "tensor-core instructions", "tma": "loads by TMA"}
 TABLE = Path(__file__).with_name("aot.json")
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163 * 1024, "sm_90a": 227 * 1024, "sm_100": 227 * 1024, "sm_120": 99 * 1024, "gfx942": 64 * 1024}
@@ -51,6 +52,8 @@ Table = dict[str, dict[str, Row]]  # kernel -> target -> row
 def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of each launch to compile: sizes that reach every branch of the launchers."""
     import torch
+
+    from fastllm.kernels.attention import triton_tuning
 
     def rms_norm(cols: int, dtype: torch.dtype) -> Callable[[], Any]:
         def call() -> None:
@@ -127,6 +130,13 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
         return call
 
+    def specialized(dim: int, every: bool = False, softcap: float = 0.0) -> Callable[[], Any]:
+        def call() -> None:
+            with specialized_attention(softcap > 0):
+                attention(dim, torch.bfloat16, every, softcap)()
+
+        return call
+
     def rope(dtype: torch.dtype, interleaved: bool) -> Callable[[], Any]:
         def call() -> None:
             x, table = torch.empty(2, 16, 32, 128, dtype=dtype), torch.empty(64, 64)
@@ -193,6 +203,12 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"decode in pages bfloat16 {dim} window, sinks, softcap", paged(dim, torch.bfloat16, True)
         yield f"attention bfloat16 {dim} packed, window, sinks", attention(dim, torch.bfloat16, True)
         yield f"attention bfloat16 {dim} packed, window, sinks, softcap", attention(dim, torch.bfloat16, True, 30.0)
+    if triton_tuning.specialized("forward", triton_tuning.architecture(torch.device("cuda")), 64, False):
+        for dim in (64, 128, 256):
+            yield f"attention bfloat16 {dim}", specialized(dim)
+        for dim in (64, 128):
+            yield f"attention bfloat16 {dim} packed, window, sinks", specialized(dim, True)
+            yield f"attention bfloat16 {dim} packed, window, sinks, softcap", specialized(dim, True, 30.0)
     for cols in (128, 4096, 8192, 16384, 65536):
         yield f"rms_norm bfloat16 {cols}", rms_norm(cols, torch.bfloat16)
     for cols in (8192, 16384):
@@ -324,8 +340,8 @@ def problems(kind: str, new: Table, old: Table, same_compiler: bool) -> list[str
             before = old.get(kernel, {}).get(target)
             if before is None:
                 found.append(f"{place}: not in the table (python -m benchmarks.aot --write)")
-            elif before["tensor_core"] and not row["tensor_core"]:
-                found.append(f"{place}: lost its {before['tensor_core']} tensor-core instructions")
+            elif lost := [f"{before[k]} {said}" for k, said in LOSSES.items() if before[k] and not row[k]]:
+                found.append(f"{place}: lost its {', '.join(lost)}")
             elif row["store"] < before["store"] or row["load"] < before["load"]:
                 found.append(f"{place}: loads and stores {row['load']} and {row['store']} bytes at once, the table has "
                              f"{before['load']} and {before['store']}")  # fmt: skip
@@ -354,7 +370,13 @@ def report(table: Table) -> str:
 
 
 def _cell(row: Row) -> str:
-    notes = {"shared": "{} B shared", "tensor_core": "{} mma", "calls": "**{} calls**", "local": "**{} B spilled**"}
+    notes = {
+        "shared": "{} B shared",
+        "tensor_core": "{} mma",
+        "tma": "{} TMA",
+        "calls": "**{} calls**",
+        "local": "**{} B spilled**",
+    }
     said = [text.format(row[k]) for k, text in notes.items() if row[k]]
     return ", ".join([f"{row['registers']} ×{row['blocks']}", f"{row['load']}/{row['store']} B", *said])
 

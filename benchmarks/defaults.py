@@ -61,8 +61,8 @@ def text() -> str:
         "# (op, name of the GPU) -> backend",
         *_dictionary("MEASURED_FASTER: dict[tuple[str, str], str]", backend_of),
         "",
-        "# (name of the GPU, kernel, padded head dimension, window or softcap) -> (queries, keys, warps, stages)",
-        *_dictionary("MEASURED_TILES: dict[tuple[str, str, int, bool], tuple[int, int, int, int]]", tile_of),
+        "# (GPU, kernel, padded head dimension, window or softcap) -> (queries, keys, warps, stages, specialised)",
+        *_dictionary("MEASURED_TILES: dict[tuple[str, str, int, bool], tuple[int, int, int, int, bool]]", tile_of),
     ]
     return "\n".join(lines) + "\n"
 

@@ -11,6 +11,7 @@ TENSOR_CORE = re.compile(r"\b(?:[HIQO]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf(?:ma|mac)_\
 # Instructions of global memory: LDG.E.128, LDGSTS.E.BYPASS.128 (to shared memory), global_load_dwordx4.
 LOADS = re.compile(r"\b(?:LDG(?:STS)?((?:\.\w+)*)|(?:global|buffer|flat)_load_(\w+))")
 STORES = re.compile(r"\b(?:STG((?:\.\w+)*)|(?:global|buffer|flat)_store_(\w+))")
+TMA_LOADS = re.compile(r"\bUTMALDG")
 BULK_STORES = re.compile(r"\bUTMASTG")  # of a tile at once
 CALLS = re.compile(r"\b(?:CALL\.\w+|s_swappc_b64)\b")  # the slow paths of divisions and the like
 DYNAMIC_SHARED = re.compile(r"6SharedILm(\d+)E")  # the argument Shared<…> (csrc/cuda/launch.h) in a mangled name
@@ -31,12 +32,13 @@ Row = dict[str, int]
 
 
 def read_instructions(code: str) -> Row:
-    """Of SASS or AMD's assembly: tensor-core instructions, the widest load and store of global memory in bytes, the
-    number of stores, and that of calls."""
+    """Of SASS or AMD's assembly: tensor-core instructions, loads by TMA, the bytes of the widest other load and of the
+    widest store of global memory, the number of stores, and that of calls."""
     loads = [_width(*found) for found in LOADS.findall(code)]
     stores = [_width(*found) for found in STORES.findall(code)]
     return {
         "tensor_core": len(TENSOR_CORE.findall(code)),
+        "tma": len(TMA_LOADS.findall(code)),
         "load": max(loads, default=0),
         "store": max(stores, default=0),
         "stores": len(stores) + len(BULK_STORES.findall(code)),

@@ -46,6 +46,7 @@ from . import apart
 from .accuracy import Probe, compare, results
 from .losses import eager_entropy, eager_head, eager_log_prob
 from .pointwise import eager_swiglu
+from .targets import specialized_attention
 from .timing import DEVICE
 
 GPU_BACKENDS = ("cuda", "triton")
@@ -67,6 +68,8 @@ def jobs(kernels: Sequence[str] = GPU_BACKENDS, *, check: bool = True) -> dict[s
     # First: compute-sanitizer, whose time ends before the shapes do, should meet what is hardest to get right.
     add(_attention_dims(), [backend for backend in kernels if backend != "triton"])  # which compiles each for a second
     add(_attention(), kernels)
+    if "triton" in kernels:
+        found |= {f"triton {name} specialised": job for name, job in _specialized(check)}
     for family in (_rms_norm, _softmax, _cross_entropy, _heads, _jsd, _packed_linear, _rope, _rope_append, _swiglu):
         add(family(), kernels)
     add(_paged(), [backend for backend in kernels if backend != "cuda"])  # which reads no pages
@@ -277,6 +280,23 @@ def _attention_dims() -> Iterator[Shape]:
         yield f"flash_attention 70×150×{dim} packed, window, softcap, sinks", next(dtypes), partial(_packed, *shape)
         yield f"flash_decode 1×60×{dim} a split", next(dtypes), partial(_decode, 1, 60, dim)
         yield f"flash_decode 2×600×{dim} splits", next(dtypes), partial(_decode, 2, 600, dim)
+
+
+def _specialized(check: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The warp-specialised kernels, where this GPU runs them."""
+    from fastllm.kernels.attention import triton_tuning
+
+    if not triton_tuning.specialized("forward", triton_tuning.architecture(DEVICE), 64, False):
+        return
+
+    def job(build: Callable[[], Probe], softcap: bool) -> None:
+        with specialized_attention(softcap):
+            _run(build, torch.bfloat16, "triton", check)
+
+    for shape in ((4, 4, 8), (200, 300, 64), (300, 200, 128), (130, 260, 256)):
+        name = f"flash_attention {'×'.join(map(str, shape))}"
+        yield name, partial(job, partial(_plain, *shape), False)
+        yield f"{name} packed, window, softcap, sinks", partial(job, partial(_packed, *shape), True)
 
 
 def _qkv(seq_q: int, seq_k: int, dim: int) -> dict[str, Tensor]:

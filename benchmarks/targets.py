@@ -41,6 +41,21 @@ def current_target(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def specialized_attention(softcap: bool = False) -> Iterator[None]:
+    """The warp-specialised kernels of attention are the defaults, where there are some."""
+    from fastllm.kernels.attention import triton_tuning
+
+    default = triton_tuning.default
+
+    def choose(kernel: str, target: str, dim: int, *rest: Any) -> triton_tuning.Config:
+        found = triton_tuning.specialized(kernel, target, dim, softcap)
+        return found[0] if found else default(kernel, target, dim, *rest)
+
+    with mock.patch.object(triton_tuning, "default", choose):
+        yield
+
+
+@contextmanager
 def compiling_nothing() -> Iterator[list[JITFunction]]:
     """Triton goes through all that a launch does on the host, but compiles and launches nothing.
 

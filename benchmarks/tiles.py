@@ -44,10 +44,10 @@ PATIENCE = 40.0  # seconds for one tile
 WORKERS = 12
 WITHIN = 0.01  # the largest ‖difference‖ / ‖PyTorch's result‖; bfloat16 gives a third of it, a wrong tile far more
 WORTH = 0.02  # by how much a tile must be faster than the table's
-TileSize = tuple[int, int, int, int]  # queries, keys, warps, stages
+TileSize = tuple[int, int, int, int, bool]  # queries, keys, warps, stages, specialised
 
-# Tried after that of kernels/attention/triton_tuning.py.
-CANDIDATES: dict[str, dict[int, tuple[TileSize, ...]]] = {
+# Of the kernels that aren't specialised, tried after the tile of kernels/attention/triton_tuning.py.
+CANDIDATES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "forward": {
         64: ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3),
              (128, 128, 4, 2)),
@@ -101,8 +101,7 @@ class Tile:
 
     @property
     def name(self) -> str:
-        m, n, warps, stages = self.tile
-        return f"{self.kernel} {self.dim}: {m}×{n}, {warps} warps, {stages} stages"
+        return f"{self.kernel} {self.dim}: {said(self.tile)}"
 
 
 def tiles(kernels: Sequence[str] = KERNELS, dims: Sequence[int] = DIMS) -> list[Tile]:
@@ -112,10 +111,18 @@ def tiles(kernels: Sequence[str] = KERNELS, dims: Sequence[int] = DIMS) -> list[
     found = []
     for dim in (d for d in DIMS if d in dims):
         for kernel in (k for k in KERNELS if k in kernels):
-            table = triton_tuning.default(kernel, triton_tuning.architecture(DEVICE), dim, 2, False)
-            each = dict.fromkeys(((*table,), *CANDIDATES[kernel][dim]))
+            target = triton_tuning.architecture(DEVICE)
+            table = triton_tuning.default(kernel, target, dim, 2, False)
+            special = triton_tuning.specialized(kernel, target, dim, False)
+            candidates = ((*tile, False) for tile in CANDIDATES[kernel][dim])
+            each = dict.fromkeys((tuple(table), *map(tuple, special), *candidates))
             found += [Tile(kernel, dim, tile, _work(kernel, dim, SHAPE)) for tile in each]
     return found
+
+
+def said(tile: TileSize) -> str:
+    m, n, warps, stages, specialized = tile
+    return f"{m}×{n}, {warps} warps, {stages} stages" + (", specialised" if specialized else "")
 
 
 def _work(kernel: str, dim: int, shape: Shape) -> float:
@@ -247,17 +254,16 @@ def winners(found: Sequence[Tile]) -> dict[tuple[str, int], TileSize]:
 def table(found: Sequence[Tile]) -> str:
     best = winners(found)
     lines = [
-        "| kernel | head_dim | queries×keys, warps, stages | ms | ± | rate | |",
+        "| kernel | head_dim | queries×keys | ms | ± | rate | |",
         "|---|---:|---|---:|---:|---:|---|",
     ]
     for t in found:
-        m, n, warps, stages = t.tile
         unit, scale = ("GB/s", 1e9) if t.kernel == "decode" else ("TFLOP/s", 1e12)
-        said = "**the fastest**" if best.get((t.kernel, t.dim)) == t.tile else t.error.replace("|", "/")
+        note = "**the fastest**" if best.get((t.kernel, t.dim)) == t.tile else t.error.replace("|", "/")
         numbers = " | | "
         if t.seconds:
             numbers = f"{t.seconds * 1e3:.3g} | {(t.high - t.low) * 500:.2g} | {t.work / t.seconds / scale:,.0f} {unit}"
-        lines.append(f"| {t.kernel} | {t.dim} | {m}×{n}, {warps}, {stages} | {numbers} | {said} |")
+        lines.append(f"| {t.kernel} | {t.dim} | {said(t.tile)} | {numbers} | {note} |")
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 from unittest import mock
 
-from .targets import compiling_nothing, current_target
+from .targets import compiling_nothing, current_target, specialized_attention
 
 if TYPE_CHECKING:
     from triton.runtime.jit import JITFunction
@@ -53,6 +53,14 @@ def groups() -> Iterator[tuple[str, Calls]]:
             cu = torch.tensor([0, *lengths]).cumsum(0)
             q, kv = leaf(sum(lengths), 16, 128), leaf(sum(lengths), 4, 128)
             yield partial(trained, flash_attention, q, kv, kv, cu_seqlens_q=cu, max_seqlen_q=max(lengths))
+
+    def specialized(calls: Calls) -> Calls:
+        def run(call: Callable[[], object]) -> None:
+            with specialized_attention():
+                call()
+
+        for call in calls:
+            yield partial(run, call)
 
     def generated() -> Calls:
         for batch, heads, kv_heads, capacity in ((1, 32, 8, 512), (1, 32, 8, 4096), (16, 32, 32, 1000), (5, 12, 1, 77)):
@@ -137,6 +145,8 @@ def groups() -> Iterator[tuple[str, Calls]]:
     yield "attention, head_dim 80", attention(80)
     yield "attention, head_dim 75, whose rows are no multiples of 16 bytes", attention(75)
     yield "packed attention", packed()
+    yield "attention, warps specialised", specialized(attention())
+    yield "packed attention, warps specialised", specialized(packed())
     yield "prefill", prefilled()
     yield "decode", generated()
     yield "decode in pages", generated_in_pages()

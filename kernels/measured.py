@@ -6,5 +6,5 @@ Written by `python -m benchmarks --defaults` from benchmarks/results/.
 # (op, name of the GPU) -> backend
 MEASURED_FASTER: dict[tuple[str, str], str] = {}
 
-# (name of the GPU, kernel, padded head dimension, window or softcap) -> (queries, keys, warps, stages)
-MEASURED_TILES: dict[tuple[str, str, int, bool], tuple[int, int, int, int]] = {}
+# (GPU, kernel, padded head dimension, window or softcap) -> (queries, keys, warps, stages, specialised)
+MEASURED_TILES: dict[tuple[str, str, int, bool], tuple[int, int, int, int, bool]] = {}

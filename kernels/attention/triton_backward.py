@@ -6,6 +6,8 @@ the floor is 10·dim, and no atomics.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +16,8 @@ from ..triton_launch import Kernel, cdiv, multiple
 from . import triton_tuning
 from .options import Options
 from .packing import Packing
+from .triton_specialized import can_specialize, statistics, with_memory
+from .triton_specialized_backward import specialized_dkdv_kernel, specialized_dq_kernel
 from .triton_tiles import (
     LOG2E,
     constants,
@@ -25,6 +29,7 @@ from .triton_tiles import (
     option_numbers,
     padded,
     places,
+    score_gradient,
     sequence,
     sizes,
     stages,
@@ -64,16 +69,6 @@ def load_statistics(LSE, DELTA, row, seq_q):
     lse = tl.load(LSE + row, row < seq_q, other=float("inf"))
     delta = tl.load(DELTA + row, row < seq_q, other=0.0)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E), delta
-
-
-@triton.jit
-def score_gradient(s, p, dp, delta, softcap, SOFTCAP: tl.constexpr):
-    """Gradient of the scaled scores, before the softcap."""
-    ds = p * (dp - delta)
-    if SOFTCAP:
-        t = s / softcap
-        ds *= 1.0 - t * t
-    return ds
 
 
 @Kernel
@@ -246,35 +241,36 @@ def attention_backward(
     sequences, seq_q, seq_k, heads, heads_per_kv, dim, dim_v = size
     bytes_per_token = (dim + dim_v) * q.element_size()
     at, even = places(q, k, v, dout)
-    known = constants(options, dim, dim_v)
-    numbers = *at, *size.of_lse(q), *option_numbers(options), options.scale
-    tensors = q, k, v, dout, lse, delta, *packing[:2]
+    known, rest = constants(options, dim, dim_v), (*option_numbers(options), options.scale)
+
+    @functools.cache
+    def rows(specialized: bool) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        return statistics(lse, delta, size, packing) if specialized else (lse, delta, size.of_lse(q))
+
+    def call(
+        kernels: tuple[Kernel, Kernel], config: triton_tuning.Config, grid: tuple[int, int, int], *grads: Tensor
+    ) -> None:
+        block_m, block_n, warps, stages, specialized = config
+        row_lse, row_delta, lse_at = rows(specialized)
+        tensors = (q, k, v, dout, row_lse, row_delta, *packing[:2], *grads)
+        numbers = (seq_q, seq_k, heads, heads_per_kv, *grid, *at, *lse_at, *rest)
+        launch = with_memory(kernels[1]) if specialized else kernels[0]
+        constant = (even, *known, block_m, block_n)
+        launch((grid[0] * grid[1], 1, 1), tensors, numbers, constant, warps, num_stages=stages)
 
     def call_dkdv(config: triton_tuning.Config) -> None:
-        block_m, block_n, warps, stages = config
-        blocks, items = cdiv(seq_k, block_n), sequences * heads // heads_per_kv
+        items = sequences * heads // heads_per_kv
         group = group_size(seq_q, heads_per_kv * bytes_per_token, 1, items)
-        dkdv_kernel(
-            (blocks * items, 1, 1),
-            (*tensors, dk, dv),
-            (seq_q, seq_k, heads, heads_per_kv, blocks, items, group, *numbers),
-            (even, *known, block_m, block_n),
-            warps,
-            num_stages=stages,
-        )
+        grid = cdiv(seq_k, config.block_n), items, group
+        call((dkdv_kernel, specialized_dkdv_kernel), config, grid, dk, dv)
 
     def call_dq(config: triton_tuning.Config) -> None:
-        block_m, block_n, warps, stages = config
-        blocks, items = cdiv(seq_q, block_m), sequences * heads
-        group = group_size(seq_k, bytes_per_token, heads_per_kv, items)
-        dq_kernel(
-            (blocks * items, 1, 1),
-            (*tensors, dq),
-            (seq_q, seq_k, heads, heads_per_kv, blocks, items, group, *numbers),
-            (even, *known, block_m, block_n),
-            warps,
-            num_stages=stages,
-        )
+        items = sequences * heads
+        grid = cdiv(seq_q, config.block_m), items, group_size(seq_k, bytes_per_token, heads_per_kv, items)
+        call((dq_kernel, specialized_dq_kernel), config, grid, dq)
+
+    def special() -> bool:
+        return can_specialize(q, k, v, dout)
 
     tokens = q.shape[-3]
     blocks = cdiv(tokens, DELTA_ROWS)
@@ -287,5 +283,5 @@ def attention_backward(
     )
     shape = (sequences * heads, heads_per_kv, seq_q, seq_k, options.left, options.right)
     if seq_k:
-        triton_tuning.launch("dkdv", q, v, options, shape, call_dkdv)
-    triton_tuning.launch("dq", q, v, options, shape, call_dq)
+        triton_tuning.launch("dkdv", q, v, options, shape, call_dkdv, special)
+    triton_tuning.launch("dq", q, v, options, shape, call_dq, special)

@@ -122,7 +122,7 @@ def attention_decode(
     at, even = places(q, k, v)
 
     def call(config: triton_tuning.Config) -> None:
-        block_m, block_n, warps, stages = config
+        block_m, block_n, warps, stages, _ = config
         block_m = min(block_m, max(16, power_of_two(group_rows)))
         row_blocks = cdiv(group_rows, block_m)
         programs, blocks = batch * kv_heads * row_blocks, cdiv(most_keys, block_n)

@@ -13,6 +13,8 @@ from ..triton_launch import Kernel, cdiv, multiple
 from . import triton_tuning
 from .options import Options
 from .packing import Packing
+from .triton_specialized import can_specialize, with_memory
+from .triton_specialized_forward import specialized_forward_kernel
 from .triton_tiles import (
     LN2,
     LOG2E,
@@ -159,9 +161,10 @@ def attention_forward(
     tensors = (q, k, v, sinks, *packing[:2], out, lse)
 
     def call(config: triton_tuning.Config) -> None:
-        block_m, block_n, warps, stages = config
+        block_m, block_n, warps, stages, specialized = config
         blocks = cdiv(seq_q, block_m)
-        forward_kernel(
+        run = with_memory(specialized_forward_kernel) if specialized else forward_kernel
+        run(
             (blocks * items, 1, 1),
             tensors,
             (seq_q, seq_k, heads, heads_per_kv, blocks, items, group, *at, *size.of_lse(q), *option_numbers(options)),
@@ -171,4 +174,4 @@ def attention_forward(
         )
 
     shape = (items, seq_q, seq_k, options.left, options.right)
-    triton_tuning.launch("forward", q, v, options, shape, call)
+    triton_tuning.launch("forward", q, v, options, shape, call, lambda: can_specialize(q, k, v))

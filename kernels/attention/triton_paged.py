@@ -167,7 +167,7 @@ def attention_paged(
         result_lse = torch.empty(parts, rows, dtype=torch.float32, device=q.device)  # in base 2
 
     def call(config: triton_tuning.Config) -> None:
-        _, block_n, warps, stages = config
+        _, block_n, warps, stages, _ = config
         paged_kernel(
             (batch * kv_heads * row_blocks * parts, 1, 1),
             (q, k, v, block_table, seqlens_k, sinks, results, result_lse),

@@ -127,6 +127,16 @@ def logits(a, b, scale, softcap, SOFTCAP: tl.constexpr):
     return s
 
 
+@triton.jit
+def score_gradient(s, p, dp, delta, softcap, SOFTCAP: tl.constexpr):
+    """Gradient of the scaled scores, before the softcap."""
+    ds = p * (dp - delta)
+    if SOFTCAP:
+        t = s / softcap
+        ds *= 1.0 - t * t
+    return ds
+
+
 class Sizes(NamedTuple):
     sequences: int
     seq_q: int  # of packed sequences the longest

@@ -28,12 +28,13 @@ AUTOTUNE = os.environ.get("FASTLLM_AUTOTUNE") == "1"
 
 
 class Config(NamedTuple):
-    """Queries and keys of a tile, warps, and the stages of Triton's software pipeline."""
+    """Queries and keys of a tile, warps, the stages of Triton's software pipeline, and whether warps specialise."""
 
     block_m: int
     block_n: int
     warps: int
     stages: int
+    specialized: bool = False
 
 
 # By head dimension, for two-byte types: nothing here spills (benchmarks/aot.py).
@@ -84,6 +85,19 @@ _FLOAT = {
     "paged": {64: (16, 32, 4, 1), 128: (16, 32, 4, 1), 256: (16, 32, 8, 1)},
 }
 _INTERPRETER = (64, 32, 4, 1)
+# The warp-specialised kernels for two-byte types on sm_90; nothing here spills. No default before it is measured to be
+# faster (measured.py); a search tries them.
+_SPECIALIZED: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    "forward": {
+        64: ((128, 128, 4, 2), (128, 128, 4, 3), (128, 64, 4, 3)),
+        128: ((128, 128, 4, 2), (128, 64, 4, 3)),
+        256: ((128, 64, 4, 2), (128, 32, 4, 3)),
+    },
+    "forward with softcap": {128: ((128, 64, 4, 3),)},
+    "dkdv": {64: ((64, 128, 4, 2), (64, 128, 4, 3)), 128: ((64, 128, 4, 2),)},
+    "dkdv with softcap": {128: ()},
+    "dq": {64: ((128, 64, 4, 2), (128, 64, 4, 3)), 128: ((128, 64, 4, 2), (128, 64, 4, 3))},
+}
 
 
 @functools.cache
@@ -135,14 +149,29 @@ def launch(
     options: Options,
     shape: tuple[int, ...],
     call: Callable[[Config], None],
+    can_specialize: Callable[[], bool] = bool,
 ) -> None:
-    """Launches with the default configuration or, where the user asked for a search, with the fastest for ``shape``."""
+    """Launches with the default configuration or, where the user asked for a search, with the fastest for ``shape``.
+
+    ``can_specialize``: whether the warp-specialised kernel, if there is one, takes this call.
+    """
     target, dim = architecture(q.device), padded(max(q.shape[-1], v.shape[-1]))
     more = options.windowed or options.softcap > 0
     config = default(kernel, target, dim, q.element_size(), more, gpu_name(q.device))
+    if config.specialized and not can_specialize():
+        config = _listed(kernel, target, dim, q.element_size(), more)
     if AUTOTUNE and target != "cpu":
-        config = _tuned(f"{kernel} {q.dtype} {dim} {more} {_shape_class(*shape)}", q.device, config, call)
+        special = specialized(kernel, target, dim, options.softcap > 0) if can_specialize() else ()
+        key = f"{kernel} {q.dtype} {dim} {more} {bool(special)} {_shape_class(*shape)}"
+        config = _tuned(key, q.device, config, call, special)
     call(config)
+
+
+@functools.cache
+def specialized(kernel: str, target: str, dim: int, softcap: bool) -> tuple[Config, ...]:
+    """The configurations of the warp-specialised kernel there; none where there is none."""
+    tiles = _SPECIALIZED.get(kernel, {}) | (_SPECIALIZED.get(f"{kernel} with softcap", {}) if softcap else {})
+    return tuple(Config(*t, True) for t in tiles.get(max(64, dim), ()) if target.startswith("sm_90"))
 
 
 def _shape_class(*sizes: int) -> str:
@@ -150,13 +179,15 @@ def _shape_class(*sizes: int) -> str:
     return " ".join(str(power_of_two(n)) for n in sizes)
 
 
-def _tuned(key: str, device: torch.device, config: Config, call: Callable[[Config], None]) -> Config:
+def _tuned(
+    key: str, device: torch.device, config: Config, call: Callable[[Config], None], special: tuple[Config, ...] = ()
+) -> Config:
     path = _cache(torch.cuda.get_device_name(device))
     known = _winners(path)
     if key in known or torch.cuda.is_current_stream_capturing():
         return known.get(key, config)
     times = []
-    for candidate in _candidates(config):
+    for candidate in dict.fromkeys((*_candidates(config), *special)):
         try:
             times.append((triton.testing.do_bench(lambda c=candidate: call(c)), candidate))
         except Exception:  # more shared memory or registers than there are, or any pass of the compiler that gave up
@@ -168,7 +199,9 @@ def _tuned(key: str, device: torch.device, config: Config, call: Callable[[Confi
 
 def _candidates(config: Config) -> list[Config]:
     """The default, and each with one thing changed."""
-    m, n, warps, stages = config
+    m, n, warps, stages, is_specialized = config
+    if is_specialized:  # nothing but its own list is known to compile
+        return [config]
     tiles = [(m, n), (m // 2, n), (m * 2, n), (m, n // 2), (m, n * 2)]
     found = [Config(*t, warps, stages) for t in tiles if min(t) >= 16]
     return [*found, *(Config(m, n, w, s) for w, s in ((warps, stages + 1), (4, stages), (8, stages)) if w and s)]
@@ -177,13 +210,8 @@ def _candidates(config: Config) -> list[Config]:
 @functools.cache
 def _cache(gpu: str) -> Path:
     folder = Path(__file__).parent
-    source = (
-        b"".join(
-            (folder / f"triton_{part}.py").read_bytes()
-            for part in ("tiles", "forward", "backward", "decode", "paged", "tuning")
-        )
-        + (folder.parent / "triton_launch.py").read_bytes()
-    )
+    sources = *sorted(folder.glob("triton_*.py")), folder.parent / "triton_launch.py"
+    source = b"".join(path.read_bytes() for path in sources)
     digest = hashlib.sha256(f"{gpu} {triton.__version__}".encode() + source).hexdigest()[:16]
     root = os.environ.get("FASTLLM_CACHE_DIR") or Path.home() / ".cache" / "fastllm"
     return Path(root) / f"attention-{digest}.json"
@@ -193,8 +221,8 @@ def _cache(gpu: str) -> Path:
 def _winners(path: Path) -> dict[str, Config]:
     try:
         found = json.loads(path.read_text())
-        return {k: Config(*(int(n) for n in v)) for k, v in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {k: Config(*(int(n) for n in v[:4]), bool(v[4])) for k, v in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, IndexError):
         return {}
 
 

@@ -35,15 +35,15 @@ AMD = """
 """
 
 
-NOTHING = dict.fromkeys(("tensor_core", "load", "store", "stores", "calls"), 0)
+NOTHING = dict.fromkeys(("tensor_core", "tma", "load", "store", "stores", "calls"), 0)
 
 
 @pytest.mark.parametrize(
     ("code", "row"),
     [
-        (WIDE, {"tensor_core": 1, "load": 16, "store": 16, "stores": 2, "calls": 0}),
-        (NARROW, {"tensor_core": 0, "load": 8, "store": 2, "stores": 2, "calls": 2}),
-        ("UTMALDG.4D [UR8], [UR4] ; UTMASTG.4D [UR8], [UR4] ;", NOTHING | {"stores": 1}),
+        (WIDE, {"tensor_core": 1, "tma": 0, "load": 16, "store": 16, "stores": 2, "calls": 0}),
+        (NARROW, {"tensor_core": 0, "tma": 0, "load": 8, "store": 2, "stores": 2, "calls": 2}),
+        ("UTMALDG.4D [UR8], [UR4] ; UTMASTG.4D [UR8], [UR4] ;", NOTHING | {"tma": 1, "stores": 1}),
         ("LDG.E.ENL2.256 R8, R4, desc[UR6][R2.64] ;", NOTHING | {"load": 32}),
     ],
 )  # fmt: skip
@@ -54,7 +54,7 @@ def test_instructions(code, row):
 def test_amd():
     assert read_amd(AMD, 256) == {
         "registers": 130, "local": 0, "shared": 16384,
-        "tensor_core": 1, "load": 16, "store": 8, "stores": 1, "calls": 1,
+        "tensor_core": 1, "tma": 0, "load": 16, "store": 8, "stores": 1, "calls": 1,
         "blocks": 3,  # 136 registers: three waves on each SIMD, of which a block takes one
     }  # fmt: skip
 
@@ -118,7 +118,8 @@ def test_blocks_of_a_multiprocessor(target, registers, shared, threads, expected
     assert blocks(target, registers, shared, threads) == expected
 
 
-ROW = {"registers": 40, "local": 0, "shared": 0, "tensor_core": 4, "load": 16, "store": 16, "stores": 2, "calls": 0}
+ROW = {"registers": 40, "local": 0, "shared": 0, "tensor_core": 4, "tma": 2, "load": 16, "store": 16, "stores": 2,
+       "calls": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,7 @@ ROW = {"registers": 40, "local": 0, "shared": 0, "tensor_core": 4, "load": 16, "
         ({"load": 8}, "loads and stores 8 and 16"),
         ({"calls": 1}, "1 calls"),
         ({"tensor_core": 0}, "lost its 4 tensor-core instructions"),
+        ({"tma": 0}, "lost its 2 loads by TMA"),
         ({"local": 8}, "8 bytes of local memory"),
         ({"shared": 300_000}, "300000 bytes of shared memory, there are 232448"),
         ({"registers": 48}, ""),

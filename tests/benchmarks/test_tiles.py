@@ -16,25 +16,27 @@ from tests.conftest import GPU
 
 SMALL = Shape(1, 64, 128, 96)
 FOUND = [
-    Tile("dq", 64, (64, 64, 4, 2), 1e9, error="OutOfResources: shared|memory"),
-    Tile("dq", 64, (128, 64, 8, 2), 1e9, 2e-3, 1.9e-3, 2.1e-3),
-    Tile("dq", 64, (128, 64, 4, 2), 1e9, 1e-3, 1e-3, 1e-3),
-    Tile("decode", 128, (64, 64, 8, 3), 1e9, 1.01e-3, 1e-3, 1.1e-3),
-    Tile("decode", 128, (64, 64, 4, 3), 1e9, 1e-3, 1e-3, 1e-3),
-    Tile("forward", 256, (64, 64, 8, 2), 1e9, error="no"),
+    Tile("dq", 64, (64, 64, 4, 2, False), 1e9, error="OutOfResources: shared|memory"),
+    Tile("dq", 64, (128, 64, 8, 2, False), 1e9, 2e-3, 1.9e-3, 2.1e-3),
+    Tile("dq", 64, (128, 64, 4, 2, False), 1e9, 1e-3, 1e-3, 1e-3),
+    Tile("decode", 128, (64, 64, 8, 3, False), 1e9, 1.01e-3, 1e-3, 1.1e-3),
+    Tile("decode", 128, (64, 64, 4, 3, False), 1e9, 1e-3, 1e-3, 1e-3),
+    Tile("forward", 256, (64, 64, 8, 2, False), 1e9, error="no"),
 ]
 
 
-def test_six_to_eight_tiles_of_each_the_tables_first(monkeypatch):
+def test_six_to_eleven_tiles_of_each_the_tables_first(monkeypatch):
     monkeypatch.setattr(triton_tuning, "architecture", lambda device: "sm_90")
     found = tiles.tiles()
     assert [t.dim for t in found] == sorted((t.dim for t in found), key=tiles.DIMS.index)
     for kernel in tiles.KERNELS:
         for dim in tiles.DIMS:
             group = [t.tile for t in found if (t.kernel, t.dim) == (kernel, dim)]
-            assert 6 <= len(set(group)) == len(group) <= 8
+            assert 6 <= len(set(group)) == len(group) <= 11
             assert group[0] == (*triton_tuning.default(kernel, "sm_90", dim, 2, False),)
-            for m, n, warps, stages in group:
+            special = triton_tuning.specialized(kernel, "sm_90", dim, False)
+            assert group[1 : 1 + len(special)] == [*map(tuple, special)]
+            for m, n, warps, stages, _ in group:
                 assert {m, n} <= {16, 32, 64, 128, 256} and warps in (4, 8) and 1 <= stages <= 4
     assert {t.kernel for t in tiles.tiles(("dq",), (64,))} == {"dq"}
 
@@ -45,21 +47,21 @@ def test_a_tile_is_checked(kernel, monkeypatch):
     """In Triton's interpreter: the tile arrives in the kernel, and a wrong result is an error."""
     launch = tiles.prepared.__wrapped__(kernel, 64, SMALL)
     default = triton_tuning.default
-    tiles.check(kernel, (16, 32, 4, 1), launch)
+    tiles.check(kernel, (16, 32, 4, 1, False), launch)
     assert triton_tuning.default is default
     with pytest.raises(AssertionError, match="wrong result: error 5"):
-        tiles.check(kernel, (16, 32, 4, 1), launch._replace(expected=[2 * t for t in launch.expected]))
+        tiles.check(kernel, (16, 32, 4, 1, False), launch._replace(expected=[2 * t for t in launch.expected]))
 
     def asks() -> None:
         """And writes nothing."""
         triton_tuning.default(kernel, "cpu", 64, 2, False)
 
     with pytest.raises(AssertionError, match="wrong result: error nan"):
-        tiles.check(kernel, (16, 32, 4, 1), launch._replace(call=asks))
+        tiles.check(kernel, (16, 32, 4, 1, False), launch._replace(call=asks))
     with pytest.raises(AssertionError, match="was not asked"):
-        tiles.check(kernel, (16, 32, 4, 1), launch._replace(call=lambda: None))
+        tiles.check(kernel, (16, 32, 4, 1, False), launch._replace(call=lambda: None))
     with pytest.raises(InterpreterError, match="arange"):
-        tiles.check(kernel, (16, 33, 4, 1), launch)
+        tiles.check(kernel, (16, 33, 4, 1, False), launch)
     assert triton_tuning.default is default
 
 
@@ -74,18 +76,18 @@ def test_a_kernel_is_timed_alone(monkeypatch):
 
     for kernel, seconds in (("dkdv", 5e-3), ("dq", 3e-3)):
         used.clear()
-        found = tiles.measure(kernel, (16, 16, 4, 1), Launch(call, [], []))
+        found = tiles.measure(kernel, (16, 16, 4, 1, False), Launch(call, [], []))
         assert found == pytest.approx({"seconds": seconds, "low": seconds, "high": seconds})
-        assert {tile for name, tile in used if name == kernel} == {(16, 16, 4, 1)}
-        assert all(tile != (16, 16, 4, 1) for name, tile in used if name != kernel)
+        assert {tile for name, tile in used if name == kernel} == {(16, 16, 4, 1, False)}
+        assert all(tile != (16, 16, 4, 1, False) for name, tile in used if name != kernel)
 
 
 def test_the_fastest_wins_where_it_is_worth_it():
-    assert tiles.winners(FOUND) == {("dq", 64): (128, 64, 4, 2), ("decode", 128): (64, 64, 8, 3)}
+    assert tiles.winners(FOUND) == {("dq", 64): (128, 64, 4, 2, False), ("decode", 128): (64, 64, 8, 3, False)}
     text = tiles.table(FOUND)
-    assert "| dq | 64 | 128×64, 4, 2 | 1 | 0 | 1 TFLOP/s | **the fastest** |" in text
-    assert "| dq | 64 | 64×64, 4, 2 |  | |  | OutOfResources: shared/memory |" in text
-    assert "| decode | 128 | 64×64, 8, 3 | 1.01 | 0.05 | 990 GB/s | **the fastest** |" in text
+    assert "| dq | 64 | 128×64, 4 warps, 2 stages | 1 | 0 | 1 TFLOP/s | **the fastest** |" in text
+    assert "| dq | 64 | 64×64, 4 warps, 2 stages |  | |  | OutOfResources: shared/memory |" in text
+    assert "| decode | 128 | 64×64, 8 warps, 3 stages | 1.01 | 0.05 | 990 GB/s | **the fastest** |" in text
 
 
 def test_winners_become_the_defaults(tmp_path, monkeypatch):
@@ -98,7 +100,7 @@ def test_winners_become_the_defaults(tmp_path, monkeypatch):
     space: dict[str, dict] = {}
     exec(defaults.text(), space)
     assert space["MEASURED_TILES"] == {
-        ("a GPU", "decode", 128, False): (64, 64, 8, 3), ("a GPU", "dq", 64, False): (128, 64, 4, 2),
+        ("a GPU", "decode", 128, False): (64, 64, 8, 3, False), ("a GPU", "dq", 64, False): (128, 64, 4, 2, False),
     }  # fmt: skip
 
 
@@ -126,4 +128,4 @@ sys.exit(apart.work(jobs, sys.argv[2:]))
     _, found = tiles.read(tmp_path / tiles.FILE)
     assert [t.error for t in found] == ["RuntimeError: PassManager::run failed", "the process ended (exit 1)", ""]
     assert "1 of 3 tiles measured, 2 failed" in capsys.readouterr().out
-    assert tiles.winners(found) == {("dq", 64): (128, 64, 4, 2)}
+    assert tiles.winners(found) == {("dq", 64): (128, 64, 4, 2, False)}

@@ -28,6 +28,7 @@ def test_sizes_and_strides_compile_nothing_again(outside_the_interpreter):
         "forward_kernel", "delta_kernel", "dkdv_kernel", "dq_kernel", "decode_kernel", "combine_kernel",
         "backward_kernel", "softmax_forward_kernel", "softmax_backward_kernel", "cross_entropy_forward_kernel",
         "cross_entropy_backward_kernel", "jsd_kernel", "rotate_kernel", "append_kernel", "paged_kernel", "join_kernel",
+        "statistics_kernel", "specialized_forward_kernel", "specialized_dkdv_kernel", "specialized_dq_kernel",
     }  # fmt: skip
     compiled = {(group, kernel): n for group, kernels in found.items() for kernel, (n, _) in kernels.items()}
     assert compiled == {place: MORE.get(place, 1) for place in compiled}
