@@ -61,7 +61,8 @@ struct Target {
 
 template <typename T, int V, bool kPlain, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const Prepared<CrossEntropyForward> a) {
-  __shared__ float scratch[2][kMaxWarps], spread_scratch[kMaxWarps];
+  __shared__ Scratch<false, kEntropy ? 3 : 2> scratch;
+  __shared__ Scratch<false> spread_scratch;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t cols = row < a.rows ? a.cols : 0;
   const int64_t step = blockDim.x * V;

@@ -40,12 +40,40 @@ struct ExpSum {
     return other;
   }
 
+  // Both, in no order.
+  __device__ void join(const ExpSum& other) {
+    *this = moved(fmaxf(shift, other.shift));
+    const ExpSum moved = other.moved(shift);
+    sum += moved.sum;
+    if constexpr (kMoment) moment += moved.moment;
+  }
+
+  __device__ ExpSum over_warp(int width = kWarp) const {
+    ExpSum warp = moved(warp_reduce(Max(), shift, width));
+    warp.sum = warp_reduce(Sum(), warp.sum, width);
+    if constexpr (kMoment) warp.moment = warp_reduce(Sum(), warp.moment, width);
+    return warp;
+  }
+
   // Over the threads of a row; each gets the row's. The sum is 0 where every score is -inf.
-  __device__ ExpSum over_row(float (&scratch)[2][kMaxWarps]) const {
-    ExpSum row = moved(row_max(shift, scratch[0]));
-    row.sum = row_sum(row.sum, scratch[1]);
-    if constexpr (kMoment) row.moment = row_sum(row.moment, scratch[0]);
-    return row;
+  template <bool kCluster>
+  __device__ ExpSum over_row(Scratch<kCluster, kMoment ? 3 : 2>& scratch) const {
+    if (!kCluster && blockDim.x <= kWarp) return over_warp(blockDim.x);
+    const ExpSum mine = over_warp();
+    Warps warps;
+    if constexpr (kMoment)
+      warps = scratch.exchange({mine.shift, mine.sum, mine.moment});
+    else
+      warps = scratch.exchange({mine.shift, mine.sum});
+    ExpSum found;
+    for (int i = warps.begin + threadIdx.x % kWarp; i < warps.end; i += kWarp) {
+      ExpSum other;
+      other.shift = scratch.of[0][i];
+      other.sum = scratch.of[1][i];
+      if constexpr (kMoment) other.moment = scratch.of[2][i];
+      found.join(other);
+    }
+    return found.over_warp();
   }
 };
 

@@ -99,7 +99,8 @@ __device__ inline void for_each_pair(const T* student, const T* teacher, int64_t
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3) jsd_kernel(const Jsd a) {
-  __shared__ float scratch[2][kMaxWarps];
+  __shared__ Scratch<false, 2> scratch[2];
+  __shared__ Scratch<false> sums[2];
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool counts = row < a.rows && (!a.mask || a.mask[row]);
   const int64_t cols = counts ? a.cols : 0;
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 3) jsd_kernel(const Jsd a) {
     for (int j = 0; j < V; ++j) s.at[j] = __fmul_rn(s.at[j], scale), t.at[j] = __fmul_rn(t.at[j], scale);
     mine.add(s), theirs.add(t);
   });
-  const LogProbability log_q(mine.over_row(scratch), scale), log_p(theirs.over_row(scratch), scale);
+  const LogProbability log_q(mine.over_row(scratch[0]), scale), log_p(theirs.over_row(scratch[1]), scale);
 
   float of_student = 0.0f, of_teacher = 0.0f;
   if (a.teacher_share == 0.0f) {
@@ -147,8 +148,8 @@ __global__ void __launch_bounds__(kThreads, 3) jsd_kernel(const Jsd a) {
       }
     });
   }
-  of_student = row_sum(of_student, scratch[0]);
-  of_teacher = row_sum(of_teacher, scratch[1]);
+  of_student = row_sum(of_student, sums[0]);
+  of_teacher = row_sum(of_teacher, sums[1]);
   if (row >= a.rows) return;
   if (threadIdx.x == 0) {
     const float mixed = a.teacher_share * of_teacher + a.student_share * of_student;

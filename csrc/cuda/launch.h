@@ -9,8 +9,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+
+#include "reduce.h"
 
 namespace fastllm::cuda {
 
@@ -79,19 +84,74 @@ struct Shared {
   static constexpr size_t kBytes = BYTES;
 };
 
+// A launch's shape: `cluster` blocks, along x, run at the same time.
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+  int cluster;
+
+  cudaLaunchConfig_t config(cudaStream_t stream, cudaLaunchAttribute& attribute) const {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    if (cluster > 1) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+      config.attrs = &attribute;
+      config.numAttrs = 1;
+    }
+    return config;
+  }
+};
+
+template <typename... P>
+cudaError_t allow_shared(void (*kernel)(P...), size_t bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;  // more has to be asked for
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+}
+
+template <typename... P>
+void launch(void (*kernel)(P...), const Launch& shape, cudaStream_t stream, typename Parameter<P>::type... args) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = shape.config(stream, attribute);
+  cudaError_t error = allow_shared(kernel, shape.shared_bytes);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
+  if (error != cudaSuccess) check(error, name_of(reinterpret_cast<const void*>(kernel)));
+}
+
 template <typename... P>
 void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             typename Parameter<P>::type... args) {
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 * 1024)  // more has to be asked for
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, args...);
-  if (error != cudaSuccess) check(error, name_of(reinterpret_cast<const void*>(kernel)));
+  launch(kernel, Launch{grid, block, shared_bytes, 1}, stream, args...);
+}
+
+// How many clusters of `size` blocks of kClusterThreads threads `device`, the current one, runs at once. 0: it has no
+// clusters, none so large, or the kernel was compiled for GPUs that have none.
+template <typename... P>
+int active_clusters(void (*kernel)(P...), int size, size_t shared_bytes, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<void (*)(P...), int, int>, int> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, unknown] = known.try_emplace({kernel, size, device}, 0);
+  if (!unknown) return found->second;
+  int has_clusters = 0;
+  check(cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device));
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel));
+  if (!has_clusters || attributes.ptxVersion < 90) return 0;
+  cudaError_t error = allow_shared(kernel, shared_bytes);
+  if (error == cudaSuccess && size > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  cudaLaunchAttribute attribute;
+  const auto config = Launch{dim3(size), dim3(kClusterThreads), shared_bytes, size}.config(nullptr, attribute);
+  int clusters = 0;
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error == cudaSuccess)
+    found->second = clusters;
+  else
+    cudaGetLastError();  // not an error of the caller's
+  return found->second;
 }
 
 constexpr int kMaxThreads = 1024;  // of a block: with 64 registers each they fill a multiprocessor
@@ -111,6 +171,23 @@ inline dim3 block_for(int64_t units, int per_thread, int threads_wanted, int mos
 template <typename Args>
 void launch_rows(void (*kernel)(Args), const Args& args, dim3 block, cudaStream_t stream) {
   launch(kernel, dim3(unsigned(ceil_div(args.rows, block.y))), block, 0, stream, args);
+}
+
+// The smallest cluster, of 2^n blocks, whose threads hold `vectors` in `per_thread` of each; it may be larger than any.
+inline int cluster_for(int64_t vectors, int per_thread) {
+  int size = 1;
+  while (size <= kMaxCluster && int64_t(size) * kClusterThreads * per_thread < vectors) size *= 2;
+  return size;
+}
+
+// Launches `kernel` in a cluster for every row. False, and nothing happens, where the device has none that hold it.
+template <typename Args>
+bool launch_row_clusters(void (*kernel)(Args), const Args& args, int64_t vectors, int per_thread, int device,
+                         cudaStream_t stream) {
+  const int size = cluster_for(vectors, per_thread);
+  if (size > kMaxCluster || active_clusters(kernel, size, 0, device) == 0) return false;
+  launch(kernel, Launch{dim3(unsigned(args.rows * size)), dim3(kClusterThreads), 0, size}, stream, args);
+  return true;
 }
 
 }  // namespace fastllm::cuda

@@ -29,8 +29,19 @@ __device__ inline void forget(uint4& words) {
 __device__ inline void forget(int& value) { asm volatile("" : "+r"(value)); }
 __device__ inline void forget(float& value) { asm volatile("" : "+f"(value)); }
 
+// A load of memory that the kernel may write, too. The emulator counts what is loaded by it.
+template <typename T>
+__device__ inline T load_plainly(const T* from) {
+  return *from;
+}
+
+template <typename T>
+__device__ inline void store_global(T* to, const T& value) {
+  *to = value;
+}
 // Stores 16 bytes of global memory at once. nvcc takes the plain store of a uint4 apart where it has moved the
 // words' computation, and then often leaves it as four.
+template <>
 __device__ inline void store_global(uint4* to, const uint4& words) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
                "r"(words.y), "r"(words.z), "r"(words.w)
@@ -109,6 +120,46 @@ __device__ inline void multiply(__nv_bfloat16, float (&d)[4], const uint32_t (&a
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+#undef FASTLLM_ASM
+
+// ---- compute capability 9.0 and newer: thread-block clusters; on an older one it traps ----
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define FASTLLM_ASM(...) __trap()
+#else
+#define FASTLLM_ASM(...) asm volatile(__VA_ARGS__)
+#endif
+
+// Which of the grid's clusters, along x; which of its blocks; how many those are.
+__device__ inline int cluster_index() {
+  int index = 0;
+  FASTLLM_ASM("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+__device__ inline int cluster_rank() {
+  int rank = 0;
+  FASTLLM_ASM("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+__device__ inline int cluster_size() {
+  int size = 0;
+  FASTLLM_ASM("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
+// The first arrival, as a block starts. It orders no accesses: nothing waits for it but cluster_wait.
+__device__ inline void cluster_started() { FASTLLM_ASM("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+// Every thread of the cluster arrives; where it waits, it has all others' stores to shared memory from before theirs.
+__device__ inline void cluster_arrive() { FASTLLM_ASM("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { FASTLLM_ASM("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// Stores to where block `rank` of the cluster has what this one has at `to`, in shared memory.
+__device__ inline void store_to_block(float* to, float value, int rank) {
+  uint32_t there = 0;
+  FASTLLM_ASM("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+  FASTLLM_ASM("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
 }
 
 #undef FASTLLM_ASM

@@ -71,7 +71,7 @@ template <typename T, typename W, int N>
 __global__ void __launch_bounds__(N <= 2 ? kForwardThreads : kMaxThreads, 1)
     rms_norm_forward_registers(const RmsNormForward a) {
   constexpr int V = kVector<T>;
-  __shared__ float scratch[kMaxWarps];
+  __shared__ Scratch<false> scratch;
   const float inverse = inverse_of(a.cols);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   // eight vectors leave no registers for addresses: there they are constants
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(N <= 2 ? kForwardThreads : kMaxThreads, 1)
 
 template <typename T, typename W, int V>
 __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_forward_loop(const RmsNormForward a) {
-  __shared__ float scratch[kMaxWarps];
+  __shared__ Scratch<false> scratch;
   const float inverse = inverse_of(a.cols);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t cols = row < a.rows ? a.cols : 0;
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kMaxThreads, 1)
     rms_norm_backward_registers(const RmsNormBackward a) {
   constexpr int V = kVector<T>;
   constexpr bool kAccumulate = N <= kAccumulated;
-  __shared__ float scratch[2][kMaxWarps];
+  __shared__ Scratch<false> scratch[2];
   const float inverse = inverse_of(a.cols);
   const int first = threadIdx.x * V, step = blockDim.x * V;
   Floats<V> dweight[N];  // takes no registers where it is not used
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kMaxThreads, 1)
 
 template <typename T, typename W, int V>
 __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_backward_loop(const RmsNormBackward a) {
-  __shared__ float scratch[kMaxWarps];
+  __shared__ Scratch<false> scratch;
   const float inverse = inverse_of(a.cols);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t cols = row < a.rows ? a.cols : 0;

@@ -1,5 +1,6 @@
 // Softmax: bound by memory, so a row is read once, in 16-byte accesses, and waits in registers, packed in its
-// dtype, for its sum. Rows too long for that, or not aligned to 16 bytes, are read again from L2 (…_loop).
+// dtype, for its sum; those of a cluster (kCluster) where a block's do not hold it. Rows too long for that, or not
+// aligned to 16 bytes, are read again (…_loop), from L2 as long as all of them fit it.
 // The scores are computed twice, for the sum and for the result, and so a mask is read twice; it is small, as a
 // rule, for it is broadcast. A thread holds N vectors of V elements, `threads per row` vectors apart.
 
@@ -10,6 +11,7 @@
 #include "exp_sum.h"
 #include "launch.h"
 #include "ptx.h"
+#include "row.h"
 
 namespace fastllm::cuda {
 namespace softmax {
@@ -87,26 +89,28 @@ __device__ inline Vec<T, V> probabilities(Floats<V> s, const ExpSum<>& row, floa
 
 __device__ inline float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
-template <typename T, int N, int kBlock, bool kMasked>
-__global__ void __launch_bounds__(kBlock, 1) softmax_forward_registers(const SoftmaxForward a) {
+template <typename T, int N, int kBlock, bool kMasked, bool kCluster = false>
+__global__ void __launch_bounds__(kBlock, kBlock == kClusterThreads ? 2 : 1)
+    softmax_forward_registers(const SoftmaxForward a) {
   constexpr int V = kVector<T>;
-  __shared__ float scratch[2][kMaxWarps];
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  const bool inside = row < a.rows;
-  const int cols = inside ? int(a.cols) : 0, seen = inside ? int(visible(row, a.cols, a.queries)) : 0;
+  __shared__ Scratch<kCluster, 2> scratch;
+  if constexpr (kCluster) cluster_started();
+  const auto [row, first, cols] = RowColumns<V, kCluster>(a.rows, a.cols);
+  const int seen = min(cols, int(visible(row, a.cols, a.queries)));
   // eight vectors leave no registers for addresses: there they are constants
-  const int first = threadIdx.x * V, step = (N == 8 ? kBlock : blockDim.x) * V;
+  const int step = (N == 8 ? kBlock : blockDim.x) * V;
   const T* x_row = row_by_call<T>(a.x, row);
   Vec<T, V> x[N];
 #pragma unroll
   for (int i = 0; i < N; ++i)
     x[i] = first + i * step < seen ? load_readonly<V>(x_row + first + i * step) : zeros<T, V>();
 
-  const MaskRow<T, kMasked> mask(a.mask, inside ? row : 0);
+  const MaskRow<T, kMasked> mask(a.mask, row < a.rows ? row : 0);
   ExpSum<> mine;
 #pragma unroll
   for (int i = 0; i < N; ++i)
     if (first + i * step < seen) mine.add(scores(x[i], a.scale, mask, first + i * step, seen));
+  if constexpr (kCluster) cluster_wait();
   const ExpSum<> found = mine.over_row(scratch);
   const float inverse = inverse_of(found.sum);
 
@@ -122,7 +126,7 @@ __global__ void __launch_bounds__(kBlock, 1) softmax_forward_registers(const Sof
 
 template <typename T, int V, bool kMasked>
 __global__ void __launch_bounds__(kMaxThreads, 1) softmax_forward_loop(const SoftmaxForward a) {
-  __shared__ float scratch[2][kMaxWarps];
+  __shared__ Scratch<false, 2> scratch;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = row < a.rows;
   const int64_t cols = inside ? a.cols : 0, seen = inside ? visible(row, a.cols, a.queries) : 0;
@@ -164,14 +168,15 @@ __device__ inline Vec<T, V> input_gradient(const Vec<T, V>& dy, const Vec<T, V>&
   return pack<T>(dx);
 }
 
-template <typename T, int N, int kBlock>
-__global__ void __launch_bounds__(kBlock, 1) softmax_backward_registers(const SoftmaxBackward a) {
+template <typename T, int N, int kBlock, bool kCluster = false>
+__global__ void __launch_bounds__(kBlock, kBlock == kClusterThreads && N <= 4 ? 2 : 1)
+    softmax_backward_registers(const SoftmaxBackward a) {
   constexpr int V = kVector<T>;
-  __shared__ float scratch[kMaxWarps];
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  const bool inside = row < a.rows;
-  const int cols = inside ? int(a.cols) : 0, seen = inside ? int(visible(row, a.cols, a.queries)) : 0;
-  const int first = threadIdx.x * V, step = blockDim.x * V;
+  __shared__ Scratch<kCluster> scratch;
+  if constexpr (kCluster) cluster_started();
+  const auto [row, first, cols] = RowColumns<V, kCluster>(a.rows, a.cols);
+  const int seen = min(cols, int(visible(row, a.cols, a.queries)));
+  const int step = (N == 8 ? kBlock : blockDim.x) * V;
   const T* dy_row = row_by_call<T>(a.dy, row);
   const T* y_row = row_by_call<T>(a.y, row);
   Vec<T, V> dy[N], y[N];
@@ -184,6 +189,7 @@ __global__ void __launch_bounds__(kBlock, 1) softmax_backward_registers(const So
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < N; ++i) sum += dot(dy[i], y[i], first + i * step, seen);
+  if constexpr (kCluster) cluster_wait();
   sum = row_sum(sum, scratch);
 
   T* dx = static_cast<T*>(a.dx) + row * a.cols;
@@ -199,7 +205,7 @@ __global__ void __launch_bounds__(kBlock, 1) softmax_backward_registers(const So
 
 template <typename T, int V>
 __global__ void __launch_bounds__(kMaxThreads, 1) softmax_backward_loop(const SoftmaxBackward a) {
-  __shared__ float scratch[kMaxWarps];
+  __shared__ Scratch<false> scratch;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = row < a.rows;
   const int64_t cols = inside ? a.cols : 0, seen = inside ? visible(row, a.cols, a.queries) : 0;
@@ -238,40 +244,41 @@ bool mask_aligned(const Mask& mask) {
 }
 
 template <typename T, bool kMasked>
-void forward(const SoftmaxForward& a, cudaStream_t stream) {
+void forward(const SoftmaxForward& a, int device, cudaStream_t stream) {
   constexpr int V = kVector<T>;
-  constexpr int kWide = kMasked ? 768 : kMaxThreads;  // a mask takes registers beside eight vectors
+  constexpr int kMost = kMasked ? 4 : 8;  // vectors of a thread: a mask takes registers beside them
   const bool whole = a.cols % V == 0 && aligned(a.x, sizeof(T)) && aligned(a.y) && mask_aligned<T>(a.mask);
   const int64_t vectors = a.cols / V;
+  const auto in_clusters = softmax_forward_registers<T, kMost, kClusterThreads, kMasked, true>;
   if (!whole)
     run(softmax_forward_loop<T, 1, kMasked>, a, a.cols, 8, kMaxThreads, stream);
   else if (vectors <= 1 * kWarp)
     run(softmax_forward_registers<T, 1, kThreads, kMasked>, a, vectors, 1, kThreads, stream);
   else if (vectors <= 2 * kWarp)
     run(softmax_forward_registers<T, 2, kThreads, kMasked>, a, vectors, 2, kThreads, stream);
-  else if (vectors <= 4 * kMaxThreads)
-    run(softmax_forward_registers<T, 4, kMaxThreads, kMasked>, a, vectors, 4, kMaxThreads, stream);
-  else if (vectors <= 8 * kWide)
-    run(softmax_forward_registers<T, 8, kWide, kMasked>, a, 8 * kWide, 8, kWide, stream);
-  else
+  else if (vectors <= 4 * kClusterThreads)
+    run(softmax_forward_registers<T, 4, kClusterThreads, kMasked>, a, vectors, 4, kClusterThreads, stream);
+  else if (vectors <= kMost * kClusterThreads)
+    run(softmax_forward_registers<T, kMost, kClusterThreads, kMasked>, a, kMost * kClusterThreads, kMost, kClusterThreads, stream);
+  else if (!launch_row_clusters(in_clusters, a, vectors, kMost, device, stream))
     run(softmax_forward_loop<T, V, kMasked>, a, vectors, 8, kMaxThreads, stream);
 }
 
 template <typename T>
-void backward(const SoftmaxBackward& a, cudaStream_t stream) {
+void backward(const SoftmaxBackward& a, int device, cudaStream_t stream) {
   constexpr int V = kVector<T>;
-  constexpr int kWide = 768;  // four vectors each of dy and y take more registers than 1024 threads have
   const bool whole = a.cols % V == 0 && aligned(a.dy, sizeof(T)) && aligned(a.y, sizeof(T)) && aligned(a.dx);
   const int64_t vectors = a.cols / V;
   if (!whole)
     run(softmax_backward_loop<T, 1>, a, a.cols, 8, kMaxThreads, stream);
   else if (vectors <= kWarp)
     run(softmax_backward_registers<T, 1, kThreads>, a, vectors, 1, kThreads, stream);
-  else if (vectors <= 2 * kMaxThreads)
-    run(softmax_backward_registers<T, 2, kMaxThreads>, a, vectors, 2, kMaxThreads, stream);
-  else if (vectors <= 4 * kWide)
-    run(softmax_backward_registers<T, 4, kWide>, a, vectors, 4, kWide, stream);
-  else
+  else if (vectors <= 2 * kClusterThreads)
+    run(softmax_backward_registers<T, 2, kClusterThreads>, a, vectors, 2, kClusterThreads, stream);
+  else if (vectors <= 4 * kClusterThreads)
+    run(softmax_backward_registers<T, 4, kClusterThreads>, a, vectors, 4, kClusterThreads, stream);
+  else if (!launch_row_clusters(softmax_backward_registers<T, 4, kClusterThreads, true>, a, vectors, 4, device, stream) &&
+           !launch_row_clusters(softmax_backward_registers<T, 8, kClusterThreads, true>, a, vectors, 8, device, stream))
     run(softmax_backward_loop<T, V>, a, vectors, 8, kMaxThreads, stream);
 }
 
@@ -282,14 +289,15 @@ void softmax_forward(const SoftmaxForward& a, int device, cudaStream_t stream) {
   DeviceGuard guard(device);
   visit(a.dtype, [&](auto element) {
     using T = decltype(element);
-    a.mask.kind == MaskKind::none ? softmax::forward<T, false>(a, stream) : softmax::forward<T, true>(a, stream);
+    a.mask.kind == MaskKind::none ? softmax::forward<T, false>(a, device, stream)
+                                    : softmax::forward<T, true>(a, device, stream);
   });
 }
 
 void softmax_backward(const SoftmaxBackward& a, int device, cudaStream_t stream) {
   if (a.rows == 0) return;
   DeviceGuard guard(device);
-  visit(a.dtype, [&](auto element) { softmax::backward<decltype(element)>(a, stream); });
+  visit(a.dtype, [&](auto element) { softmax::backward<decltype(element)>(a, device, stream); });
 }
 
 }  // namespace fastllm::cuda

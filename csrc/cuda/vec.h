@@ -74,10 +74,10 @@ template <int V, typename T>
 __device__ inline Vec<T, V> load(const T* from) {
   Vec<T, V> vec;
   if constexpr (V == 1) {
-    vec.value = *from;
+    vec.value = load_plainly(from);
   } else {
 #pragma unroll
-    for (int i = 0; i < vec.kWords; ++i) vec.words[i] = reinterpret_cast<const uint4*>(from)[i];
+    for (int i = 0; i < vec.kWords; ++i) vec.words[i] = load_plainly(reinterpret_cast<const uint4*>(from) + i);
   }
   return vec;
 }
@@ -98,7 +98,7 @@ __device__ inline Vec<T, V> load_readonly(const T* from) {
 template <int V, typename T>
 __device__ inline void store(T* to, const Vec<T, V>& vec) {
   if constexpr (V == 1) {
-    *to = vec.value;
+    store_global(to, vec.value);
   } else {
 #pragma unroll
     for (int i = 0; i < vec.kWords; ++i) store_global(reinterpret_cast<uint4*>(to) + i, vec.words[i]);

@@ -1,5 +1,7 @@
 #include "copies.h"
 
+#include "clusters.h"
+
 #include <algorithm>
 #include <cstring>
 #include <deque>
@@ -48,6 +50,7 @@ int unit_at(const void* pointer) {
 }
 
 void begin(const Copy& copy, size_t bytes) {
+  if (cluster_size() > 1) fail(copy.site, "copies are not emulated in clusters");
   std::memset(copy.to, 0xff, bytes);
   Thread& mine = of_thread[thread()];
   mine.under_way.push_back(copy);

@@ -12,7 +12,9 @@
 #include <string>
 #include <tuple>
 
+#include "clusters.h"
 #include "copies.h"
+#include "counts.h"
 #include "simt.h"
 
 #define __global__
@@ -22,7 +24,7 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// One block runs at a time. The tag, a part of the variable's name for the linker, is how shared.ld finds it: GCC heeds
+// One block runs at a time, or those of a cluster, which swap it. The tag, a part of the variable's name for the linker, is how shared.ld finds it: GCC heeds
 // no section attribute in a template. `used`: what a block finds there is not the zero that C++ promises.
 #define __shared__ static __attribute__((used, abi_tag("simt_shared")))
 
@@ -57,6 +59,7 @@ inline float rsqrtf(float value) { return float(1.0 / std::sqrt(double(value)));
 
 template <typename T>
 inline T __ldg(const T* from) {
+  simt::count_read(from, sizeof(T));
   return *from;
 }
 
@@ -158,17 +161,35 @@ enum cudaError_t {
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidClusterSize = 912,
 };
 
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor = 81,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrClusterLaunch = 120,
 };
 
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14,
+};
 
-struct cudaLaunchAttribute;
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -184,6 +205,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidClusterSize: return "Invalid cluster size";
   }
   return "unknown error";
 }
@@ -212,16 +234,53 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount: *value = 4; return cudaSuccess;  // few: small inputs fill them
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = int(simt::shared_per_multiprocessor()); return cudaSuccess;
+    case cudaDevAttrClusterLaunch: *value = simt::kLargestCluster[device] != 0; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = int(simt::shared_per_block()); return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }
 
 template <typename Kernel>
-inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || size_t(bytes) > simt::shared_per_block()) return cudaErrorInvalidValue;
-  simt::shared_limit(reinterpret_cast<const void*>(kernel)) = bytes;
+inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  const void* address = reinterpret_cast<const void*>(kernel);
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    simt::large_clusters(address) = value != 0;
+    return cudaSuccess;
+  }
+  if (value < 0 || size_t(value) > simt::shared_per_block()) return cudaErrorInvalidValue;
+  simt::shared_limit(address) = value;
   return cudaSuccess;
+}
+
+template <typename Kernel>
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel*) {
+  *attributes = {90};
+  return cudaSuccess;
+}
+
+namespace simt {
+
+// Of a launch; 0: not one that the current device and the kernel allow.
+inline int cluster_of(const cudaLaunchConfig_t& config, const void* kernel) {
+  int size = 1;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    const auto& cluster = config.attrs[i].val.clusterDim;
+    if (config.attrs[i].id != cudaLaunchAttributeClusterDimension || cluster.y != 1 || cluster.z != 1) return 0;
+    size = int(cluster.x);
+    const int most = large_clusters(kernel) ? kMaxCluster : kPortableCluster;
+    if (size < 1 || size > std::min(most, kLargestCluster[device()]) || config.gridDim.x % size != 0) return 0;
+  }
+  return size;
+}
+
+}  // namespace simt
+
+template <typename... Parameters>
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, void (*kernel)(Parameters...),
+                                                  const cudaLaunchConfig_t* config) {
+  const int size = simt::cluster_of(*config, reinterpret_cast<const void*>(kernel));
+  *clusters = size == 0 ? 0 : 2;  // few: small inputs fill them
+  return size == 0 ? cudaErrorInvalidClusterSize : cudaSuccess;
 }
 
 template <typename... Parameters, typename... Arguments>
@@ -233,8 +292,11 @@ inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*k
                     block.y - 1 < 1024 && block.z - 1 < 64 && block.x * block.y * block.z <= 1024;
   if (!fits) return cudaErrorInvalidConfiguration;
   if (config->dynamicSmemBytes > simt::shared_limit(address)) return cudaErrorInvalidValue;
+  const int cluster = simt::cluster_of(*config, address);
+  if (cluster == 0) return cudaErrorInvalidClusterSize;
   simt::record("launch on " + std::to_string(simt::device()));
+  simt::record_launch(grid, block, cluster, address);
   const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
-  simt::run(grid, block, config->dynamicSmemBytes, address, [&] { std::apply(kernel, values); });
+  simt::run(grid, block, cluster, config->dynamicSmemBytes, address, [&] { std::apply(kernel, values); });
   return cudaSuccess;
 }

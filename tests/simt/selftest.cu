@@ -14,7 +14,7 @@ using namespace fastllm;
 using namespace fastllm::cuda;
 
 __global__ void block_sum(const float* in, float* out, int n) {
-  __shared__ float scratch[kMaxWarps];
+  __shared__ Scratch<false> scratch;
   float sum = 0.0f;
   for (int i = threadIdx.x; i < n; i += blockDim.x) sum += in[blockIdx.x * n + i];
   sum = row_sum(sum, scratch);

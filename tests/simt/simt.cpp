@@ -1,5 +1,6 @@
 #include "simt.h"
 
+#include "clusters.h"
 #include "copies.h"
 
 #include <cxxabi.h>
@@ -36,7 +37,7 @@ namespace {
 constexpr size_t kStack = 256 << 10;  // address space; only pages that are touched take memory
 constexpr size_t kPage = 4096;
 
-enum class State { ready, at_barrier, at_collective, ended };
+enum class State { ready, at_barrier, at_collective, at_cluster, ended };
 
 // A fiber serves a thread of one block after the other. makecontext starts it; from then on it is switched by the
 // compiler's setjmp and longjmp, which save three registers and leave the rest to the compiler.
@@ -58,13 +59,22 @@ struct Fiber {
   void* argument = nullptr;
 };
 
+struct Block {
+  uint3 index{};
+  std::deque<int> ready;  // fibers
+  int at_barrier = 0, left = 0;
+  bool newest_first = false;           // one warp runs far ahead of the others
+  uint64_t late = 0;                   // a bit for each warp whose copies come late
+  std::vector<unsigned char> statics;  // its static shared memory, while another block of the cluster runs
+};
+
 struct Scheduler {
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  int threads = 0;  // of the block; fibers beyond wait for a larger block
-  std::deque<int> ready;
-  std::vector<int> at_collective;  // threads of each warp
+  std::vector<std::unique_ptr<Fiber>> fibers;  // those of block r of a cluster from r * stride on
+  std::vector<Block> blocks{1};                // of the cluster that runs
+  int threads = 0, stride = 0;                 // of a block; the same in whole warps
+  int size = 1, rank = 0;                      // of the cluster; the block that runs now
+  std::vector<int> at_collective;              // threads of each warp
   int current = -1;
-  int at_barrier = 0;
   Place home;
 
   const void* kernel = nullptr;
@@ -74,14 +84,17 @@ struct Scheduler {
 
   uint64_t seed = 0;
   std::mt19937_64 random;
-  bool newest_first = false;  // one warp runs far ahead of the others
-  uint64_t late = 0;          // a bit for each warp whose copies come late
 
-  void run_block();
+  Block& block() { return blocks[rank]; }
+  int first() const { return rank * stride; }  // fiber of the block
+  void run_cluster();
+  bool choose_block();
+  void enter(int rank);
   int next();
   [[noreturn]] void go_on();
   void yield();
-  void release(int thread);
+  void release(int fiber);
+  void release_block(int rank);
   std::string where() const;
   std::string deadlock() const;
 };
@@ -89,20 +102,25 @@ struct Scheduler {
 Scheduler scheduler;
 size_t shared_of_multiprocessor = kMaxShared + 1024;
 std::map<const void*, size_t> shared_limits;  // of kernels
+std::map<const void*, bool> large_clusters_allowed;
 bool recording = false;
-std::string recorded;
+std::string recorded, launches;
 std::mutex one_grid_at_a_time;
-alignas(1024) unsigned char shared_bytes_of_block[kMaxShared];
+alignas(1024) unsigned char shared_bytes_of_blocks[kMaxCluster][kMaxShared];
+
+size_t static_bytes() { return size_t(simt_shared_end - simt_shared_begin); }
 
 void fiber_main() {
   for (;;) {
     try {
       (*scheduler.body)();
       end_copies();
+      end_cluster_thread();
     } catch (...) {
       scheduler.error = std::current_exception();
     }
     scheduler.fibers[scheduler.current]->state = State::ended;
+    --scheduler.block().left;
     scheduler.yield();
   }
 }
@@ -114,9 +132,9 @@ Fiber::Fiber() {
   mprotect(stack, kPage, PROT_NONE);  // an overflow faults rather than overwrites the next stack
 }
 
-// Leaves the thread that runs now for the next one, or for run_block.
+// Leaves the thread that runs now for the next one, or for run_cluster.
 __attribute__((noinline)) void Scheduler::go_on() {
-  if (ready.empty() || error) __builtin_longjmp(home, 1);
+  if (error || !choose_block()) __builtin_longjmp(home, 1);
   current = next();
   Fiber& fiber = *fibers[current];
   threadIdx = fiber.thread;
@@ -135,39 +153,75 @@ __attribute__((noinline)) void Scheduler::yield() {
   if (__builtin_setjmp(fibers[current]->here) == 0) go_on();
 }
 
-void Scheduler::release(int thread) {
-  fibers[thread]->state = State::ready;
-  ready.push_back(thread);
+void Scheduler::release(int fiber) {
+  fibers[fiber]->state = State::ready;
+  blocks[fiber / stride].ready.push_back(fiber);
+}
+
+// All threads of a block. Shuffled, any warp may be the newest and go ahead.
+void Scheduler::release_block(int rank) {
+  const int start = seed == 0 ? 0 : int(random() % threads) / warpSize * warpSize;
+  for (int t = 0; t < threads; ++t) release(rank * stride + (start + t) % threads);
+}
+
+// A block of which threads can run: the same as long as it has some, or, shuffled, any at times. False: there is none.
+bool Scheduler::choose_block() {
+  if (size == 1) return !block().ready.empty();
+  const bool other = seed != 0 && random() % 256 == 0;
+  if (!block().ready.empty() && !other) return true;
+  const int start = seed == 0 ? rank : int(random() % size);
+  for (int i = 0; i < size; ++i) {
+    const int candidate = (start + i) % size;
+    if (blocks[candidate].ready.empty()) continue;
+    enter(candidate);
+    return true;
+  }
+  return false;
+}
+
+// Static shared memory exists once: it is swapped.
+void Scheduler::enter(int to) {
+  if (to == rank) return;
+  std::memcpy(block().statics.data(), simt_shared_begin, static_bytes());
+  std::memcpy(simt_shared_begin, blocks[to].statics.data(), static_bytes());
+  rank = to;
+  blockIdx = block().index;
 }
 
 int Scheduler::next() {
-  if (seed != 0 && !newest_first) std::swap(ready.front(), ready[random() % ready.size()]);
-  const int thread = seed != 0 && newest_first ? ready.back() : ready.front();
-  if (seed != 0 && newest_first)
-    ready.pop_back();
-  else
-    ready.pop_front();
-  return thread;
+  Block& b = block();
+  if (seed != 0 && !b.newest_first) std::swap(b.ready.front(), b.ready[random() % b.ready.size()]);
+  const bool newest = seed != 0 && b.newest_first;
+  const int fiber = newest ? b.ready.back() : b.ready.front();
+  newest ? b.ready.pop_back() : b.ready.pop_front();
+  return fiber;
 }
 
-__attribute__((noinline)) void Scheduler::run_block() {
-  std::memset(shared_bytes_of_block, 0xff, shared_bytes);  // NaN in every floating-point type
-  std::memset(simt_shared_begin, 0xff, size_t(simt_shared_end - simt_shared_begin));
+// The blocks of a cluster, whose indices are set; as a rule one.
+__attribute__((noinline)) void Scheduler::run_cluster() {
+  std::memset(simt_shared_begin, 0xff, static_bytes());  // NaN in every floating-point type
   begin_copies(threads);
-  at_barrier = 0;
-  at_collective.assign((threads + warpSize - 1) / warpSize, 0);
+  begin_cluster(seed == 0 ? 0 : random());
+  at_collective.assign(size * stride / warpSize, 0);
   error = nullptr;
-  ready.resize(threads);
-  std::iota(ready.begin(), ready.end(), 0);
-  for (int t = 0; t < threads; ++t) fibers[t]->state = State::ready;
-  if (seed != 0) {
-    newest_first = random() % 2;
-    late = random();
-    std::shuffle(ready.begin(), ready.end(), random);
+  for (int r = 0; r < size; ++r) {
+    Block& b = blocks[r];
+    std::memset(shared_bytes_of_blocks[r], 0xff, shared_bytes);
+    if (size > 1) b.statics.assign(static_bytes(), 0xff);
+    b.at_barrier = 0;
+    b.left = threads;
+    b.ready.resize(threads);
+    std::iota(b.ready.begin(), b.ready.end(), r * stride);
+    for (int t = 0; t < threads; ++t) fibers[r * stride + t]->state = State::ready;
+    if (seed == 0) continue;
+    b.newest_first = random() % 2;
+    b.late = random();
+    std::shuffle(b.ready.begin(), b.ready.end(), random);
   }
+  rank = 0;
+  blockIdx = block().index;
   if (__builtin_setjmp(home) == 0) go_on();
-  const bool stuck = !error && std::any_of(fibers.begin(), fibers.begin() + threads,
-                                           [](const auto& fiber) { return fiber->state != State::ended; });
+  const bool stuck = !error && std::any_of(blocks.begin(), blocks.end(), [](const Block& b) { return b.left != 0; });
   if (stuck) error = std::make_exception_ptr(std::runtime_error(deadlock()));
   current = -1;
   if (error) {
@@ -179,38 +233,40 @@ __attribute__((noinline)) void Scheduler::run_block() {
 }
 
 std::string Scheduler::where() const {
-  std::string name = "a kernel";
-  if (const char* mangled = name_of(kernel)) {
-    char* plain = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
-    name = plain ? plain : mangled;
-    std::free(plain);
-  }
-  return name + ", block " + text(blockIdx);
+  return plain_name_of(kernel) + ", block " + text(blockIdx);
 }
 
 std::string Scheduler::deadlock() const {
-  std::map<std::string, std::pair<int, uint3>> groups;  // what threads do: how many, the first of them
-  for (int t = 0; t < threads; ++t) {
-    const Fiber& fiber = *fibers[t];
+  struct Group {
+    int threads = 0, first = 0;
+  };
+  std::map<std::string, Group> groups;  // what threads do
+  for (int i = 0; i < size * threads; ++i) {
+    const int at = i / threads * stride + i % threads;
+    const Fiber& fiber = *fibers[at];
     std::ostringstream what;
     if (fiber.state == State::ended)
       what << "ended";
     else
       what << "at " << text(fiber.site);
     if (fiber.state == State::at_collective) what << " with mask 0x" << std::hex << fiber.mask;
-    auto [group, created] = groups.try_emplace(what.str(), 0, fiber.thread);
-    ++group->second.first;
+    auto [group, created] = groups.try_emplace(what.str(), Group{0, at});
+    ++group->second.threads;
   }
   std::ostringstream message;
   message << where() << ": threads wait for others that never come:";
-  for (const auto& [what, group] : groups)
-    message << "\n  " << group.first << " of " << threads << " threads " << what << ", first " << text(group.second);
+  for (const auto& [what, group] : groups) {
+    message << "\n  " << group.threads << " of " << size * threads << " threads " << what << ", first "
+            << text(fibers[group.first]->thread);
+    if (size > 1) message << " of block " << text(blocks[group.first / stride].index);
+  }
   return message.str();
 }
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, const std::function<void()>& thread) {
+void run(dim3 grid, dim3 block, int cluster, size_t shared_bytes, const void* kernel,
+         const std::function<void()>& thread) {
   std::lock_guard<std::mutex> lock(one_grid_at_a_time);
   Scheduler& s = scheduler;
   gridDim = grid;
@@ -219,19 +275,25 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, const s
   s.shared_bytes = shared_bytes;
   s.body = &thread;
   s.threads = int(block.x * block.y * block.z);
-  while (int(s.fibers.size()) < s.threads) s.fibers.push_back(std::make_unique<Fiber>());
-  int t = 0;
-  for (unsigned z = 0; z < block.z; ++z)
-    for (unsigned y = 0; y < block.y; ++y)
-      for (unsigned x = 0; x < block.x; ++x) s.fibers[t++]->thread = {x, y, z};
+  s.stride = (s.threads + warpSize - 1) / warpSize * warpSize;
+  s.size = cluster;
+  s.blocks.resize(cluster);
+  while (int(s.fibers.size()) < s.stride * cluster) s.fibers.push_back(std::make_unique<Fiber>());
+  for (int r = 0, t = 0; r < cluster; ++r, t = r * s.stride)
+    for (unsigned z = 0; z < block.z; ++z)
+      for (unsigned y = 0; y < block.y; ++y)
+        for (unsigned x = 0; x < block.x; ++x) s.fibers[t++]->thread = {x, y, z};
 
-  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z);
+  std::vector<uint64_t> order(uint64_t(grid.x) * grid.y * grid.z / cluster);
   std::iota(order.begin(), order.end(), 0);
   s.random.seed(s.seed);
   if (s.seed != 0) std::shuffle(order.begin(), order.end(), s.random);
   for (const uint64_t index : order) {
-    blockIdx = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
-    s.run_block();
+    for (int r = 0; r < cluster; ++r) {
+      const uint64_t at = index * cluster + r;
+      s.blocks[r].index = {unsigned(at % grid.x), unsigned(at / grid.x % grid.y), unsigned(at / grid.x / grid.y)};
+    }
+    s.run_cluster();
   }
 }
 
@@ -250,29 +312,60 @@ void barrier(const Site& site) {
   Fiber& me = *s.fibers[s.current];
   me.state = State::at_barrier;
   me.site = site;
-  if (++s.at_barrier == s.threads) {
-    s.at_barrier = 0;
+  if (++s.block().at_barrier == s.threads) {
+    s.block().at_barrier = 0;
     for (int t = 0; t < s.threads; ++t) {
-      const Site& other = s.fibers[t]->site;
+      const Site& other = s.fibers[s.first() + t]->site;
       if (other.line != site.line || std::strcmp(other.file, site.file) != 0)
         fail(site, "met by threads at another barrier, " + text(other));
     }
     make_copies_visible();
-    // Shuffled, any warp may be the newest and go ahead.
-    const int start = s.seed == 0 ? 0 : int(s.random() % s.threads) / warpSize * warpSize;
-    for (int t = 0; t < s.threads; ++t) s.release((start + t) % s.threads);
+    s.release_block(s.rank);
   }
   s.yield();
 }
 
+void wait_for_cluster(const Site& site) {
+  Fiber& me = *scheduler.fibers[scheduler.current];
+  me.state = State::at_cluster;
+  me.site = site;
+  scheduler.yield();
+}
+
+void release_cluster() {
+  Scheduler& s = scheduler;
+  for (int i = 0; i < s.size * s.threads; ++i) {
+    const int fiber = i / s.threads * s.stride + i % s.threads;
+    if (s.fibers[fiber]->state == State::at_cluster) s.release(fiber);
+  }
+}
+
+int cluster_size() { return scheduler.size; }
+int cluster_rank() { return scheduler.rank; }
+int cluster_threads() { return scheduler.size * scheduler.threads; }
+int cluster_thread() { return scheduler.rank * scheduler.threads + thread(); }
+bool has_ended(int rank) { return scheduler.blocks[rank].left == 0; }
+
+bool find_shared(const void* pointer, size_t bytes, SharedPlace& place) {
+  place.is_static = in_static_shared(pointer, bytes);
+  const unsigned char* begin = place.is_static ? simt_shared_begin : dynamic_shared();
+  place.offset = size_t(static_cast<const unsigned char*>(pointer) - begin);
+  return place.is_static || (place.offset < shared_size() && shared_size() - place.offset >= bytes);
+}
+
+unsigned char* address_in(int rank, const SharedPlace& place) {
+  if (!place.is_static) return shared_bytes_of_blocks[rank] + place.offset;
+  return (rank == scheduler.rank ? simt_shared_begin : scheduler.blocks[rank].statics.data()) + place.offset;
+}
+
 void wait_late() {
   Scheduler& s = scheduler;
-  if (s.seed == 0 || (s.late >> s.current / warpSize & 1) == 0) return;
-  s.ready.push_front(s.current);
+  if (s.seed == 0 || (s.block().late >> thread() / warpSize & 1) == 0) return;
+  s.block().ready.push_front(s.current);
   s.yield();
 }
 
-int thread() { return scheduler.current; }
+int thread() { return scheduler.current - scheduler.first(); }
 int lane() { return scheduler.current % warpSize; }
 uint3 thread_index(int thread) { return scheduler.fibers[thread]->thread; }
 
@@ -289,11 +382,11 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
   int& come = s.at_collective[first / warpSize];
   Lanes lanes;
   lanes.mask = mask;
-  lanes.first = first;
+  lanes.first = first - s.first();
   bool complete = ++come >= __builtin_popcount(mask);
   for (int l = 0; l < warpSize && complete; ++l) {
     if (!lanes.has(l)) continue;
-    complete = first + l < s.threads;
+    complete = lanes.first + l < s.threads;
     if (!complete) break;
     const Fiber& other = *s.fibers[first + l];
     complete = other.state == State::at_collective && other.mask == mask &&
@@ -323,12 +416,29 @@ void record(const std::string& call) {
   if (recording) recorded += (recorded.empty() ? "" : ", ") + call;
 }
 
+void record_launch(dim3 grid, dim3 block, int cluster, const void* kernel) {
+  if (!recording) return;
+  std::ostringstream line;
+  line << plain_name_of(kernel);
+  for (const unsigned n : {grid.x, grid.y, grid.z, block.x, block.y, block.z, unsigned(cluster)}) line << '\t' << n;
+  launches += line.str() + '\n';
+}
+
 const char* name_of(const void* kernel) {
   Dl_info info;
   return dladdr(kernel, &info) && info.dli_saddr == kernel ? info.dli_sname : nullptr;
 }
 
-unsigned char* dynamic_shared() { return shared_bytes_of_block; }
+std::string plain_name_of(const void* kernel) {
+  const char* mangled = name_of(kernel);
+  if (!mangled) return "a kernel";
+  char* plain = abi::__cxa_demangle(mangled, nullptr, nullptr, nullptr);
+  const std::string name = plain ? plain : mangled;
+  std::free(plain);
+  return name;
+}
+
+unsigned char* dynamic_shared() { return shared_bytes_of_blocks[scheduler.rank]; }
 size_t shared_size() { return scheduler.shared_bytes; }
 bool in_static_shared(const void* pointer, size_t bytes) {
   const auto begin = reinterpret_cast<uintptr_t>(simt_shared_begin);
@@ -340,6 +450,7 @@ bool in_static_shared(const void* pointer, size_t bytes) {
 size_t shared_per_multiprocessor() { return shared_of_multiprocessor; }
 size_t shared_per_block() { return shared_of_multiprocessor - 1024; }
 size_t& shared_limit(const void* kernel) { return shared_limits.try_emplace(kernel, 48 << 10).first->second; }
+bool& large_clusters(const void* kernel) { return large_clusters_allowed[kernel]; }
 
 [[noreturn]] void misaligned(const char* file, int line, int alignment, const void* pointer) {
   std::ostringstream message;
@@ -385,5 +496,8 @@ EXPORT int simt_device() { return simt::device(); }
 EXPORT void simt_record(bool on) {
   simt::recording = on;
   simt::recorded.clear();
+  simt::launches.clear();
 }
 EXPORT const char* simt_recorded() { return simt::recorded.c_str(); }
+// A line for each: kernel, grid, block and the cluster's size, apart by tabs.
+EXPORT const char* simt_launches() { return simt::launches.c_str(); }

@@ -31,9 +31,10 @@ struct Site {
   int line;
 };
 
-// Runs `thread` once for every thread of the grid, a block at a time. Throws std::runtime_error when
-// threads wait for others that never come, and whatever `thread` throws.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, const std::function<void()>& thread);
+// Runs `thread` once for every thread of the grid, a block at a time, or the blocks of a cluster, which are `cluster`
+// along x. Throws std::runtime_error when threads wait for others that never come, and whatever `thread` throws.
+void run(dim3 grid, dim3 block, int cluster, size_t shared_bytes, const void* kernel,
+         const std::function<void()>& thread);
 
 // 0: threads and blocks run in order. Otherwise in an order drawn from the seed, block by block anew.
 void set_seed(uint64_t seed);
@@ -70,12 +71,18 @@ void collective(unsigned mask, const Site& site, void* argument, void (*resolve)
 std::string text(const uint3& index);
 std::string text(const Site& site);
 
-constexpr int kDevices = 2;
-int& device();  // the current one of the calling thread of the host
+// Blocks of the largest cluster that each device runs: as an H100, as a GeForce, and none, as an A100.
+constexpr int kLargestCluster[] = {16, 8, 0};
+constexpr int kDevices = 3;
+constexpr int kPortableCluster = 8;  // larger ones a kernel has to allow
+int& device();                       // the current one of the calling thread of the host
 
-void record(const std::string& call);  // what the runtime was called for, where a test asked (simt_record)
+// What the runtime was called for, and the launches, where a test asked (simt_record).
+void record(const std::string& call);
+void record_launch(dim3 grid, dim3 block, int cluster, const void* kernel);
 
 const char* name_of(const void* kernel);  // mangled, or null
+std::string plain_name_of(const void* kernel);
 
 constexpr size_t kMaxShared = 227 << 10;  // of a block, and of the emulator
 unsigned char* dynamic_shared();
@@ -85,6 +92,8 @@ bool in_static_shared(const void* pointer, size_t bytes);
 // What the GPU has, set by simt_set_shared_memory.
 size_t shared_per_multiprocessor();
 size_t shared_per_block();                 // at most, where a kernel asks for it
-size_t& shared_limit(const void* kernel);  // what it has asked for (cudaFuncSetAttribute)
+// What a kernel has asked for (cudaFuncSetAttribute).
+size_t& shared_limit(const void* kernel);
+bool& large_clusters(const void* kernel);
 
 }  // namespace simt

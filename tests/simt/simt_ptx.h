@@ -1,7 +1,9 @@
 // C++ of the same meaning for the functions of csrc/cuda/ptx.h.
 #pragma once
 
+#include "clusters.h"
 #include "copies.h"
+#include "counts.h"
 #include "simt.h"
 #include "tensor_cores.h"
 
@@ -16,7 +18,17 @@ inline void forget(uint4&) {}
 inline void forget(int&) {}
 inline void forget(float&) {}
 
-inline void store_global(uint4* to, const uint4& words) { *to = words; }  // a wrong alignment is found, see README.md
+// Wrong alignment is found, see README.md.
+template <typename T>
+inline T load_plainly(const T* from) {
+  simt::count_read(from, sizeof(T));
+  return *from;
+}
+template <typename T>
+inline void store_global(T* to, const T& value) {
+  simt::count_write(to, sizeof(T));
+  *to = value;
+}
 
 // As far off as the GPU's may be: one step of the last place, up or down.
 inline float approximate_reciprocal(float x) {
@@ -35,6 +47,16 @@ inline float approximate_exp2(float x) {
   const float exact = float(std::exp2(double(x)));
   if (x == std::floor(x)) return exact;
   return std::nextafter(exact, __float_as_uint(x) * 0x9e3779b9u >> 31 ? INFINITY : -INFINITY);
+}
+
+inline int cluster_index() { return int(blockIdx.x) / simt::cluster_size(); }
+inline int cluster_size() { return simt::cluster_size(); }
+inline int cluster_rank() { return simt::cluster_rank(); }
+inline void cluster_started(SIMT_CALLER) { simt::cluster_arrive({"cluster_started", function, file, line}); }
+inline void cluster_arrive(SIMT_CALLER) { simt::cluster_arrive({"cluster_arrive", function, file, line}); }
+inline void cluster_wait(SIMT_CALLER) { simt::cluster_wait({"cluster_wait", function, file, line}); }
+inline void store_to_block(float* to, float value, int rank, SIMT_CALLER) {
+  simt::store_to_block(to, value, rank, {"store_to_block", function, file, line});
 }
 
 inline void copy_async(void* to, const void* from, bool there = true, SIMT_CALLER) {

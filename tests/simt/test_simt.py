@@ -146,7 +146,7 @@ def test_a_launch_sets_its_device_and_sets_it_back(library: ctypes.CDLL) -> None
     assert on_device(library, 0, 32) == (None, "cudaSetDevice(0), launch on 0")
     error, calls = on_device(library, 1, 1025)
     assert "invalid configuration argument" in error and calls == "cudaSetDevice(1), cudaSetDevice(0)"
-    assert on_device(library, 2, 32) == ("CUDA: device 2: invalid device ordinal", "")
+    assert on_device(library, 3, 32) == ("CUDA: device 3: invalid device ordinal", "")
     assert library.simt_device() == 0
 
 

@@ -1,0 +1,18 @@
+// Bytes that kernels read and write in ranges of memory, through csrc/cuda/vec.h.
+#pragma once
+
+#include <cstddef>
+
+namespace simt {
+
+extern bool counting;  // whether a test has named a range (simt_count)
+void count(const void* at, size_t bytes, bool write);
+
+inline void count_read(const void* from, size_t bytes) {
+  if (counting) count(from, bytes, false);
+}
+inline void count_write(const void* to, size_t bytes) {
+  if (counting) count(to, bytes, true);
+}
+
+}  // namespace simt
