@@ -1,6 +1,7 @@
 // Cross-entropy: bound by memory, one read of the logits forward, one read and one write backward, in 16-byte
 // accesses where rows are aligned to them. A block walks along a row (short rows: several to a block), some
-// vectors ahead. kPlain: no softcap, scale or label smoothing, whose registers the common case is spared.
+// vectors ahead. Where rows are too few for all multiprocessors, several blocks share one: backward any, forward those
+// of a cluster (kCluster), which tell each other their sums. kPlain: no softcap, scale or label smoothing, whose registers the common case is spared.
 
 #include "cross_entropy.h"
 
@@ -20,11 +21,13 @@ constexpr int kAhead = 4;      // vectors that a thread loads before it uses the
 // The arguments, and quotients of them.
 template <typename Args>
 struct Prepared : Args {
+  int64_t share;  // columns of a row that a block has
   float inverse_softcap, scaled_softcap, smoothing_of_class;
 
   // At most the largest float, for 0 * inf would be NaN.
-  explicit Prepared(const Args& a)
+  Prepared(const Args& a, int64_t share)
       : Args(a),
+        share(share),
         inverse_softcap(std::min(1.0f / a.softcap, std::numeric_limits<float>::max())),
         scaled_softcap(a.softcap * a.scale),
         smoothing_of_class(a.label_smoothing / a.classes) {}
@@ -59,19 +62,21 @@ struct Target {
   }
 };
 
-template <typename T, int V, bool kPlain, bool kEntropy>
+template <typename T, int V, bool kPlain, bool kEntropy, bool kCluster = false>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const Prepared<CrossEntropyForward> a) {
-  __shared__ Scratch<false, kEntropy ? 3 : 2> scratch;
-  __shared__ Scratch<false> spread_scratch;
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t cols = row < a.rows ? a.cols : 0;
+  __shared__ Scratch<kCluster, kEntropy ? 3 : 2> scratch;
+  __shared__ Scratch<kCluster> spread_scratch;
+  if constexpr (kCluster) cluster_started();
+  const int64_t row = kCluster ? cluster_index() : int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t begin = kCluster ? cluster_rank() * a.share : 0;
+  const int64_t cols = row < a.rows ? min(begin + a.share, a.cols) : 0;
   const int64_t step = blockDim.x * V;
   const T* logits = row_of<T>(a.logits, row);
   const float* weight = a.class_weight ? a.class_weight + a.first_class : nullptr;
 
   ExpSum<kEntropy> mine;
   float spread = 0.0f;  // sum of w_j * s_j
-  for (int64_t start = threadIdx.x * V; start < cols; start += kAhead * step) {
+  for (int64_t start = begin + threadIdx.x * V; start < cols; start += kAhead * step) {
     Vec<T, V> read[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
@@ -89,9 +94,10 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_forward_rows(const 
       mine.add(s);
     }
   }
+  if constexpr (kCluster) cluster_wait();
   const ExpSum<kEntropy> found = mine.over_row(scratch);
   if constexpr (!kPlain) spread = row_sum(spread, spread_scratch);
-  if (threadIdx.x != 0 || row >= a.rows) return;
+  if (begin + threadIdx.x != 0 || row >= a.rows) return;
 
   const float log_sum = logf(found.sum), lse = found.shift + log_sum;
   const Target target(a, row);
@@ -109,6 +115,7 @@ template <typename T, int V, bool kPlain, bool kEntropy>
 __global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const Prepared<CrossEntropyBackward> a) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= a.rows) return;
+  const int64_t begin = blockIdx.y * a.share, end = min(begin + a.share, a.cols);
   const int64_t step = blockDim.x * V;
   const T* logits = row_of<T>(a.logits, row);
   T* dlogits = static_cast<T*>(a.dlogits) + row * a.cols;
@@ -125,15 +132,15 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_backward_rows(const
   const float pull = kPlain ? 0.0f : dloss * a.smoothing_of_class;
   const bool nothing = push == 0.0f && dloss == 0.0f && dentropy == 0.0f;  // whatever the logits hold
 
-  for (int64_t start = threadIdx.x * V; start < a.cols; start += kAhead * step) {
+  for (int64_t start = begin + threadIdx.x * V; start < end; start += kAhead * step) {
     Vec<T, V> read[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)  // not readonly: dlogits may be the logits
-      if (start + i * step < a.cols && !nothing) read[i] = load<V>(logits + start + i * step);
+      if (start + i * step < end && !nothing) read[i] = load<V>(logits + start + i * step);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int64_t col = start + i * step;
-      if (col >= a.cols) continue;
+      if (col >= end) continue;
       Floats<V> d = filled<V>(0.0f);
       if (!nothing) {
         d = unpack(read[i]);
@@ -166,13 +173,59 @@ void visit_types(const CrossEntropy& a, bool entropy, F f) {
   });
 }
 
-// Launches the kernel for whole vectors, or the one for elements.
-template <typename T, typename Args>
-void run(void (*vectors)(Prepared<Args>), void (*elements)(Prepared<Args>), const Args& a, bool is_aligned,
-         cudaStream_t stream) {
-  const bool whole = a.cols % kVector<T> == 0 && aligned(a.logits, sizeof(T)) && is_aligned;
-  const int64_t units = whole ? a.cols / kVector<T> : a.cols;
-  launch_rows(whole ? vectors : elements, Prepared(a), block_for(units, kAhead, kShort, kThreads), stream);
+// The blocks that share a row: 2^n, up to `most`, by which all multiprocessors are used, and all threads.
+inline int blocks_of_row(int64_t rows, int64_t units, int most, int device) {
+  int blocks = 1;
+  while (blocks < most && 2 * blocks * rows <= 2 * sm_count(device) && 2 * blocks * kThreads <= units) blocks *= 2;
+  return blocks;
+}
+
+// How a row is cut: into vectors of V or elements, over blocks.
+template <int V>
+struct Cut {
+  bool whole;
+  int64_t cols;
+
+  int64_t units() const { return whole ? cols / V : cols; }
+  int64_t share(int blocks) const {
+    const int64_t unit = kWarp * (whole ? V : 1);
+    return blocks == 1 ? cols : ceil_div(cols, unit * blocks) * unit;
+  }
+  dim3 block(int blocks) const { return blocks == 1 ? block_for(units(), kAhead, kShort, kThreads) : dim3(kThreads); }
+};
+
+template <typename T>
+Cut<kVector<T>> cut_row(const CrossEntropy& a) {
+  return {a.cols % kVector<T> == 0 && aligned(a.logits, sizeof(T)), a.cols};
+}
+
+template <typename T, bool kPlain, bool kEntropy>
+void forward(const CrossEntropyForward& a, int device, cudaStream_t stream) {
+  constexpr int V = kVector<T>;
+  const auto cut = cut_row<T>(a);
+  const auto in_clusters = cross_entropy_forward_rows<T, V, kPlain, kEntropy, true>;
+  int blocks = cut.whole ? blocks_of_row(a.rows, cut.units(), kMaxCluster, device) : 1;
+  while (blocks > 1 && active_clusters(in_clusters, blocks, 0, device) == 0) blocks /= 2;
+  const Prepared prepared(a, cut.share(blocks));
+  const dim3 block = cut.block(blocks);
+  if (blocks > 1)
+    launch(in_clusters, Launch{dim3(unsigned(a.rows * blocks)), block, 0, blocks}, stream, prepared);
+  else
+    launch_rows(cut.whole ? cross_entropy_forward_rows<T, V, kPlain, kEntropy>
+                          : cross_entropy_forward_rows<T, 1, kPlain, kEntropy>,
+                prepared, block, stream);
+}
+
+template <typename T, bool kPlain, bool kEntropy>
+void backward(const CrossEntropyBackward& a, int device, cudaStream_t stream) {
+  constexpr int V = kVector<T>;
+  auto cut = cut_row<T>(a);
+  cut.whole = cut.whole && aligned(a.dlogits);
+  const int blocks = blocks_of_row(a.rows, cut.units(), 2 * sm_count(device), device);
+  const dim3 block = cut.block(blocks), grid(unsigned(ceil_div(a.rows, block.y)), unsigned(blocks));
+  launch(cut.whole ? cross_entropy_backward_rows<T, V, kPlain, kEntropy>
+                   : cross_entropy_backward_rows<T, 1, kPlain, kEntropy>,
+         grid, block, 0, stream, Prepared(a, cut.share(blocks)));
 }
 
 }  // namespace cross_entropy
@@ -182,9 +235,7 @@ void cross_entropy_forward(const CrossEntropyForward& a, int device, cudaStream_
   if (a.rows == 0) return;
   DeviceGuard guard(device);
   visit_types(a, a.entropy != nullptr, [&](auto element, auto plain, auto entropy) {
-    using T = decltype(element);
-    run<T>(cross_entropy_forward_rows<T, kVector<T>, plain, entropy>,
-           cross_entropy_forward_rows<T, 1, plain, entropy>, a, true, stream);
+    forward<decltype(element), plain, entropy>(a, device, stream);
   });
 }
 
@@ -193,9 +244,7 @@ void cross_entropy_backward(const CrossEntropyBackward& a, int device, cudaStrea
   if (a.rows == 0) return;
   DeviceGuard guard(device);
   visit_types(a, a.dentropy != nullptr, [&](auto element, auto plain, auto entropy) {
-    using T = decltype(element);
-    run<T>(cross_entropy_backward_rows<T, kVector<T>, plain, entropy>,
-           cross_entropy_backward_rows<T, 1, plain, entropy>, a, aligned(a.dlogits), stream);
+    backward<decltype(element), plain, entropy>(a, device, stream);
   });
 }
 

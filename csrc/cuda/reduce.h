@@ -29,7 +29,14 @@ __device__ inline float warp_reduce(Op op, float value, int width = kWarp) {
 }
 
 constexpr int kMaxCluster = 16;
-constexpr int kClusterThreads = 512;  // two such blocks fit a multiprocessor
+constexpr int kClusterThreads = 512;
+// Two such blocks fit a multiprocessor, with 64 registers for each thread. Kernels that need all of those spill where
+// ptxas compiles for compute capability 8.0: there they have one block.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kTightBlocks = 1;
+#else
+constexpr int kTightBlocks = 2;
+#endif
 
 struct Warps {
   int begin, end;

@@ -1,32 +1,35 @@
-// RMSNorm: bound by memory, so every tensor is read and written once, in 16-byte accesses, and a row
-// waits in registers, still packed in its dtype, for its sum. Three things need more:
-//   - rows too long for the registers, or not aligned to 16 bytes, are read again from L2 (…_loop);
-//   - the weight's gradient of rows too long for accumulators reads dy and x again (…_columns);
+// RMSNorm: bound by memory, so every tensor is read and written once, in 16-byte accesses, and a row waits in
+// registers, still packed in its dtype, for its sum; in those of a cluster (kCluster) where a block's do not hold it.
+// Sums of the weight's gradient are in shared memory, each thread's in places of its own. Two things need more:
+//   - rows too long for a cluster, or not aligned to 16 bytes, are read again, from L2 as long as all of them fit it
+//     (…_loop), and once more for the weight's gradient (…_columns);
 //   - the blocks' partial sums of the weight's gradient are added up by a last kernel (…_partials).
 // A thread holds N vectors of V elements, `threads per row` vectors apart.
 
 #include "rms_norm.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "launch.h"
 #include "ptx.h"
 #include "reduce.h"
+#include "row.h"
 #include "vec.h"
 
 namespace fastllm::cuda {
 namespace rms_norm {
 
-// The 1 in __launch_bounds__(kMaxThreads, 1) keeps ptxas from spilling to fit a second block.
+// The 1 in __launch_bounds__(…, 1) keeps ptxas from spilling to fit a second block.
 constexpr int kForwardThreads = 128;   // of a block, where rows are short
 constexpr int kBackwardThreads = 256;  // more rows to a block: fewer rows of workspace
 
-// 1 / cols, here and not where it is used: a division is a call, round which a row in registers is saved.
-__device__ inline float inverse_of(int64_t cols) {
-  float inverse = 1.0f / cols;
-  forget(inverse);
-  return inverse;
-}
+// The arguments, and 1 / cols: a division is a call, round which a row in registers is saved.
+template <typename Args>
+struct Prepared : Args {
+  float inverse_cols;
+  explicit Prepared(const Args& a) : Args(a), inverse_cols(1.0f / a.cols) {}
+};
 
 // weight + weight_offset at the columns from `col` on; 1 without a weight.
 template <typename W, int V>
@@ -67,16 +70,16 @@ __device__ inline Vec<T, V> scaled(const Vec<T, V>& vec, float rstd, const Float
 
 // ---- forward -------------------------------------------------------------------------------------
 
-template <typename T, typename W, int N>
-__global__ void __launch_bounds__(N <= 2 ? kForwardThreads : kMaxThreads, 1)
-    rms_norm_forward_registers(const RmsNormForward a) {
+template <typename T, typename W, int N, bool kCluster = false>
+__global__ void __launch_bounds__(N <= 2 ? kForwardThreads : kClusterThreads, N <= 2 ? 1 : 2)
+    rms_norm_forward_registers(const Prepared<RmsNormForward> a) {
   constexpr int V = kVector<T>;
-  __shared__ Scratch<false> scratch;
-  const float inverse = inverse_of(a.cols);
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
+  __shared__ Scratch<kCluster> scratch;
+  if constexpr (kCluster) cluster_started();
+  const auto [row, first, end] = RowColumns<V, kCluster>(a.cols);
   // eight vectors leave no registers for addresses: there they are constants
-  const int first = threadIdx.x * V, step = (N == 8 ? kMaxThreads : blockDim.x) * V;
-  const int rest = row < a.rows ? int(a.cols) - first : 0;  // a row past the end has no columns
+  const int step = (N == 8 ? kClusterThreads : blockDim.x) * V;
+  const int rest = row < a.rows ? end - first : 0;  // a row past the end has no columns
 
   const T* x = row_by_call<T>(a.x, row) + first;
   const T* residual = row_by_call<T>(a.residual, row) + first;
@@ -96,8 +99,9 @@ __global__ void __launch_bounds__(N <= 2 ? kForwardThreads : kMaxThreads, 1)
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < N; ++i) sum += sum_of_squares(h[i]);
-  const float rstd = rsqrtf(row_sum(sum, scratch) * inverse + a.eps);
-  if (a.rstd && threadIdx.x == 0 && row < a.rows) a.rstd[row] = rstd;
+  if constexpr (kCluster) cluster_wait();
+  const float rstd = rsqrtf(row_sum(sum, scratch) * a.inverse_cols + a.eps);
+  if (a.rstd && first == 0 && row < a.rows) a.rstd[row] = rstd;
 
   T* y = static_cast<T*>(a.y) + row * a.cols + first;
 #pragma unroll
@@ -110,9 +114,8 @@ __global__ void __launch_bounds__(N <= 2 ? kForwardThreads : kMaxThreads, 1)
 }
 
 template <typename T, typename W, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_forward_loop(const RmsNormForward a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_forward_loop(const Prepared<RmsNormForward> a) {
   __shared__ Scratch<false> scratch;
-  const float inverse = inverse_of(a.cols);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t cols = row < a.rows ? a.cols : 0;
   const int64_t first = threadIdx.x * V, step = blockDim.x * V;
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_forward_loop(const Rm
   } else {
     for (int64_t col = first; col < cols; col += step) sum += sum_of_squares(load<V>(h + col));
   }
-  const float rstd = rsqrtf(row_sum(sum, scratch) * inverse + a.eps);
+  const float rstd = rsqrtf(row_sum(sum, scratch) * a.inverse_cols + a.eps);
   if (a.rstd && threadIdx.x == 0 && row < a.rows) a.rstd[row] = rstd;
 
   T* y = static_cast<T*>(a.y) + row * a.cols;
@@ -189,90 +192,110 @@ __device__ inline void store_input_gradient(T* to, Floats<V> dx, const T* dh) {
   store(to, pack<T>(dx));
 }
 
-// Accumulators for the weight's gradient fit into the registers beside up to this many vectors.
-constexpr int kAccumulated = 2;
+// A block of the backward has one row, and this many threads, where the vectors leave no registers for more.
+template <int N>
+constexpr bool kOneRow = N >= 4;
+template <int N>
+__device__ inline int backward_threads() {
+  return kOneRow<N> ? kClusterThreads : blockDim.x;
+}
 
-// A block takes every gridDim.x-th group of rows, so that it writes one row of the workspace.
-template <typename T, typename W, int N>
-__global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kMaxThreads, 1)
-    rms_norm_backward_registers(const RmsNormBackward a) {
-  constexpr int V = kVector<T>;
-  constexpr bool kAccumulate = N <= kAccumulated;
-  __shared__ Scratch<false> scratch[2];
-  const float inverse = inverse_of(a.cols);
-  const int first = threadIdx.x * V, step = blockDim.x * V;
-  Floats<V> dweight[N];  // takes no registers where it is not used
+// A thread's sums of the weight's gradient, in dynamic shared memory: in words of 16 bytes, a row's threads apart, so
+// that a warp meets in no bank. The rows of a block have sums of their own.
+template <int N, int V>
+struct WeightGradient {
+  static constexpr int kWords = V / 4;  // of a vector
+  float* mine = dynamic_shared<float>() + (threadIdx.y * N * kWords * blockDim.x + threadIdx.x) * 4;
+
+  static size_t bytes(dim3 block) { return size_t(block.x) * block.y * N * V * sizeof(float); }
+  __device__ float* word(int i, int k) const { return mine + (i * kWords + k) * backward_threads<N>() * 4; }
+
+  __device__ void clear() const {
 #pragma unroll
-  for (int i = 0; i < N; ++i) dweight[i] = filled<V>(0.0f);
+    for (int i = 0; i < N * kWords; ++i) store_freely(word(0, i), zeros<float, 4>());
+  }
+  __device__ void add(int i, const Pairs<V>& p) const {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      Floats<4> sum = unpack(load<4>(word(i, k)));
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum.at[j] += p.dy.at[k * 4 + j] * p.xhat.at[k * 4 + j];
+      store_freely(word(i, k), pack<float>(sum));
+    }
+  }
+  __device__ void write(int i, float* out) const {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) store(out + k * 4, load<4>(word(i, k)));
+  }
+};
+
+// A block, or cluster, takes every so many-th group of rows, or row, so that it writes one row of the workspace.
+template <typename T, typename W, int N, bool kCluster = false>
+__global__ void __launch_bounds__(N == 1 ? kBackwardThreads : kClusterThreads,
+                                  N == 1 || N == 8 ? 1 : N == 4 ? kTightBlocks : 2)
+    rms_norm_backward_registers(const Prepared<RmsNormBackward> a) {
+  constexpr int V = kVector<T>;
+  __shared__ Scratch<kCluster> scratch[2];
+  if constexpr (kCluster) cluster_started();
+  auto [first_row, first, end] = RowColumns<V, kCluster>(a.cols);
+  const int step = backward_threads<N>() * V;
+  const WeightGradient<N, V> dweight;
+  if (a.dweight) dweight.clear();
+  if constexpr (kCluster) cluster_wait();
 
   int turn = 0;
-  const int64_t stride = int64_t(gridDim.x) * blockDim.y;
-  for (int64_t start = int64_t(blockIdx.x) * blockDim.y; start < a.rows; start += stride) {
-    const int64_t row = start + threadIdx.y;
-    const int cols = row < a.rows ? int(a.cols) : 0;
-    const float rstd = row < a.rows ? a.rstd[row] : 0.0f;
-    const T* dy_row = row_by_call<T>(a.dy, row);
-    const T* x_row = row_by_call<T>(a.x, row);
+  using Index = std::conditional_t<kOneRow<N>, int, int64_t>;  // no memory holds 2^31 rows as long as a block's
+  const Index stride = kCluster ? gridDim.x / cluster_size() : Index(gridDim.x) * (kOneRow<N> ? 1 : blockDim.y);
+  for (Index row = first_row; (kOneRow<N> ? row : row - threadIdx.y) < Index(a.rows); row += stride) {
+    const bool inside = kOneRow<N> || row < a.rows;
+    const int rest = inside ? end - first : 0;
+    const float rstd = inside ? a.rstd[row] : 0.0f;
+    const T* dy_row = row_of<T>(a.dy, row) + first;
+    const T* x_row = row_of<T>(a.x, row) + first;
     Vec<T, V> dy[N], x[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const int col = first + i * step;
-      dy[i] = col < cols ? load_readonly<V>(dy_row + col) : zeros<T, V>();
-      x[i] = col < cols ? load_readonly<V>(x_row + col) : zeros<T, V>();
+      dy[i] = i * step < rest ? load_readonly<V>(dy_row + i * step) : zeros<T, V>();
+      x[i] = i * step < rest ? load_readonly<V>(x_row + i * step) : zeros<T, V>();
     }
 
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const int col = first + i * step;
-      if (col >= cols) continue;
+      if (i * step >= rest) continue;
       const Pairs<V> p = pairs(dy[i], x[i], rstd);
-      sum += dot(p, factors<W, V>(a.weight, a.weight_offset, col));
-      if constexpr (kAccumulate) accumulate(dweight[i], p);
+      sum += dot(p, factors<W, V>(a.weight, a.weight_offset, first + i * step));
+      if (a.dweight) dweight.add(i, p);
     }
-    const float mean = row_sum(sum, scratch[turn]) * inverse;
+    const float mean = row_sum(sum, scratch[turn]) * a.inverse_cols;
     turn ^= 1;
 
-    const T* dh = a.dh.data ? row_by_call<T>(a.dh, row) : nullptr;
-    T* dx = static_cast<T*>(a.dx) + row * a.cols;
+    if constexpr (kOneRow<N>) forget(first);  // else what was computed from it waits in registers, too
+    const T* dh = a.dh.data ? row_of<T>(a.dh, row) + first : nullptr;
+    T* dx = static_cast<T*>(a.dx) + int64_t(row) * a.cols + first;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      const int col = first + i * step;
-      if (col >= cols) continue;
+      if (i * step >= rest) continue;
       keep_packed(dy[i]);
       keep_packed(x[i]);
-      const Floats<V> factor = factors<W, V>(a.weight, a.weight_offset, col);
+      const Floats<V> factor = factors<W, V>(a.weight, a.weight_offset, first + i * step);
       const Pairs<V> p = pairs(dy[i], x[i], rstd);
-      store_input_gradient(dx + col, input_gradient(p, rstd, mean, factor), dh ? dh + col : nullptr);
+      store_input_gradient(dx + i * step, input_gradient(p, rstd, mean, factor), dh ? dh + i * step : nullptr);
     }
   }
 
-  if constexpr (kAccumulate) {
-    if (!a.dweight) return;
-    const int cols = int(a.cols);
-    float* out = a.workspace + int64_t(blockIdx.x) * cols;
-    float* sums = dynamic_shared<float>() + threadIdx.y * cols;
-    const bool alone = blockDim.y == 1;
+  if (!a.dweight) return;
+  fold_rows(dynamic_shared<float>(), N * V * blockDim.x);
+  if (threadIdx.y != 0) return;
+  float* out = a.workspace + int64_t(kCluster ? cluster_index() : blockIdx.x) * a.cols;
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      const int col = first + i * step;
-      if (col >= cols) continue;
-      const auto sum = pack<float>(dweight[i]);
-      alone ? store(out + col, sum) : store_freely(sums + col, sum);
-    }
-    if (alone) return;
-    fold_rows(dynamic_shared<float>(), cols);
-    if (threadIdx.y != 0) return;
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (first + i * step < cols) store(out + first + i * step, load<V>(sums + first + i * step));
-  }
+  for (int i = 0; i < N; ++i)
+    if (first + i * step < end) dweight.write(i, out + first + i * step);
 }
 
 template <typename T, typename W, int V>
-__global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_backward_loop(const RmsNormBackward a) {
+__global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_backward_loop(const Prepared<RmsNormBackward> a) {
   __shared__ Scratch<false> scratch;
-  const float inverse = inverse_of(a.cols);
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const int64_t cols = row < a.rows ? a.cols : 0;
   const int64_t first = threadIdx.x * V, step = blockDim.x * V;
@@ -285,7 +308,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_backward_loop(const R
     const Pairs<V> p = pairs(load_readonly<V>(dy + col), load_readonly<V>(x + col), rstd);
     sum += dot(p, factors<W, V>(a.weight, a.weight_offset, col));
   }
-  const float mean = row_sum(sum, scratch) * inverse;
+  const float mean = row_sum(sum, scratch) * a.inverse_cols;
 
   const T* dh = a.dh.data ? row_by_call<T>(a.dh, row) : nullptr;
   T* dx = static_cast<T*>(a.dx) + row * a.cols;
@@ -340,13 +363,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) rms_norm_dweight_partials(cons
 constexpr int kThreadsPerSM = 1024;  // resident with 64 registers each
 
 template <typename T, typename W>
-void forward(const RmsNormForward& a, cudaStream_t stream) {
+void forward(const RmsNormForward& a, int device, cudaStream_t stream) {
   constexpr int V = kVector<T>;
   const bool whole = a.cols % V == 0 && aligned(a.x, sizeof(T)) && aligned(a.residual, sizeof(T)) &&
                      aligned(a.weight) && aligned(a.y) && (!a.residual || aligned(a.h));
   const int64_t vectors = a.cols / V;
+  const Prepared prepared(a);
   const auto run = [&](auto kernel, int64_t units, int per_thread) {
-    launch_rows(kernel, a, block_for(units, per_thread, kForwardThreads), stream);
+    launch_rows(kernel, prepared, block_for(units, per_thread, kForwardThreads), stream);
   };
   if (!whole)
     run(rms_norm_forward_loop<T, W, 1>, a.cols, 8);
@@ -354,45 +378,73 @@ void forward(const RmsNormForward& a, cudaStream_t stream) {
     run(rms_norm_forward_registers<T, W, 1>, vectors, 1);
   else if (vectors <= 2 * kWarp)
     run(rms_norm_forward_registers<T, W, 2>, vectors, 2);
-  else if (vectors <= 4 * kMaxThreads)
+  else if (vectors <= 4 * kClusterThreads)
     run(rms_norm_forward_registers<T, W, 4>, vectors, 4);
-  else if (vectors <= 8 * kMaxThreads)
-    run(rms_norm_forward_registers<T, W, 8>, 8 * kMaxThreads, 8);
-  else
+  else if (vectors <= 8 * kClusterThreads)
+    run(rms_norm_forward_registers<T, W, 8>, 8 * kClusterThreads, 8);
+  else if (!launch_row_clusters(rms_norm_forward_registers<T, W, 8, true>, prepared, vectors, 8, device, stream))
     run(rms_norm_forward_loop<T, W, V>, vectors, 8);
 }
 
-// Block of the backward that accumulates the weight's gradient; no threads where rows are too long.
-inline dim3 accumulating_block(int64_t vectors) {
-  if (vectors <= kWarp) return block_for(vectors, 1, kBackwardThreads);
-  if (vectors <= kAccumulated * kMaxThreads) return block_for(vectors, kAccumulated, kBackwardThreads);
-  return dim3(0);
+// How many vectors a thread of the backward takes, where a block holds a row; 0: it does not.
+inline int backward_vectors(int64_t vectors) {
+  if (vectors <= kWarp) return 1;
+  if (vectors <= 2 * kClusterThreads) return 2;
+  return vectors <= 4 * kClusterThreads ? 4 : 0;
+}
+
+// Clusters of the backward, of N vectors to a thread, that `device` runs at once; 0: rows are too long for them.
+template <typename T, typename W, int N>
+int backward_clusters(int64_t vectors, int device) {
+  const int size = cluster_for(vectors, N);
+  if (size > kMaxCluster) return 0;
+  const size_t shared = WeightGradient<N, kVector<T>>::bytes(dim3(kClusterThreads));
+  return active_clusters(rms_norm_backward_registers<T, W, N, true>, size, shared, device);
+}
+
+template <typename T, typename W, int N, bool kCluster>
+void launch_backward(const RmsNormBackward& a, dim3 block, int cluster, cudaStream_t stream) {
+  const size_t shared = a.dweight ? WeightGradient<N, kVector<T>>::bytes(block) : 0;
+  const int64_t groups = a.dweight ? a.partials : ceil_div(a.rows, block.y);
+  launch(rms_norm_backward_registers<T, W, N, kCluster>,
+         Launch{dim3(unsigned(groups * cluster)), block, shared, cluster}, stream, Prepared(a));
+}
+
+// The block of such a row, or rows.
+inline dim3 backward_block(int64_t vectors, int per_thread) {
+  return per_thread >= 4 ? dim3(kClusterThreads) : block_for(vectors, per_thread, kBackwardThreads);
+}
+
+// False where rows don't fit the registers of a block or cluster.
+template <typename T, typename W>
+bool backward_in_registers(const RmsNormBackward& a, int64_t vectors, int device, cudaStream_t stream) {
+  const int per_thread = backward_vectors(vectors);
+  const dim3 block = per_thread ? backward_block(vectors, per_thread) : dim3(kClusterThreads);
+  if (per_thread == 1)
+    launch_backward<T, W, 1, false>(a, block, 1, stream);
+  else if (per_thread == 2)
+    launch_backward<T, W, 2, false>(a, block, 1, stream);
+  else if (per_thread == 4)
+    launch_backward<T, W, 4, false>(a, block, 1, stream);
+  else if (backward_clusters<T, W, 4>(vectors, device))
+    launch_backward<T, W, 4, true>(a, block, cluster_for(vectors, 4), stream);
+  else if (backward_clusters<T, W, 8>(vectors, device))
+    launch_backward<T, W, 8, true>(a, block, cluster_for(vectors, 8), stream);
+  else
+    return false;
+  return true;
 }
 
 template <typename T, typename W>
-void backward(const RmsNormBackward& a, cudaStream_t stream) {
+void backward(const RmsNormBackward& a, int device, cudaStream_t stream) {
   constexpr int V = kVector<T>;
   const bool whole = a.cols % V == 0 && aligned(a.dy, sizeof(T)) && aligned(a.x, sizeof(T)) &&
                      aligned(a.dh, sizeof(T)) && aligned(a.weight) && aligned(a.dx) && aligned(a.workspace);
-  const int64_t vectors = a.cols / V;
-  const dim3 block = whole ? accumulating_block(vectors) : dim3(0);
-  if (block.x != 0) {
-    const auto kernel = vectors <= kWarp ? rms_norm_backward_registers<T, W, 1>
-                                         : rms_norm_backward_registers<T, W, kAccumulated>;
-    const int64_t blocks = a.dweight ? a.partials : ceil_div(a.rows, block.y);
-    const size_t shared = a.dweight && block.y > 1 ? block.y * a.cols * sizeof(float) : 0;
-    launch(kernel, dim3(unsigned(blocks)), block, shared, stream, a);
-    return;
-  }
-
-  if (!whole)
-    launch_rows(rms_norm_backward_loop<T, W, 1>, a, block_for(a.cols, 8, kBackwardThreads), stream);
-  else if (vectors <= 4 * kMaxThreads)
-    launch_rows(rms_norm_backward_registers<T, W, 4>, a, block_for(vectors, 4, kBackwardThreads), stream);
-  else
-    launch_rows(rms_norm_backward_loop<T, W, V>, a, block_for(vectors, 8, kBackwardThreads), stream);
+  const int64_t units = whole ? a.cols / V : a.cols;
+  if (whole && backward_in_registers<T, W>(a, units, device, stream)) return;
+  launch_rows(whole ? rms_norm_backward_loop<T, W, V> : rms_norm_backward_loop<T, W, 1>, Prepared(a),
+              block_for(units, 8, kBackwardThreads), stream);
   if (a.dweight) {
-    const int64_t units = whole ? vectors : a.cols;
     const dim3 grid(unsigned(ceil_div(units, kWarp)), unsigned(a.partials));
     const auto kernel = whole ? rms_norm_dweight_columns<T, V> : rms_norm_dweight_columns<T, 1>;
     launch(kernel, grid, dim3(kWarp, kColumnLanes), 0, stream, a);
@@ -416,7 +468,7 @@ void rms_norm_forward(const RmsNormForward& a, int device, cudaStream_t stream) 
   if (a.rows == 0) return;
   DeviceGuard guard(device);
   rms_norm::visit_types(a, [&](auto element, auto weight) {
-    rms_norm::forward<decltype(element), decltype(weight)>(a, stream);
+    rms_norm::forward<decltype(element), decltype(weight)>(a, device, stream);
   });
 }
 
@@ -424,7 +476,7 @@ void rms_norm_backward(const RmsNormBackward& a, int device, cudaStream_t stream
   DeviceGuard guard(device);
   if (a.rows != 0)
     rms_norm::visit_types(a, [&](auto element, auto weight) {
-      rms_norm::backward<decltype(element), decltype(weight)>(a, stream);
+      rms_norm::backward<decltype(element), decltype(weight)>(a, device, stream);
     });
   if (a.dweight)  // no rows, no partials: writes zeros
     visit(a.weight_dtype, [&](auto weight) {
@@ -436,11 +488,23 @@ void rms_norm_backward(const RmsNormBackward& a, int device, cudaStream_t stream
 
 int64_t rms_norm_partials(int64_t rows, int64_t cols, DType dtype, int device) {
   using namespace rms_norm;
-  const int64_t bytes = cols * size_of(dtype), sms = sm_count(device);
-  const dim3 block = bytes % 16 == 0 ? accumulating_block(bytes / 16) : dim3(0);
-  if (block.x == 0) return std::min<int64_t>(ceil_div(rows, 8 * kColumnLanes), 8 * sms);
-  const int64_t per_sm = std::max<int64_t>(1, kThreadsPerSM / (block.x * block.y));
-  return std::min<int64_t>(ceil_div(rows, block.y), per_sm * sms);
+  const int64_t bytes = cols * size_of(dtype), vectors = bytes / 16, sms = sm_count(device);
+  const bool whole = bytes % 16 == 0;
+  if (const int per_thread = whole ? backward_vectors(vectors) : 0) {
+    const dim3 block = backward_block(vectors, per_thread);
+    const int64_t per_sm = std::max<int64_t>(1, kThreadsPerSM / (block.x * block.y));
+    return std::min<int64_t>(ceil_div(rows, block.y), per_sm * sms);
+  }
+  int64_t clusters = 0;
+  if (whole) {
+    DeviceGuard guard(device);
+    visit(dtype, [&](auto element) {
+      using T = decltype(element);
+      clusters = backward_clusters<T, T, 4>(vectors, device);
+      if (!clusters) clusters = backward_clusters<T, T, 8>(vectors, device);
+    });
+  }
+  return std::min<int64_t>(clusters ? rows : ceil_div(rows, 8 * kColumnLanes), clusters ? clusters : 8 * sms);
 }
 
 }  // namespace fastllm::cuda

@@ -13,9 +13,9 @@ namespace fastllm::cuda {
 template <int V, bool kCluster>
 struct RowColumns {
   int64_t row;
-  int first, end;  // of the thread's vectors, and of the block's columns; a row past the end has none
+  int first, end;  // where the thread's vectors begin, and the block's columns end
 
-  __device__ RowColumns(int64_t rows, int64_t cols) {
+  __device__ explicit RowColumns(int64_t cols) {
     if constexpr (kCluster) {
       const int unit = kWarp * V, size = cluster_size();
       const int share = (int(cols) + unit * size - 1) / (unit * size) * unit;
@@ -25,7 +25,7 @@ struct RowColumns {
     } else {
       row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
       first = 0;
-      end = row < rows ? int(cols) : 0;
+      end = int(cols);
     }
     first += threadIdx.x * V;
   }

@@ -90,12 +90,13 @@ __device__ inline Vec<T, V> probabilities(Floats<V> s, const ExpSum<>& row, floa
 __device__ inline float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
 template <typename T, int N, int kBlock, bool kMasked, bool kCluster = false>
-__global__ void __launch_bounds__(kBlock, kBlock == kClusterThreads ? 2 : 1)
+__global__ void __launch_bounds__(kBlock, kBlock == kClusterThreads ? kTightBlocks : 1)
     softmax_forward_registers(const SoftmaxForward a) {
   constexpr int V = kVector<T>;
   __shared__ Scratch<kCluster, 2> scratch;
   if constexpr (kCluster) cluster_started();
-  const auto [row, first, cols] = RowColumns<V, kCluster>(a.rows, a.cols);
+  const auto [row, first, end] = RowColumns<V, kCluster>(a.cols);
+  const int cols = row < a.rows ? end : 0;
   const int seen = min(cols, int(visible(row, a.cols, a.queries)));
   // eight vectors leave no registers for addresses: there they are constants
   const int step = (N == 8 ? kBlock : blockDim.x) * V;
@@ -174,9 +175,10 @@ __global__ void __launch_bounds__(kBlock, kBlock == kClusterThreads && N <= 4 ? 
   constexpr int V = kVector<T>;
   __shared__ Scratch<kCluster> scratch;
   if constexpr (kCluster) cluster_started();
-  const auto [row, first, cols] = RowColumns<V, kCluster>(a.rows, a.cols);
+  auto [row, first, end] = RowColumns<V, kCluster>(a.cols);
+  const int cols = row < a.rows ? end : 0;
   const int seen = min(cols, int(visible(row, a.cols, a.queries)));
-  const int step = (N == 8 ? kBlock : blockDim.x) * V;
+  const int step = (N >= 4 ? kBlock : blockDim.x) * V;  // as above: two tensors wait in registers
   const T* dy_row = row_by_call<T>(a.dy, row);
   const T* y_row = row_by_call<T>(a.y, row);
   Vec<T, V> dy[N], y[N];
@@ -191,6 +193,7 @@ __global__ void __launch_bounds__(kBlock, kBlock == kClusterThreads && N <= 4 ? 
   for (int i = 0; i < N; ++i) sum += dot(dy[i], y[i], first + i * step, seen);
   if constexpr (kCluster) cluster_wait();
   sum = row_sum(sum, scratch);
+  if constexpr (kCluster) forget(first);  // else what was computed from it waits in registers, too
 
   T* dx = static_cast<T*>(a.dx) + row * a.cols;
 #pragma unroll
@@ -259,7 +262,8 @@ void forward(const SoftmaxForward& a, int device, cudaStream_t stream) {
   else if (vectors <= 4 * kClusterThreads)
     run(softmax_forward_registers<T, 4, kClusterThreads, kMasked>, a, vectors, 4, kClusterThreads, stream);
   else if (vectors <= kMost * kClusterThreads)
-    run(softmax_forward_registers<T, kMost, kClusterThreads, kMasked>, a, kMost * kClusterThreads, kMost, kClusterThreads, stream);
+    run(softmax_forward_registers<T, kMost, kClusterThreads, kMasked>, a, kMost * kClusterThreads, kMost,
+        kClusterThreads, stream);
   else if (!launch_row_clusters(in_clusters, a, vectors, kMost, device, stream))
     run(softmax_forward_loop<T, V, kMasked>, a, vectors, 8, kMaxThreads, stream);
 }
@@ -276,7 +280,7 @@ void backward(const SoftmaxBackward& a, int device, cudaStream_t stream) {
   else if (vectors <= 2 * kClusterThreads)
     run(softmax_backward_registers<T, 2, kClusterThreads>, a, vectors, 2, kClusterThreads, stream);
   else if (vectors <= 4 * kClusterThreads)
-    run(softmax_backward_registers<T, 4, kClusterThreads>, a, vectors, 4, kClusterThreads, stream);
+    run(softmax_backward_registers<T, 4, kClusterThreads>, a, 4 * kClusterThreads, 4, kClusterThreads, stream);
   else if (!launch_row_clusters(softmax_backward_registers<T, 4, kClusterThreads, true>, a, vectors, 4, device, stream) &&
            !launch_row_clusters(softmax_backward_registers<T, 8, kClusterThreads, true>, a, vectors, 8, device, stream))
     run(softmax_backward_loop<T, V>, a, vectors, 8, kMaxThreads, stream);
