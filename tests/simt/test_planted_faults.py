@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 
-from .build import CACHE, REPOSITORY, build
+from .build import build
+from .planting import Fault, planted_sources
 
 SEEDS = range(1, 9)
 HERE = Path(__file__).resolve().parent
@@ -27,24 +26,6 @@ SIZES = {
     "decode": (3, 300, 280, 0),
 }
 WRITES = {"dkdv": ("dk", "dv"), "dq": ("dq",)}  # of a backward pass, which runs both
-
-
-class Fault(NamedTuple):
-    """In place of a file's ``index``-th ``right`` behind ``behind`` stands ``wrong``, which asks whether it is ON."""
-
-    what: str
-    kernels: tuple[str, ...]  # in each of which it shows
-    file: str
-    right: str
-    wrong: str
-    index: int = 0
-    behind: str = ""
-
-    def place(self, text: str) -> int:
-        start = text.index(self.behind)
-        places = [start + match.start() for match in re.finditer(re.escape(self.right), text[start:])]
-        assert len(places) > self.index, f"{self.what}: the source has changed"
-        return places[self.index]
 
 
 def missing(kernels: tuple[str, ...], file: str, barrier: str, count: int, behind: str = "") -> list[Fault]:
@@ -86,29 +67,6 @@ FAULTS = [
 CASES = [(number, kernel) for number, fault in enumerate(FAULTS, 1) for kernel in fault.kernels]
 
 
-def plant(file: str, text: str) -> str:
-    """The source with its faults in it, each behind a condition."""
-    faults = [(fault.place(text), number, fault) for number, fault in enumerate(FAULTS, 1) if fault.file == file]
-    for at, number, fault in sorted(faults, reverse=True):
-        text = text[:at] + fault.wrong.replace("ON", f"(planted == {number})") + text[at + len(fault.right) :]
-    return text
-
-
-def copy() -> Path:
-    """The sources with all faults in them; in one place, for the cache."""
-    to = CACHE / "planted"
-    for path in (REPOSITORY / "csrc").rglob("*.*"):
-        if path.suffix not in (".h", ".cu"):
-            continue
-        text, copied = path.read_text(), to / path.relative_to(REPOSITORY)
-        if path.parent.name == "cuda":
-            text = plant(path.name, text)
-        if not copied.exists() or copied.read_text() != text:
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            copied.write_text(text)
-    return to / "csrc"
-
-
 class Tensors(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("q", "k", "v", "dout", "out", "lse", "delta", "dq", "dk", "dv")]
 
@@ -121,7 +79,7 @@ class Kernels:
     """The kernels with their faults, on the same inputs every time."""
 
     def __init__(self) -> None:
-        csrc = copy()
+        csrc = planted_sources("planted", FAULTS)
         sources = [HERE / "planted.cu", *(csrc / "cuda" / name for name in (FORWARD, BACKWARD, DECODE))]
         element = ("-DFASTLLM_ELEMENT=__nv_bfloat16", f"-DFASTLLM_DIM={DIM}")
         flags = (*element, "-include", str(HERE / "planted.h"))
