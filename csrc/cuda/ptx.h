@@ -29,19 +29,18 @@ __device__ inline void forget(uint4& words) {
 __device__ inline void forget(int& value) { asm volatile("" : "+r"(value)); }
 __device__ inline void forget(float& value) { asm volatile("" : "+f"(value)); }
 
-// A load of memory that the kernel may write, too. The emulator counts what is loaded by it.
+// As C++ has them. The emulator counts what they move.
 template <typename T>
 __device__ inline T load_plainly(const T* from) {
   return *from;
 }
-
 template <typename T>
-__device__ inline void store_global(T* to, const T& value) {
+__device__ inline void store_plainly(T* to, const T& value) {
   *to = value;
 }
+
 // Stores 16 bytes of global memory at once. nvcc takes the plain store of a uint4 apart where it has moved the
 // words' computation, and then often leaves it as four.
-template <>
 __device__ inline void store_global(uint4* to, const uint4& words) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.x),
                "r"(words.y), "r"(words.z), "r"(words.w)
@@ -157,9 +156,10 @@ __device__ inline void cluster_wait() { FASTLLM_ASM("barrier.cluster.wait.aligne
 
 // Stores to where block `rank` of the cluster has what this one has at `to`, in shared memory.
 __device__ inline void store_to_block(float* to, float value, int rank) {
-  uint32_t there = 0;
-  FASTLLM_ASM("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
-  FASTLLM_ASM("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(value) : "memory");
+  FASTLLM_ASM("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; st.shared::cluster.f32 [there], %2;}" ::"r"(
+                  shared_address(to)),
+              "r"(rank), "f"(value)
+              : "memory");
 }
 
 #undef FASTLLM_ASM

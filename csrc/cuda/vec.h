@@ -98,7 +98,7 @@ __device__ inline Vec<T, V> load_readonly(const T* from) {
 template <int V, typename T>
 __device__ inline void store(T* to, const Vec<T, V>& vec) {
   if constexpr (V == 1) {
-    store_global(to, vec.value);
+    store_plainly(to, vec.value);
   } else {
 #pragma unroll
     for (int i = 0; i < vec.kWords; ++i) store_global(reinterpret_cast<uint4*>(to) + i, vec.words[i]);
@@ -109,7 +109,7 @@ __device__ inline void store(T* to, const Vec<T, V>& vec) {
 template <int V, typename T>
 __device__ inline void store_freely(T* to, const Vec<T, V>& vec) {
 #pragma unroll
-  for (int i = 0; i < vec.kWords; ++i) reinterpret_cast<uint4*>(to)[i] = vec.words[i];
+  for (int i = 0; i < vec.kWords; ++i) store_plainly(reinterpret_cast<uint4*>(to) + i, vec.words[i]);
 }
 
 template <typename T, int V>

@@ -25,10 +25,11 @@ inline T load_plainly(const T* from) {
   return *from;
 }
 template <typename T>
-inline void store_global(T* to, const T& value) {
+inline void store_plainly(T* to, const T& value) {
   simt::count_write(to, sizeof(T));
   *to = value;
 }
+inline void store_global(uint4* to, const uint4& words) { store_plainly(to, words); }
 
 // As far off as the GPU's may be: one step of the last place, up or down.
 inline float approximate_reciprocal(float x) {
