@@ -90,7 +90,7 @@ __device__ inline Vec<T, V> probabilities(Floats<V> s, const ExpSum<>& row, floa
 __device__ inline float inverse_of(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 
 template <typename T, int N, int kBlock, bool kMasked, bool kCluster = false>
-__global__ void __launch_bounds__(kBlock, kBlock == kClusterThreads ? kTightBlocks : 1)
+__global__ void __launch_bounds__(kBlock, kBlock != kClusterThreads ? 1 : kMasked ? kTightBlocks : 2)
     softmax_forward_registers(const SoftmaxForward a) {
   constexpr int V = kVector<T>;
   __shared__ Scratch<kCluster, 2> scratch;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kBlock, kBlock == kClusterThreads ? kTightBloc
 }
 
 template <typename T, int V, bool kMasked>
-__global__ void __launch_bounds__(kMaxThreads, 1) softmax_forward_loop(const SoftmaxForward a) {
+__global__ void __launch_bounds__(kMaxThreads, V == 1 ? 2 : 1) softmax_forward_loop(const SoftmaxForward a) {
   __shared__ Scratch<false, 2> scratch;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = row < a.rows;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def test_every_tensor_is_read_or_written_once(name, cols, dtype):
     assert not any("loop" in launch.kernel or "columns" in launch.kernel for launch in counted.launches)
 
 
-@pytest.mark.parametrize("name", [name for name in traffic.PASSES if not name.startswith("cross")])
+@pytest.mark.parametrize("name", traffic.HOLDING)
 def test_without_clusters_long_rows_are_read_again(name):
     counted = traffic.count(name, 65536, torch.bfloat16, traffic.NO_CLUSTERS)
     times = 3.0 if name == "RMSNorm backward" else 2.0
@@ -29,10 +31,8 @@ def test_without_clusters_long_rows_are_read_again(name):
 
 @pytest.mark.parametrize("dtype", traffic.DTYPES, ids=str)
 def test_clusters(dtype):
-    """Blocks of 512 threads: up to 64 KiB of a row, half of that of each of two tensors, or all where nothing else fits."""
-    for name in traffic.PASSES:
-        if name.startswith("cross"):
-            continue
+    """Of blocks that have up to 64 KiB of a row, half of that of each of two tensors (all where none else fits)."""
+    for name in traffic.HOLDING:
         for cols in traffic.WIDTHS:
             first = traffic.count(name, cols, dtype, traffic.CLUSTERS).launches[0]
             tight = (32 if "backward" in name else 64) << 10
@@ -41,7 +41,7 @@ def test_clusters(dtype):
 
 
 def test_few_rows_of_logits_are_shared():
-    """By as many blocks as two to each of the emulator's four multiprocessors; where there are no clusters, backward."""
+    """By two blocks for each of the emulator's four multiprocessors; where there are no clusters, backward alone."""
     for name, alone in (("cross-entropy", 2), ("cross-entropy backward", 8)):
         for device, blocks in ((traffic.CLUSTERS, 8), (traffic.NO_CLUSTERS, alone)):
             assert traffic.count(name, 131072, torch.bfloat16, device).launches[0].blocks == blocks
@@ -54,3 +54,12 @@ def test_a_second_read_comes_from_memory_where_l2_does_not_hold_the_rows(monkeyp
         for cols in LONG
     ]
     assert found == [1.0, 1.0, 1.5]  # 17, 35 and 69 MB in 50 MB
+
+
+def test_the_readme_shows_it(capsys: pytest.CaptureFixture[str]):
+    try:
+        traffic.main()
+    except LookupError as error:
+        pytest.skip(str(error))
+    readme = Path(__file__).resolve().parents[2] / "csrc" / "cuda" / "README.md"
+    assert capsys.readouterr().out in readme.read_text()

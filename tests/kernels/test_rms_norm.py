@@ -76,6 +76,13 @@ def test_arguments(backend, dtype, weight, residual, weight_offset):
     check(*inputs((6, 72), dtype, weight, residual), backend, weight_offset=weight_offset, eps=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("cols", "weight"), [(40008, "float32"), (17000, "none"), (140000, "same")])
+def test_arguments_on_long_rows(backend, cols, weight, dtype):
+    """More rows than a GPU of few multiprocessors has at once, each in the registers of several blocks."""
+    check(*inputs((5, long_row(backend, cols)), dtype, weight, residual=True), backend, weight_offset=1.0)
+
+
 def test_many_rows(backend):
     """More rows than programs, blocks or partial sums, and not a multiple of them."""
     check(*inputs((1237, 40), torch.float32), backend)
@@ -131,8 +138,9 @@ def test_only_what_is_wanted(backend):
     assert torch.equal(leaf.grad, g)
 
 
-def test_infinities_stay_in_their_rows(backend):
-    (x, w, _), _ = inputs((4, 40), torch.float32)
+@pytest.mark.parametrize("cols", [40, 40000])
+def test_infinities_stay_in_their_rows(backend, cols):
+    (x, w, _), _ = inputs((4, long_row(backend, cols)), torch.float32)
     clean = rms_norm(x, w, backend=backend)
     x[2, 7] = float("nan")
     y = rms_norm(x, w, backend=backend)
