@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(kBlock, kBlock != kClusterThreads ? 1 : kMaske
 }
 
 template <typename T, int V, bool kMasked>
-__global__ void __launch_bounds__(kMaxThreads, V == 1 ? 2 : 1) softmax_forward_loop(const SoftmaxForward a) {
+__global__ void __launch_bounds__(kMaxThreads, V == 1 && !kMasked ? 2 : 1) softmax_forward_loop(const SoftmaxForward a) {
   __shared__ Scratch<false, 2> scratch;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = row < a.rows;
