@@ -1,7 +1,8 @@
 // Cross-entropy: bound by memory, one read of the logits forward, one read and one write backward, in 16-byte
 // accesses where rows are aligned to them. A block walks along a row (short rows: several to a block), some
 // vectors ahead. Where rows are too few for all multiprocessors, several blocks share one: backward any, forward those
-// of a cluster (kCluster), which tell each other their sums. kPlain: no softcap, scale or label smoothing, whose registers the common case is spared.
+// of a cluster (kCluster), which tell each other their sums. kPlain: no softcap, scale or label smoothing, whose
+// registers the common case is spared.
 
 #include "cross_entropy.h"
 

@@ -142,7 +142,8 @@ int active_clusters(void (*kernel)(P...), int size, size_t shared_bytes, int dev
   check(cudaFuncGetAttributes(&attributes, kernel));
   if (!has_clusters || attributes.ptxVersion < 90) return 0;
   cudaError_t error = allow_shared(kernel, shared_bytes);
-  if (error == cudaSuccess && size > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess && size > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   cudaLaunchAttribute attribute;
   const auto config = Launch{dim3(size), dim3(kClusterThreads), shared_bytes, size}.config(nullptr, attribute);
   int clusters = 0;

@@ -8,8 +8,8 @@
 
 namespace fastllm::cuda {
 
-// The blocks of a cluster share the columns of one row evenly, in whole vectors of kWarp threads, so that each begins at
-// a cache line. Otherwise a block has all columns of blockDim.y rows.
+// The blocks of a cluster share the columns of one row evenly, in whole vectors of a warp, so that each begins at a
+// cache line. Otherwise a block has all columns of blockDim.y rows.
 template <int V, bool kCluster>
 struct RowColumns {
   int64_t row;

@@ -126,7 +126,8 @@ __global__ void __launch_bounds__(kBlock, kBlock != kClusterThreads ? 1 : kMaske
 }
 
 template <typename T, int V, bool kMasked>
-__global__ void __launch_bounds__(kMaxThreads, V == 1 && !kMasked ? 2 : 1) softmax_forward_loop(const SoftmaxForward a) {
+__global__ void __launch_bounds__(kMaxThreads, V == 1 && !kMasked ? 2 : 1)
+    softmax_forward_loop(const SoftmaxForward a) {
   __shared__ Scratch<false, 2> scratch;
   const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool inside = row < a.rows;
@@ -273,6 +274,9 @@ void backward(const SoftmaxBackward& a, int device, cudaStream_t stream) {
   constexpr int V = kVector<T>;
   const bool whole = a.cols % V == 0 && aligned(a.dy, sizeof(T)) && aligned(a.y, sizeof(T)) && aligned(a.dx);
   const int64_t vectors = a.cols / V;
+  const auto in_clusters = [&](auto kernel, int per_thread) {
+    return launch_row_clusters(kernel, a, vectors, per_thread, device, stream);
+  };
   if (!whole)
     run(softmax_backward_loop<T, 1>, a, a.cols, 8, kMaxThreads, stream);
   else if (vectors <= kWarp)
@@ -281,8 +285,8 @@ void backward(const SoftmaxBackward& a, int device, cudaStream_t stream) {
     run(softmax_backward_registers<T, 2, kClusterThreads>, a, vectors, 2, kClusterThreads, stream);
   else if (vectors <= 4 * kClusterThreads)
     run(softmax_backward_registers<T, 4, kClusterThreads>, a, 4 * kClusterThreads, 4, kClusterThreads, stream);
-  else if (!launch_row_clusters(softmax_backward_registers<T, 4, kClusterThreads, true>, a, vectors, 4, device, stream) &&
-           !launch_row_clusters(softmax_backward_registers<T, 8, kClusterThreads, true>, a, vectors, 8, device, stream))
+  else if (!in_clusters(softmax_backward_registers<T, 4, kClusterThreads, true>, 4) &&
+           !in_clusters(softmax_backward_registers<T, 8, kClusterThreads, true>, 8))
     run(softmax_backward_loop<T, V>, a, vectors, 8, kMaxThreads, stream);
 }
 

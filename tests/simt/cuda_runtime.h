@@ -14,7 +14,7 @@
 
 #include "clusters.h"
 #include "copies.h"
-#include "counts.h"
+#include "records.h"
 #include "simt.h"
 
 #define __global__
@@ -24,8 +24,9 @@
 #define __launch_bounds__(...)
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
-// One block runs at a time, or those of a cluster, which swap it. The tag, a part of the variable's name for the linker, is how shared.ld finds it: GCC heeds
-// no section attribute in a template. `used`: what a block finds there is not the zero that C++ promises.
+// One block runs at a time, or those of a cluster, for which it is swapped. The tag, a part of the variable's name for
+// the linker, is how shared.ld finds it: GCC heeds no section attribute in a template. `used`: what a block finds there
+// is not the zero that C++ promises.
 #define __shared__ static __attribute__((used, abi_tag("simt_shared")))
 
 struct float2 {

@@ -17,7 +17,7 @@ struct Tensors {  // contiguous [rows, cols]; weight and dweight [cols]
   float *dweight, *workspace;
 };
 
-// Pass 0 and 1 are softmax forward and backward, 2 and 3 RMSNorm, 4 cross-entropy forward. The error's message, or null.
+// Pass 0 and 1 are softmax forward and backward, 2 and 3 RMSNorm, 4 cross-entropy. The error's message, or null.
 extern "C" __attribute__((visibility("default"))) const char* run(int pass, int fault, Tensors t, int64_t rows,
                                                                   int64_t cols, int64_t partials) {
   static std::string message;
@@ -35,9 +35,8 @@ extern "C" __attribute__((visibility("default"))) const char* run(int pass, int 
                                cols, 0.0f, f, f, f},
                               0, nullptr);
     if (pass == 4) {
-      CrossEntropyForward a{{all(t.x), t.target, nullptr, nullptr, rows, cols, -100, 0.1f, 0.0f, 0.0f, 1.0f, 0, cols, f},
-                            t.each, t.out, t.out + rows};
-      cuda::cross_entropy_forward(a, 0, nullptr);
+      const CrossEntropy a{all(t.x), t.target, nullptr, nullptr, rows, cols, -100, 0.1f, 0.0f, 0.0f, 1.0f, 0, cols, f};
+      cuda::cross_entropy_forward({a, t.each, t.out, t.out + rows}, 0, nullptr);
     }
   } catch (const std::exception& error) {
     message = error.what();

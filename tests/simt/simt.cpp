@@ -103,8 +103,6 @@ Scheduler scheduler;
 size_t shared_of_multiprocessor = kMaxShared + 1024;
 std::map<const void*, size_t> shared_limits;  // of kernels
 std::map<const void*, bool> large_clusters_allowed;
-bool recording = false;
-std::string recorded, launches;
 std::mutex one_grid_at_a_time;
 alignas(1024) unsigned char shared_bytes_of_blocks[kMaxCluster][kMaxShared];
 
@@ -412,18 +410,6 @@ int& device() {
   return current;
 }
 
-void record(const std::string& call) {
-  if (recording) recorded += (recorded.empty() ? "" : ", ") + call;
-}
-
-void record_launch(dim3 grid, dim3 block, int cluster, const void* kernel) {
-  if (!recording) return;
-  std::ostringstream line;
-  line << plain_name_of(kernel);
-  for (const unsigned n : {grid.x, grid.y, grid.z, block.x, block.y, block.z, unsigned(cluster)}) line << '\t' << n;
-  launches += line.str() + '\n';
-}
-
 const char* name_of(const void* kernel) {
   Dl_info info;
   return dladdr(kernel, &info) && info.dli_saddr == kernel ? info.dli_sname : nullptr;
@@ -491,13 +477,3 @@ EXPORT bool simt_set_shared_memory(size_t per_multiprocessor) {
   return true;
 }
 EXPORT int simt_device() { return simt::device(); }
-
-// From now on, or no more.
-EXPORT void simt_record(bool on) {
-  simt::recording = on;
-  simt::recorded.clear();
-  simt::launches.clear();
-}
-EXPORT const char* simt_recorded() { return simt::recorded.c_str(); }
-// A line for each: kernel, grid, block and the cluster's size, apart by tabs.
-EXPORT const char* simt_launches() { return simt::launches.c_str(); }

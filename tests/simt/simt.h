@@ -77,10 +77,6 @@ constexpr int kDevices = 3;
 constexpr int kPortableCluster = 8;  // larger ones a kernel has to allow
 int& device();                       // the current one of the calling thread of the host
 
-// What the runtime was called for, and the launches, where a test asked (simt_record).
-void record(const std::string& call);
-void record_launch(dim3 grid, dim3 block, int cluster, const void* kernel);
-
 const char* name_of(const void* kernel);  // mangled, or null
 std::string plain_name_of(const void* kernel);
 

@@ -3,7 +3,7 @@
 
 #include "clusters.h"
 #include "copies.h"
-#include "counts.h"
+#include "records.h"
 #include "simt.h"
 #include "tensor_cores.h"
 
