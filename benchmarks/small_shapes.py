@@ -116,7 +116,7 @@ def _rms_norm() -> Iterator[Shape]:
         inputs = {"x": _normal(9, cols), "weight": _normal(cols), "residual": _normal(9, cols)}
         return Probe(rms_norm, eager, call, inputs)
 
-    for cols in (1, 64, 100, 1024, 4096, 16384, 65544):
+    for cols in (1, 64, 100, 1024, 4096, 16384, 65544, 262144):
         yield f"rms_norm {cols}", torch.bfloat16, partial(build, cols)
 
 
@@ -134,7 +134,7 @@ def _softmax() -> Iterator[Shape]:
         call = partial(softmax, causal=causal, mask=mask)
         return Probe(softmax, eager, call, {"x": _normal(2, 5, cols)})
 
-    for cols in (1, 64, 100, 1024, 4096, 16384, 65544, 131073):
+    for cols in (1, 64, 100, 1024, 4096, 16384, 65544, 131073, 262144):
         for causal, kind in ((False, ""), (True, ""), (False, "added"), (True, "boolean")):
             name = f"softmax {cols}{' causal' * causal}{f', {kind} mask' if kind else ''}"
             yield name, torch.bfloat16, partial(build, cols, causal, kind)
@@ -166,7 +166,7 @@ def _cross_entropy() -> Iterator[Shape]:
         logits = _normal(9, classes)
         return Probe(cross_entropy, eager, call, {"logits": logits}, terms=float(logits.abs().max()))
 
-    for classes in (1, 64, 100, 1024, 32000, 131073):
+    for classes in (1, 64, 100, 1024, 32000, 131072, 131073):
         for name, *options in (("", False, 0, 0, 0), (" smooth", False, 0.1, 0, 0), (" all", True, 0.1, 1e-3, 5.0)):
             yield f"cross_entropy {classes}{name}", torch.bfloat16, partial(build, classes, *options)
 

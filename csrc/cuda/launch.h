@@ -56,6 +56,13 @@ inline int sm_count(int device) {
   return count;
 }
 
+// Bytes of shared memory, at most, of a block; dynamic and static.
+inline size_t shared_per_block(int device) {
+  int bytes = 0;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return size_t(bytes);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // For messages.

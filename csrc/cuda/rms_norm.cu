@@ -387,10 +387,12 @@ void forward(const RmsNormForward& a, int device, cudaStream_t stream) {
 }
 
 // How many vectors a thread of the backward takes, where a block holds a row; 0: it does not.
-inline int backward_vectors(int64_t vectors) {
+template <typename T>
+int backward_vectors(int64_t vectors, int device) {
   if (vectors <= kWarp) return 1;
   if (vectors <= 2 * kClusterThreads) return 2;
-  return vectors <= 4 * kClusterThreads ? 4 : 0;
+  const size_t shared = WeightGradient<4, kVector<T>>::bytes(dim3(kClusterThreads));  // beside what is static
+  return vectors <= 4 * kClusterThreads && shared < shared_per_block(device) ? 4 : 0;
 }
 
 // Clusters of the backward, of N vectors to a thread, that `device` runs at once; 0: rows are too long for them.
@@ -418,7 +420,7 @@ inline dim3 backward_block(int64_t vectors, int per_thread) {
 // False where rows don't fit the registers of a block or cluster.
 template <typename T, typename W>
 bool backward_in_registers(const RmsNormBackward& a, int64_t vectors, int device, cudaStream_t stream) {
-  const int per_thread = backward_vectors(vectors);
+  const int per_thread = backward_vectors<T>(vectors, device);
   const dim3 block = per_thread ? backward_block(vectors, per_thread) : dim3(kClusterThreads);
   if (per_thread == 1)
     launch_backward<T, W, 1, false>(a, block, 1, stream);
@@ -490,19 +492,19 @@ int64_t rms_norm_partials(int64_t rows, int64_t cols, DType dtype, int device) {
   using namespace rms_norm;
   const int64_t bytes = cols * size_of(dtype), vectors = bytes / 16, sms = sm_count(device);
   const bool whole = bytes % 16 == 0;
-  if (const int per_thread = whole ? backward_vectors(vectors) : 0) {
+  int per_thread = 0;
+  int64_t clusters = 0;
+  visit(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (!whole || (per_thread = backward_vectors<T>(vectors, device))) return;
+    DeviceGuard guard(device);
+    clusters = backward_clusters<T, T, 4>(vectors, device);
+    if (!clusters) clusters = backward_clusters<T, T, 8>(vectors, device);
+  });
+  if (per_thread) {
     const dim3 block = backward_block(vectors, per_thread);
     const int64_t per_sm = std::max<int64_t>(1, kThreadsPerSM / (block.x * block.y));
     return std::min<int64_t>(ceil_div(rows, block.y), per_sm * sms);
-  }
-  int64_t clusters = 0;
-  if (whole) {
-    DeviceGuard guard(device);
-    visit(dtype, [&](auto element) {
-      using T = decltype(element);
-      clusters = backward_clusters<T, T, 4>(vectors, device);
-      if (!clusters) clusters = backward_clusters<T, T, 8>(vectors, device);
-    });
   }
   return std::min<int64_t>(clusters ? rows : ceil_div(rows, 8 * kColumnLanes), clusters ? clusters : 8 * sms);
 }

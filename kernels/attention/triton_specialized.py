@@ -3,6 +3,10 @@
 For sm_90: one warp group loads tiles with TMA, two more have 64 rows each, and one's softmax runs beside the other's
 products. Triton makes this of a plain loop (``tl.range(…, warp_specialize=True)``) if it is the only one, has no branch
 in it, four warps are asked for and a block has 128 rows.
+
+It cuts the rows in two by adding 64 to the number by which a descriptor loads them, and does so too where that number
+meets a tensor, whose rows it has cut already. So the position of a row must come from another number than the one that
+its tile is loaded by. tests/ttgir runs what Triton made of it.
 """
 
 from __future__ import annotations

@@ -59,11 +59,13 @@ def specialized_dkdv_kernel(
     begin, full, edge, end = stages(first, last, full_first, full_last, BLOCK_M)
     k = k_tiles.load([start, 0])
     v = v_tiles.load([start, 0])
-    position = start + tl.arange(0, BLOCK_N) - shift
+    position = tl.arange(0, BLOCK_N) + (start - shift)  # not start itself: see triton_specialized.py
     column = tl.arange(0, BLOCK_M)[None, :]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     steps = tl.cdiv(end - begin, BLOCK_M)
+    if CU_K is not None:
+        steps = tl.where(start < seq_k, steps, 0)  # of keys that are not there
     for step in tl.range(0, steps * heads_per_kv, warp_specialize=True):
         head = step // steps
         row = begin + step % steps * BLOCK_M
@@ -119,18 +121,19 @@ def specialized_dq_kernel(
     at = batch * lse_batch + head * tl.cast(lse_head, tl.int64) + first_statistic(CU_Q, batch, first_q)
     lse_tiles = tl.make_tensor_descriptor(LSE + at, [tl.maximum(seq_q, 1)], [1], [BLOCK_M])
     delta_tiles = tl.make_tensor_descriptor(DELTA + at, [tl.maximum(seq_q, 1)], [1], [BLOCK_M])
-    rows = row + tl.arange(0, BLOCK_M)
     shift = seq_k - seq_q
+    position = tl.arange(0, BLOCK_M) + (row + shift)  # not row itself
     begin, full, edge, end = key_stages(
         row + shift, tl.minimum(row + BLOCK_M, seq_q) - 1 + shift, seq_k, left, right, LEFT, RIGHT, BLOCK_N
     )
+    end = tl.where(row < seq_q, end, begin)  # of a row that is not there
     q = q_tiles.load([row, 0])
     dout = d_tiles.load([row, 0])
     lse, delta = lse_tiles.load([row]), delta_tiles.load([row])
     column = tl.arange(0, BLOCK_N)[None, :]
     high = tl.zeros([BLOCK_M], tl.int32) + seq_k - 1
     if RIGHT:
-        high = tl.minimum(rows + shift + right, seq_k - 1)
+        high = tl.minimum(position + right, seq_k - 1)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in tl.range(begin, end, BLOCK_N, warp_specialize=True):
         k = k_tiles.load([start, 0])
@@ -140,7 +143,7 @@ def specialized_dq_kernel(
         p = tl.exp2(s - lse[:, None])
         p = hide(p, column, (high - start)[:, None], whole, True)
         if LEFT:
-            p = hide(p, (rows + shift - left - start)[:, None], column, whole, True)
+            p = hide(p, (position - left - start)[:, None], column, whole, True)
         dp = tl.dot(dout, v.T)
         ds = score_gradient(s, p, dp, delta[:, None], softcap, SOFTCAP)
         dq = tl.dot(ds.to(k.dtype), k, dq)

@@ -40,16 +40,18 @@ def specialized_forward_kernel(
     q_tiles = tl.make_tensor_descriptor(Q, [tl.maximum(seq_q, 1), DIM], [q_seq, 1], [BLOCK_M, BLOCK_D])
     k_tiles = tl.make_tensor_descriptor(K, [seq_k, DIM], [k_seq, 1], [BLOCK_N, BLOCK_D])
     v_tiles = tl.make_tensor_descriptor(V, [seq_k, DIM_V], [v_seq, 1], [BLOCK_N, BLOCK_V])
-    rows = row + tl.arange(0, BLOCK_M)
     shift = seq_k - seq_q
+    within = tl.arange(0, BLOCK_M)
+    position = within + (row + shift)  # not row itself: see triton_specialized.py
     begin, full, edge, end = key_stages(
         row + shift, tl.minimum(row + BLOCK_M, seq_q) - 1 + shift, seq_k, left, right, LEFT, RIGHT, BLOCK_N
     )
+    end = tl.where(row < seq_q, end, begin)  # of a row that is not there
     q = q_tiles.load([row, 0])
     column = tl.arange(0, BLOCK_N)[None, :]
     high = tl.zeros([BLOCK_M], tl.int32) + seq_k - 1
     if RIGHT:
-        high = tl.minimum(rows + shift + right, seq_k - 1)
+        high = tl.minimum(position + right, seq_k - 1)
     sink = tl.full([], float("-inf"), tl.float32)
     if SINKS is not None:
         sink = tl.load(SINKS + head) * LOG2E
@@ -62,7 +64,7 @@ def specialized_forward_kernel(
         s = tl.dot(q, k.T) if FUSE_SCALE else logits(q, k.T, scale, softcap, SOFTCAP)
         s = hide(s, column, (high - start)[:, None], whole, False)
         if LEFT:
-            s = hide(s, (rows + shift - left - start)[:, None], column, whole, False)
+            s = hide(s, (position - left - start)[:, None], column, whole, False)
         factor = scale if FUSE_SCALE else 1.0
         new_max = tl.maximum(row_max, tl.max(s, 1) * factor)
         base = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen nothing
@@ -80,7 +82,7 @@ def specialized_forward_kernel(
     store_rows(OUT, acc, row, heads * DIM_V, seq_q, DIM_V, BLOCK_M, BLOCK_V)
     if LSE is not None:
         LSE += batch * lse_batch + head * tl.cast(lse_head, tl.int64) + first_q
-        tl.store(LSE + rows, (row_max + tl.log2(row_sum)) * LN2, rows < seq_q)
+        tl.store(LSE + row + within, (row_max + tl.log2(row_sum)) * LN2, within < seq_q - row)
         if CU_Q is not None:  # noqa: SIM102 (one is known when compiling)
             if block == 0:
                 for missed in range(row + BLOCK_M, seq_q, BLOCK_M):

@@ -14,6 +14,10 @@ from fastllm.kernels.attention import reference
 from fastllm.kernels.attention.options import bounds
 from tests.numerics import assert_accurate, with_gradients
 
+OPTIONS = [
+    {"window": 1}, {"window": 37}, {"softcap": 2.0}, {"causal": False, "softcap": 2.0}, {"scale": 0.3}, {"scale": -0.3},
+    {"window": 100, "softcap": 5.0},
+]  # fmt: skip
 NARROW = (torch.float16, torch.bfloat16)  # what the CUDA C++ kernels of attention take
 
 

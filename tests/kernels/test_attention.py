@@ -13,6 +13,7 @@ from fastllm.kernels.attention.options import UNBOUNDED, Options
 from fastllm.kernels.attention.packing import Packing
 from tests.conftest import IN_THE_INTERPRETER
 from tests.kernels.attention_checks import (
+    OPTIONS,
     check,
     check_decode,
     check_packed,
@@ -24,11 +25,7 @@ from tests.kernels.attention_checks import (
 from tests.numerics import DTYPES, assert_accurate, on_gpus
 
 LENGTHS = [(1, 1), (1, 300), (113, 203), (128, 217), (203, 113), (70, 70), (1023, 1024)]
-
-
 DIMS = [1, 8, 40, 59, 64, 96, 111, 128, 192, 256]
-
-
 HEADS = [(6, 6), (6, 2), (6, 1)]
 
 
@@ -59,12 +56,6 @@ def test_accuracy_on_cpus(lengths, dim, dtype):
 def test_accuracy_in_triton(lengths, dim, heads, dtype):
     for causal in (True, False):
         check(qkv(*lengths, *heads, dim, dtype, batch=1), "triton", causal=causal)
-
-
-OPTIONS = [
-    {"window": 1}, {"window": 37}, {"softcap": 2.0}, {"causal": False, "softcap": 2.0}, {"scale": 0.3}, {"scale": -0.3},
-    {"window": 100, "softcap": 5.0},
-]  # fmt: skip
 
 
 @each_backend(torch.float32, torch.bfloat16)

@@ -11,7 +11,7 @@ import torch
 from benchmarks.targets import specialized_attention
 from fastllm.kernels import flash_attention
 from tests.conftest import IN_THE_INTERPRETER
-from tests.kernels.attention_checks import check, check_packed, check_same, qkv
+from tests.kernels.attention_checks import OPTIONS, check, check_packed, check_same, qkv
 
 pytest.importorskip("triton")
 
@@ -70,6 +70,13 @@ HALF, BFLOAT16 = torch.float16, torch.bfloat16
 )
 def test_by_the_rule(launched, seq_q, seq_k, dim, dtype, options):
     check(qkv(seq_q, seq_k, 2, 1, dim, dtype, batch=1), "triton", **options)
+    assert {*launched} == {*KERNELS}
+
+
+@IN_THE_INTERPRETER
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(launched, options):
+    check(qkv(70, 150, 4, 2, 24, BFLOAT16, batch=1), "triton", **options)
     assert {*launched} == {*KERNELS}
 
 

@@ -54,6 +54,10 @@ def test_an_op_launches_on_its_device(simt, monkeypatch: pytest.MonkeyPatch, op:
 def test_long_rows(simt, monkeypatch: pytest.MonkeyPatch, cols: int, dtype: torch.dtype, device: int) -> None:
     """On GPUs with clusters of 16 blocks, of 8, and none."""
     place_on(device, monkeypatch)
+    check_rows(cols, dtype)
+
+
+def check_rows(cols: int, dtype: torch.dtype) -> None:
     x, weight, dy = (torch.randn(n).to(dtype) for n in ((3, cols), (cols,), (3, cols)))
 
     def softmax(x: torch.Tensor, backend: str) -> torch.Tensor:
@@ -79,3 +83,15 @@ def test_entropy_of_one_row(simt, device: int) -> None:
     assert_accurate(loss, -logits.log_softmax(-1)[:, 7], -exact[:, 7], "loss")
     eager = torch.distributions.Categorical(logits=logits).entropy()
     assert_accurate(entropy, eager, -(exact.exp() * exact).sum(-1), "entropy")
+
+
+def test_a_gpu_of_little_shared_memory(simt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of compute capability 7.5; RMSNorm's sums of 12,000 columns would take 64 KiB a block."""
+    place_on(2, monkeypatch)
+    library = ctypes.CDLL(simt.__file__)
+    library.simt_set_shared_memory.argtypes, library.simt_set_shared_memory.restype = [ctypes.c_size_t], ctypes.c_bool
+    assert library.simt_set_shared_memory(64 << 10)
+    try:
+        check_rows(12000, torch.bfloat16)
+    finally:
+        assert library.simt_set_shared_memory(228 << 10)
