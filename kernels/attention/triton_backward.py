@@ -283,5 +283,5 @@ def attention_backward(
     )
     shape = (sequences * heads, heads_per_kv, seq_q, seq_k, options.left, options.right)
     if seq_k:
-        triton_tuning.launch("dkdv", q, v, options, shape, call_dkdv, special)
-    triton_tuning.launch("dq", q, v, options, shape, call_dq, special)
+        triton_tuning.launch("dkdv", q, v, options, shape, call_dkdv, (dk, dv), special)
+    triton_tuning.launch("dq", q, v, options, shape, call_dq, (dq,), special)

@@ -148,4 +148,4 @@ def attention_decode(
             )
 
     shape = (batch * kv_heads, group_rows, capacity, options.left, options.right)
-    triton_tuning.launch("decode", q, v, options, shape, call)
+    triton_tuning.launch("decode", q, v, options, shape, call, (out, lse))

@@ -174,4 +174,4 @@ def attention_forward(
         )
 
     shape = (items, seq_q, seq_k, options.left, options.right)
-    triton_tuning.launch("forward", q, v, options, shape, call, lambda: can_specialize(q, k, v))
+    triton_tuning.launch("forward", q, v, options, shape, call, (out, lse), lambda: can_specialize(q, k, v))

@@ -186,4 +186,4 @@ def attention_paged(
             )
 
     # One search serves every shape: a tile of another size has other bits.
-    triton_tuning.launch("paged", q, v, options, (), call)
+    triton_tuning.launch("paged", q, v, options, (), call, (out, lse))

@@ -223,7 +223,7 @@ def test_a_measured_one_runs_where_it_can(monkeypatch):
     monkeypatch.setitem(tuning.MEASURED_TILES, ("a GPU", "forward", 128, False), tuple(best))
     q, options, found = torch.empty(1, 1, 1, 128, dtype=BFLOAT16), Options(1.0, UNBOUNDED, 0, 0.0), []
     for can in (True, False):
-        tuning.launch("forward", q, q, options, (), found.append, lambda can=can: can)
+        tuning.launch("forward", q, q, options, (), found.append, (), lambda can=can: can)
     assert found == [best, tuning.default("forward", "sm_90", 128, 2, False)]
 
 
@@ -233,14 +233,14 @@ def test_a_search_tries_them(monkeypatch):
     monkeypatch.setattr(tuning, "AUTOTUNE", True)
     given: dict[str, tuple] = {}
 
-    def tuned(key, device, config, call, special):
+    def tuned(key, device, config, call, outputs, special):
         given[key] = special
         return config
 
     monkeypatch.setattr(tuning, "_tuned", tuned)
     q, options = torch.empty(1, 1, 1, 128, dtype=BFLOAT16), Options(1.0, UNBOUNDED, 0, 0.0)
     for can in (True, False):
-        tuning.launch("dq", q, q, options, (), lambda config: None, lambda can=can: can)
+        tuning.launch("dq", q, q, options, (), lambda config: None, (), lambda can=can: can)
     assert list(given.values()) == [tuning.specialized("dq", "sm_90", 128, False), ()]
 
 
