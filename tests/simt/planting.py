@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .build import CACHE, REPOSITORY
+import torch
+
+from .build import CACHE, REPOSITORY, SIMT, build
 
 
 class Fault(NamedTuple):
@@ -49,3 +52,26 @@ def planted_sources(name: str, faults: Sequence[Fault]) -> Path:
             copied.parent.mkdir(parents=True, exist_ok=True)
             copied.write_text(text)
     return to / "csrc"
+
+
+class Planted:
+    """The library of csrc's ``sources`` with all faults in them, which ``name``.cu calls."""
+
+    right: dict[str, list[torch.Tensor] | str]  # of each kernel, without a fault
+
+    def __init__(self, name: str, faults: Sequence[Fault], sources: Sequence[str], arguments: Sequence[Any],
+                 flags: Sequence[str] = ()) -> None:  # fmt: skip
+        csrc = planted_sources(name, faults)
+        paths = [SIMT / f"{name}.cu", *(csrc / "cuda" / source for source in sources)]
+        flags = (*flags, "-include", str(SIMT / "planted.h"))
+        self.library = ctypes.CDLL(str(build(paths, name, flags=flags, include=[csrc])))
+        self.library.run.argtypes, self.library.run.restype = arguments, ctypes.c_char_p
+        self.library.simt_set_seed.argtypes = [ctypes.c_uint64]
+
+    def call(self, kernel: str, fault: int, seed: int) -> list[torch.Tensor] | str:
+        """The kernel's results, or the error's message."""
+        raise NotImplementedError
+
+    def shows(self, kernel: str, fault: int, seed: int) -> bool:
+        found = self.call(kernel, fault, seed)
+        return isinstance(found, str) or not all(map(torch.equal, found, self.right[kernel]))

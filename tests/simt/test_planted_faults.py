@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
 
-from .build import build
-from .planting import Fault, planted_sources
+from .planting import Fault, Planted
 
 SEEDS = range(1, 9)
-HERE = Path(__file__).resolve().parent
 DIM, HEADS, KV_HEADS = 64, 2, 1
 FORWARD, BACKWARD, DECODE = (f"attention_{name}.cu" for name in ("forward", "backward", "decode"))
 ATTENTION = ("forward", "dkdv", "dq")
@@ -75,18 +72,14 @@ class Sizes(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("len_q", "len_k", "heads", "kv_heads", "left", "right")]
 
 
-class Kernels:
+class Kernels(Planted):
     """The kernels with their faults, on the same inputs every time."""
 
     def __init__(self) -> None:
-        csrc = planted_sources("planted", FAULTS)
-        sources = [HERE / "planted.cu", *(csrc / "cuda" / name for name in (FORWARD, BACKWARD, DECODE))]
-        element = ("-DFASTLLM_ELEMENT=__nv_bfloat16", f"-DFASTLLM_DIM={DIM}")
-        flags = (*element, "-include", str(HERE / "planted.h"))
-        self.library = ctypes.CDLL(str(build(sources, "planted", flags=flags, include=[csrc])))
-        self.library.run.argtypes = [ctypes.c_int, ctypes.c_int, Tensors, Sizes]
-        self.library.run.restype = ctypes.c_char_p
-        self.library.simt_set_seed.argtypes = [ctypes.c_uint64]
+        flags = ("-DFASTLLM_ELEMENT=__nv_bfloat16", f"-DFASTLLM_DIM={DIM}")
+        super().__init__(
+            "planted", FAULTS, (FORWARD, BACKWARD, DECODE), [ctypes.c_int, ctypes.c_int, Tensors, Sizes], flags
+        )
         self.inputs = {kernel: self.inputs_of(kernel) for kernel in KERNELS}
         self.right = {kernel: self.call(kernel, 0, 0) for kernel in KERNELS}
 
@@ -116,10 +109,6 @@ class Kernels:
         error = self.run(PASSES[kernel], fault, given | written, SIZES[kernel])
         self.library.simt_set_seed(0)
         return error or [written[name] for name in WRITES.get(kernel, written)]
-
-    def shows(self, kernel: str, fault: int, seed: int) -> bool:
-        found = self.call(kernel, fault, seed)
-        return isinstance(found, str) or not all(map(torch.equal, found, self.right[kernel]))
 
 
 @pytest.fixture(scope="module")

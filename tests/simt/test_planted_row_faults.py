@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import pytest
 import torch
 
-from .build import build
-from .planting import Fault, planted_sources
+from .planting import Fault, Planted
 
 SEEDS = range(1, 9)
-HERE = Path(__file__).resolve().parent
 PASSES = ("softmax", "softmax backward", "rms_norm", "rms_norm backward", "cross_entropy")
 ROWS = {"rms_norm backward": 5, "cross_entropy": 1}
 COLS, PARTIALS = 17000, 2
@@ -60,17 +57,12 @@ class Tensors(ctypes.Structure):
     ]
 
 
-class Kernels:
+class Kernels(Planted):
     """The kernels with their faults, on the same inputs every time."""
 
     def __init__(self) -> None:
-        csrc = planted_sources("planted_rows", FAULTS)
-        sources = [HERE / "planted_rows.cu", *(csrc / "cuda" / name for name in (SOFTMAX, RMS_NORM, CROSS_ENTROPY))]
-        flags = ("-include", str(HERE / "planted.h"))
-        self.library = ctypes.CDLL(str(build(sources, "planted_rows", flags=flags, include=[csrc])))
-        self.library.run.argtypes = [ctypes.c_int, ctypes.c_int, Tensors, *[ctypes.c_int64] * 3]
-        self.library.run.restype = ctypes.c_char_p
-        self.library.simt_set_seed.argtypes = [ctypes.c_uint64]
+        arguments = [ctypes.c_int, ctypes.c_int, Tensors, *[ctypes.c_int64] * 3]
+        super().__init__("planted_rows", FAULTS, (SOFTMAX, RMS_NORM, CROSS_ENTROPY), arguments)
         torch.manual_seed(0)
         rows = max(ROWS.values())
         self.given = {
@@ -92,10 +84,6 @@ class Kernels:
         error = self.library.run(PASSES.index(kernel), fault, pointers, rows, COLS, PARTIALS)
         self.library.simt_set_seed(0)
         return error.decode() if error else list(written.values())
-
-    def shows(self, kernel: str, fault: int, seed: int) -> bool:
-        found = self.call(kernel, fault, seed)
-        return isinstance(found, str) or not all(map(torch.equal, found, self.right[kernel]))
 
 
 @pytest.fixture(scope="module")

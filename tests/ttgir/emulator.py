@@ -34,7 +34,7 @@ class Op:
     arguments: list[list[str]] = field(default_factory=list)  # of each region
 
     def attribute(self, name: str) -> int:
-        return int(re.search(rf"\b{name} = (-?\d+)", self.text).group(1))  # type: ignore[union-attr]
+        return int(_first(rf"\b{name} = (-?\d+)", self.text))
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -50,6 +50,13 @@ class Op:
 Block = list[Op]
 LOCATION = re.compile(r" loc\((?:[^()]|\([^()]*\))*\)")
 VALUE = re.compile(r"%[\w#]+")
+
+
+def _first(pattern: str, text: str) -> str:
+    """What the group of the first match is."""
+    match = re.search(pattern, text)
+    assert match, (pattern, text)
+    return match.group(1)
 
 
 def parse(text: str) -> tuple[list[str], Block]:
@@ -123,7 +130,6 @@ class Memory:
 @dataclass
 class Descriptor:
     source: Pointer | None = None
-    box: tuple[int, ...] = ()
     sizes: tuple[int, ...] = ()
     strides: tuple[int, ...] = ()  # elements, the last one 1
     size: int = 0  # of an element
@@ -187,10 +193,10 @@ COMPARE = {
 }
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "addi": operator.add, "subi": operator.sub, "muli": operator.mul, "divsi": _c_division, "divui": operator.floordiv,
-    "remsi": lambda a, b: a - _c_division(a, b) * b, "remui": operator.mod, "minsi": np.minimum, "maxsi": np.maximum,
-    "andi": operator.and_, "ori": operator.or_, "xori": operator.xor, "shli": operator.lshift,
-    "shrsi": operator.rshift, "shrui": operator.rshift, "addf": operator.add, "subf": operator.sub,
-    "mulf": operator.mul, "divf": operator.truediv, "maxnumf": np.fmax, "minnumf": np.fmin,
+    "remsi": lambda a, b: a - _c_division(a, b) * b, "minsi": np.minimum, "maxsi": np.maximum,
+    "andi": operator.and_, "xori": operator.xor, "shli": operator.lshift,
+    "shrsi": operator.rshift, "addf": operator.add, "subf": operator.sub,
+    "mulf": operator.mul, "divf": operator.truediv, "maxnumf": np.fmax,
 }  # fmt: skip
 UNARY: dict[str, Callable[[Any], Any]] = {
     "exp2": np.exp2,
@@ -271,9 +277,7 @@ class Program:
         if op.name == "arith.constant":
             return _constant(op)
         if op.name == "arith.cmpi" or op.name == "arith.cmpf":
-            predicate = re.match(r" (\w+),", op.text).group(1)  # type: ignore[union-attr]
-            if predicate == "une":
-                return ~(values[0] == values[1])
+            predicate = _first(r"^ (\w+),", op.text)
             return COMPARE[predicate[-2:]](*values)
         if op.name == "arith.select":
             return np.where(*values) if op.shape else values[1] if values[0] else values[2]
@@ -286,15 +290,13 @@ class Program:
         if name in UNARY:
             with np.errstate(all="ignore"):
                 return UNARY[name](np.float32(values[0]))
-        if name in ("extsi", "extui", "trunci", "index_cast"):
+        if name in ("extsi", "extui", "trunci"):
             x = values[0]
             if name == "trunci" and op.text.rstrip().endswith("i1"):
                 return bool(x & 1)
             return x.astype(np.int64) if isinstance(x, np.ndarray) else int(x)
         if name in ("truncf", "extf"):
             return _rounded(values[0], re.findall(r"(bf16|f16|f32)", op.text)[-1])
-        if name in ("sitofp", "uitofp"):
-            return np.float32(values[0])
         return getattr(self, f"{kind}_{name}")(op, values)
 
     # Triton's own
@@ -316,9 +318,6 @@ class Program:
 
     def tt_broadcast(self, op: Op, values: list[Any]) -> Any:
         return _shaped(values[0], lambda x: np.broadcast_to(x, op.shape))
-
-    def tt_reshape(self, op: Op, values: list[Any]) -> Any:
-        return _shaped(values[0], lambda x: x.reshape(op.shape))
 
     def ttg_convert_layout(self, op: Op, values: list[Any]) -> Any:
         return values[0]
@@ -356,8 +355,6 @@ class Program:
 
     def ttg_local_alloc(self, op: Op, values: list[Any]) -> np.ndarray:
         shape = op.shape
-        if values and values[0] is not None:
-            return np.array(values[0])
         if op.dtype == "i64":
             return np.array([Barrier() for _ in range(int(np.prod(shape)))]).reshape(shape)
         return np.full(shape, np.nan, np.float32)
@@ -367,11 +364,6 @@ class Program:
 
     def ttg_memdesc_trans(self, op: Op, values: list[Any]) -> np.ndarray:
         return values[0].T
-
-    def ttg_memdesc_reshape(self, op: Op, values: list[Any]) -> np.ndarray:
-        found = values[0].reshape(op.shape)
-        assert np.shares_memory(found, values[0])
-        return found
 
     def ttg_local_load(self, op: Op, values: list[Any]) -> np.ndarray:
         return values[0].copy()
@@ -385,7 +377,7 @@ class Program:
         size = {10: 2, 6: 2, 7: 4}[op.attribute("elem_type")]  # bfloat16, float16, float32
         assert all(s % 16 == 0 for s in strides) and all(b <= 256 for b in box)
         descriptor = values[0]
-        descriptor.source, descriptor.box, descriptor.sizes = values[1], tuple(box[::-1]), tuple(sizes[::-1])
+        descriptor.source, descriptor.sizes = values[1], tuple(sizes[::-1])
         descriptor.strides = (*(s // size for s in strides[::-1]), 1)
         descriptor.size = size
 
@@ -394,13 +386,13 @@ class Program:
 
     def ttng_init_barrier(self, op: Op, values: list[Any]) -> None:
         barrier = values[0].item()
-        barrier.count = barrier.arrivals = int(re.search(r", (\d+)", op.text).group(1))  # type: ignore[union-attr]
+        barrier.count = barrier.arrivals = int(_first(r", (\d+)", op.text))
 
     def ttng_barrier_expect(self, op: Op, values: list[Any]) -> None:
-        values[0].item().arrive(1, int(re.search(r", (\d+)", op.text).group(1)))  # type: ignore[union-attr]
+        values[0].item().arrive(1, int(_first(r", (\d+)", op.text)))
 
     def ttng_arrive_barrier(self, op: Op, values: list[Any]) -> None:
-        values[0].item().arrive(int(re.search(r", (\d+)", op.text).group(1)))  # type: ignore[union-attr]
+        values[0].item().arrive(int(_first(r", (\d+)", op.text)))
 
     def ttng_async_tma_copy_global_to_local(self, op: Op, values: list[Any]) -> None:
         descriptor, *first, to, barrier, _ = values
@@ -418,17 +410,13 @@ class Program:
         with np.errstate(all="ignore"):
             return (a.astype(np.float32) @ b.astype(np.float32) + c).astype(np.float32)
 
-    def ttng_warp_group_dot_wait(self, op: Op, values: list[Any]) -> Any:
-        return values[0]
-
 
 def _shaped(x: Any, change: Callable[[np.ndarray], np.ndarray]) -> Any:
     return x.to(change(np.asarray(x.offset))) if isinstance(x, Pointer) else change(x)
 
 
 def _constant(op: Op) -> Any:
-    word = re.match(r" (?:{[^}]*} )?(?:dense<([^>]*)>|(\S+))", op.text)
-    said = word.group(1) or word.group(2)  # type: ignore[union-attr]
+    said = _first(r"^ (?:{[^}]*} )?(?:dense<)?([^\s>]+)", op.text)
     if said in ("true", "false"):
         value: Any = said == "true"
     elif op.dtype in ("f32", "f16", "bf16"):
