@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,9 +21,13 @@ def run(world: int, function: Callable[..., None], *args: Any) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """One that nobody is given before it is used: below those that the system hands out by itself (from 32768 on)."""
+    ports = random.SystemRandom()  # tests seed the others alike in each process
+    while True:
+        with socket.socket() as free, suppress(OSError):  # taken: another
+            port = ports.randrange(20000, 32000)
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _start(rank: int, world: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
